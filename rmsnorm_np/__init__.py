@@ -1,0 +1,27 @@
+"""RMSNorm and LayerNorm, forward and backward, on plain NumPy arrays.
+
+>>> import numpy as np
+>>> import rmsnorm_np as rn
+>>> rn.rms_norm(np.array([[3.0, 4.0]]), eps=0.0)
+array([[0.84852814, 1.13137085]])
+
+`rmsnorm_np.reference` has the same functions in readable NumPy: the text to read and the oracle to test with.
+"""
+
+from __future__ import annotations
+
+from rmsnorm_np import reference
+from rmsnorm_np.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerNormGrads",
+    "RMSNormGrads",
+    "layer_norm",
+    "layer_norm_backward",
+    "reference",
+    "rms_norm",
+    "rms_norm_backward",
+]

@@ -1,0 +1,344 @@
+"""Check the arguments of a call and bring them into the one form that the engines take.
+
+Every error message about an argument is written here. Past this file there is no question left about
+shape, dtype, axis, layout or missing values: x is (rows, n), C-contiguous, aligned and in native byte order.
+
+The functions that take a shape or a dtype, and not an array, serve arrays on any device.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy import ndarray
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    Array: TypeAlias = npt.NDArray[Any]
+    Restore: TypeAlias = Callable[[Array], Array]
+    Shape: TypeAlias = tuple[int, ...]
+
+_INFINITY = math.inf
+
+# bfloat16 joins when the first such array arrives: this package does not import ml_dtypes by itself.
+_native_dtypes = {np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)}
+
+
+# Numbers
+
+
+def check_eps(eps: Any) -> float:
+    """Give eps as a float, finite and not negative."""
+    return _number("eps", eps, "a finite number >= 0", lambda value: 0.0 <= value < math.inf)
+
+
+def check_weight_offset(weight_offset: Any, has_weight: bool) -> float:
+    """Give weight_offset as a finite float, zero where there is no weight to add it to."""
+    offset = _number("weight_offset", weight_offset, "a finite number", math.isfinite)
+    if offset != 0.0 and not has_weight:
+        raise ValueError(f"weight_offset is {weight_offset!r}, expected 0.0 without a weight to add it to")
+    return offset
+
+
+def elements_in_rms(n: int, p: Any) -> int:
+    """Give k = ceil(n * p), the number of leading elements that the RMS is taken over.
+
+    p is a rounded number, and rounding must not add an element: 100 * 0.07 is 7.000000000000001 in floating point.
+    p, the product and the factor below are each off by 2**-53 or less, relative; the factor takes off 2**-50. So
+    n * p ends up below the integer that was meant, and far above the integer before it for every n < 2**49.
+    """
+    fraction = _number("p", p, "a number with 0 < p <= 1", lambda value: 0.0 < value <= 1.0)
+    if isinstance(p, np.floating):
+        fraction = float(str(p))  # np.float32(0.07) means 0.07 and not 0.07000000029802322
+    return max(1, math.ceil(n * fraction * (1.0 - 2.0**-50)))
+
+
+def _number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> float:
+    if type(value) is float:
+        number = value
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        number = math.nan
+    else:
+        try:
+            number = float(value)
+        except OverflowError:  # an int larger than any float
+            number = math.inf
+    if not fits(number):
+        error = ValueError if isinstance(value, Real) else TypeError
+        raise error(f"{name} is {value!r}, expected {expected}")
+    return number
+
+
+# Shapes
+
+
+def axes_of(axis: Any, shape: Shape) -> Shape:
+    """The normalised axes of x: not negative, in the order of x, at least one, with at least one element."""
+    if not shape:
+        raise ValueError("x has shape (), expected at least one axis to normalise over")
+    axes = []
+    for one in axis if isinstance(axis, tuple) else (axis,):
+        if isinstance(one, bool) or not hasattr(one, "__index__"):
+            raise TypeError(f"axis is {axis!r}, expected an int or a tuple of ints")
+        index = operator.index(one)
+        if not -len(shape) <= index < len(shape):
+            raise ValueError(f"axis is {axis!r}, expected {-len(shape)} to {len(shape) - 1} for x.shape {shape}")
+        axes.append(index % len(shape))
+    if not axes:
+        raise ValueError("axis is (), expected at least one axis")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis is {axis!r}, expected each axis of x.shape {shape} at most once")
+    if any(shape[i] == 0 for i in axes):
+        raise ValueError(f"x has shape {shape}, expected at least one element along axis {axis!r}")
+    return tuple(sorted(axes))
+
+
+def are_trailing(axes: Shape, ndim: int) -> bool:
+    """Whether the normalised axes are the last ones, so that each row is one stretch of memory."""
+    return axes[0] == ndim - len(axes)
+
+
+def parameter_lead(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> Shape:
+    """The leading part of a weight's or bias's shape: () for one per element of a row, (heads,) for one per head."""
+    normalised = tuple(x_shape[i] for i in axes)
+    if not are_trailing(axes, len(x_shape)):
+        if shape != normalised:
+            raise ValueError(f"{name} has shape {shape}, expected {normalised}, the axes {axes} of x.shape {x_shape}")
+    elif not len(axes) <= len(shape) <= len(x_shape) or shape != x_shape[len(x_shape) - len(shape) :]:
+        raise ValueError(
+            f"{name} has shape {shape}, expected a trailing part of x.shape {x_shape} such as {normalised}"
+        )
+    return shape[: len(shape) - len(axes)]
+
+
+def check_dy_shape(shape: Shape, x_shape: Shape) -> None:
+    """Demand exactly the shape of x."""
+    if shape != x_shape:
+        raise ValueError(f"dy has shape {shape}, expected x.shape {x_shape}")
+
+
+# Arrays
+
+
+def native_dtype(name: str, dtype: np.dtype[Any], complex_too: bool = False) -> np.dtype[Any]:
+    """The dtype to compute with: integers become float64 as in NumPy, the four float types are kept."""
+    if dtype in _native_dtypes:
+        return dtype
+    if dtype.kind in "biu":
+        return np.dtype(np.float64)
+    if dtype.kind in "fc":
+        native: np.dtype[Any] = dtype.newbyteorder("=")
+        if native in _native_dtypes or (complex_too and native in (np.complex64, np.complex128)):
+            return native
+    if dtype.name == "bfloat16":
+        _native_dtypes.add(dtype)
+        return dtype
+    raise TypeError(f"{name} has dtype {dtype}, expected float16, bfloat16, float32 or float64")
+
+
+def as_array(name: str, value: Any) -> Array:
+    """The value as a plain ndarray of any layout and dtype, on the host."""
+    if type(value) is ndarray:
+        return value
+    if isinstance(value, ndarray):
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array, expected one without a mask, such as {name}.filled(0.0)")
+        if isinstance(value, np.matrix):
+            raise TypeError(f"{name} is a numpy.matrix, expected an ndarray, such as {name}.A")
+        return value.view(ndarray)
+    if hasattr(value, "__cuda_array_interface__"):
+        raise TypeError(f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()")
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is not an array: {error}") from error
+
+
+def _contiguous(a: Array, dtype: np.dtype[Any]) -> Array:
+    """The array itself where it is C-contiguous, aligned, writable and of this dtype, a copy where it is not.
+
+    Read-only arrays are copied because compiled kernels take them for a type of their own.
+    """
+    return a if a.flags.carray and a.dtype == dtype else np.array(a, dtype, order="C")
+
+
+def check_out(out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
+    """Give out as a plain ndarray that takes a result of this shape and dtype. Its byte order and layout are free."""
+    if not isinstance(out, ndarray):
+        raise TypeError(f"out is of type {type(out).__name__}, expected a numpy.ndarray")
+    plain = as_array("out", out)
+    if plain.shape != shape:
+        raise ValueError(f"out has shape {plain.shape}, expected x.shape {shape}")
+    if plain.dtype != dtype and plain.dtype.newbyteorder("=") != dtype:
+        raise TypeError(f"out has dtype {plain.dtype}, expected {dtype}, the dtype of the result")
+    if not plain.flags.writeable:
+        raise ValueError("out is read-only, expected a writable array")
+    return plain
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    """Whether two C-contiguous arrays are the same elements."""
+    return (a.shape, a.dtype, a.__array_interface__["data"]) == (b.shape, b.dtype, b.__array_interface__["data"])
+
+
+def _may_write(out: Array, x: Array, dy: Array | None, weight: Array | None, bias: Array | None) -> bool:
+    """Whether an engine may write straight to out: it shares no memory, or is exactly x or dy."""
+    for a in (x, dy):
+        if a is not None and a is not out and np.may_share_memory(out, a) and not _same_memory(out, a):
+            return False
+    return (weight is None or not np.may_share_memory(out, weight)) and (
+        bias is None or not np.may_share_memory(out, bias)
+    )
+
+
+# A whole call
+
+
+def prepare(
+    x: Any,
+    dy: Any,
+    weight: Any,
+    bias: Any,
+    eps: Any,
+    p: Any,
+    axis: Any,
+    weight_offset: Any,
+    out: Any,
+    complex_too: bool = False,
+) -> tuple[Array, Any, Array | None, Array | None, int, float, float, Array | None, Restore]:
+    """Check every argument; put the normalised axes last and join them into one of length n.
+
+    Returns x and dy of shape (..., n), weight and bias of a shape that broadcasts against them, k, eps, weight_offset;
+    then out in the shape of x where an engine may write straight to it, else None; last, a function that gives a
+    result of x's elements its public shape and writes it to out where the caller asked for that.
+    """
+    x = as_array("x", x)
+    dtype = native_dtype("x", x.dtype, complex_too)
+    shape: Shape = x.shape
+    axes = axes_of(axis, shape)
+    trailing = are_trailing(axes, x.ndim)
+    order = (*(i for i in range(x.ndim) if i not in axes), *axes)
+    moved = tuple(shape[i] for i in order)
+    n = math.prod(shape[i] for i in axes)
+    lead = moved[: x.ndim - len(axes)]
+    k = elements_in_rms(n, p)
+    eps = check_eps(eps)
+    weight_offset = check_weight_offset(weight_offset, weight is not None)
+
+    def rows_of(a: Array, dtype: np.dtype[Any]) -> Array:
+        return _contiguous(a.transpose(order), dtype).reshape(*lead, n)
+
+    def parameter_of(name: str, value: Any) -> Array | None:
+        if value is None:
+            return None
+        a = as_array(name, value)
+        a_dtype = native_dtype(name, a.dtype, complex_too)
+        a_lead = parameter_lead(name, a.shape, shape, axes)
+        return _contiguous(a, a_dtype).reshape(*a_lead, n)
+
+    x = rows_of(x, dtype)
+    if dy is not None:
+        dy = as_array("dy", dy)
+        check_dy_shape(dy.shape, shape)
+        dy = rows_of(dy, native_dtype("dy", dy.dtype, complex_too))
+    weight = parameter_of("weight", weight)
+    bias = parameter_of("bias", bias)
+
+    direct = None
+    if out is not None:
+        plain_out = check_out(out, shape, dtype)
+        if trailing and plain_out.flags.carray and plain_out.dtype == dtype:
+            candidate = plain_out.reshape(*lead, n)
+            direct = candidate if _may_write(candidate, x, dy, weight, bias) else None
+
+    def restore(result: Array) -> Array:
+        result = result.reshape(moved)
+        if not trailing:
+            result = np.ascontiguousarray(result.transpose(np.argsort(order)))
+        if out is None:
+            return result
+        np.copyto(plain_out, result)
+        return out  # type: ignore[no-any-return]
+
+    return x, dy, weight, bias, k, eps, weight_offset, direct, restore
+
+
+def engine_arguments(
+    x: Any, dy: Any, weight: Any, bias: Any, eps: Any, p: Any, axis: Any, weight_offset: Any, out: Any
+) -> tuple[Array, Any, Array | None, Array | None, int, float, float, Array | None, Restore | None]:
+    """What an engine takes: x, dy (rows, n); weight, bias (m, n); k, eps, weight_offset; out (rows, n) or None.
+
+    The last item gives a result its public shape; None says that the engine's result is the answer. dy is None in a
+    forward call.
+    """
+    # The engine needs less than a microsecond for a small array, far less than the checks in `prepare` take. So the
+    # ordinary call goes past them. What is not ordinary is not judged here.
+    if _is_ordinary(x) and x.ndim > 0 and type(axis) is int and axis == -1:
+        shape = x.shape
+        n = shape[-1]
+        if (
+            n > 0
+            and (dy is None or (_is_ordinary(dy) and dy.shape == shape))
+            and (weight is None or (_is_ordinary(weight) and weight.shape == (n,)))
+            and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
+            and (
+                out is None
+                or (
+                    _is_ordinary(out)
+                    and out.shape == shape
+                    and out.dtype == x.dtype
+                    and _may_write(out, x, dy, weight, bias)
+                )
+            )
+        ):
+            k = n if type(p) is float and p == 1.0 else elements_in_rms(n, p)
+            if not (type(eps) is float and 0.0 <= eps < _INFINITY):
+                eps = check_eps(eps)
+            if not (type(weight_offset) is float and weight_offset == 0.0):
+                weight_offset = check_weight_offset(weight_offset, weight is not None)
+            if weight is not None:
+                weight = weight[None]
+            if bias is not None:
+                bias = bias[None]
+            if len(shape) == 2:
+                return x, dy, weight, bias, k, eps, weight_offset, out, None
+            restore = _reshape_to(shape) if out is None else _return(out)
+            return _rows(x), _rows(dy), weight, bias, k, eps, weight_offset, _rows(out), restore
+
+    x, dy, weight, bias, k, eps, weight_offset, direct, restore = prepare(
+        x, dy, weight, bias, eps, p, axis, weight_offset, out
+    )
+    if direct is not None:
+        restore = _return(out)
+    return _rows(x), _rows(dy), _rows(weight), _rows(bias), k, eps, weight_offset, _rows(direct), restore
+
+
+def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:
+    """The gradient (m, n) of a weight or bias in the shape of that parameter."""
+    if gradient is None:
+        return None
+    shape: Shape = parameter.shape if type(parameter) is ndarray else np.shape(parameter)
+    return gradient.reshape(shape)
+
+
+def _is_ordinary(a: Any) -> bool:
+    return type(a) is ndarray and a.flags.carray and a.dtype in _native_dtypes
+
+
+def _rows(a: Any) -> Any:
+    return None if a is None else a.reshape(-1, a.shape[-1])
+
+
+def _reshape_to(shape: Shape) -> Restore:
+    return lambda result: result.reshape(shape)
+
+
+def _return(out: Array) -> Restore:
+    return lambda _: out

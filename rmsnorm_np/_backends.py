@@ -1,0 +1,62 @@
+"""Which engine runs a call. Engines are imported on first use: `import rmsnorm_np` compiles and loads nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmsnorm_np import reference
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+_INSTALL = {
+    "cpu": "numba: pip install numba",
+    "cuda": 'numba-cuda: pip install "rmsnorm_np[cuda13]", or [cuda12] for a CUDA 12 driver',
+}
+_engines: dict[str, ModuleType] = {"reference": reference}
+
+
+def select(x: Any, backend: str | None) -> ModuleType:
+    """The engine named by `backend`; for None, "cuda" where x is a device array and "cpu" where it is not.
+
+    Raises
+    ------
+    ValueError
+        If there is no backend of that name.
+    TypeError
+        If x lies on the host and the backend is "cuda", or the other way round. Nothing is moved unasked.
+    ImportError
+        If the engine's requirements are not installed. No other engine takes its place.
+    """
+    on_device = type(x) is not np.ndarray and hasattr(x, "__cuda_array_interface__")
+    if backend is None:
+        backend = "cuda" if on_device else "cpu"
+    elif backend == "cuda":
+        # Arrays of numba's CUDA simulator carry no interface: refuse only what is certain to lie on the host.
+        if not on_device and isinstance(x, (np.ndarray, np.generic, list, tuple, int, float, complex)):
+            raise TypeError(
+                f"x is a host array ({type(x).__name__}), backend 'cuda' takes device arrays: "
+                "move it with numba.cuda.to_device(x)"
+            )
+    elif backend not in ("reference", "cpu"):
+        raise ValueError(f"backend is {backend!r}, expected None, 'reference', 'cpu' or 'cuda'")
+    elif on_device:
+        raise TypeError(
+            f"x is a device array ({type(x).__name__}), backend {backend!r} takes host arrays: "
+            "move it with x.copy_to_host()"
+        )
+    engine = _engines.get(backend)
+    return _load(backend) if engine is None else engine
+
+
+def _load(backend: str) -> ModuleType:
+    from importlib import import_module
+
+    try:
+        engine = import_module(f"rmsnorm_np.{backend}")
+    except ImportError as error:
+        raise ImportError(f"backend {backend!r} needs {_INSTALL[backend]}") from error
+    _engines[backend] = engine
+    return engine

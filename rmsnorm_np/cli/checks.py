@@ -1,0 +1,206 @@
+"""Check the CPU engine on the real activations. Everything here returns plain data; nothing is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from rmsnorm_np.cli import ahead
+from rmsnorm_np.cli.inputs import LAYERS, NORMS, Activation, Array, Norm, activations
+
+Step = Callable[[str], None]
+
+# In ULP. The reference is exact for the three narrow types. For float64 it is itself rounded to float64, hence the
+# engine's bound of 1 and one half on top.
+BOUNDS = {"float16": 0.51, "bfloat16": 0.51, "float32": 0.51, "float64": 1.5}
+
+# How each engine's gradient is checked: Numba's kernels take no complex numbers.
+METHODS: dict[str, Literal["complex-step", "finite-difference"]] = {
+    "reference": "complex-step",
+    "cpu": "finite-difference",
+}
+GRADIENT_ROWS = 4  # of each layer; a derivative takes about a hundred calls
+
+
+@dataclass(frozen=True)
+class Came:
+    """What came into a layer."""
+
+    rms: float
+    median: float  # of the absolute values
+    largest: float  # absolute value
+
+
+@dataclass(frozen=True)
+class Error:
+    """The worst errors of one norm in one dtype, in ULP of that dtype."""
+
+    norm: str
+    dtype: str
+    y: float
+    dx: float
+    dweight: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all three are in bounds; a NaN is not."""
+        return all(error <= self.bound for error in (self.y, self.dx, self.dweight))
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The verdict of `rmsnorm_np.gradcheck` on one norm in float64; the figures are relative."""
+
+    norm: str
+    backend: str
+    method: str
+    verdict: str
+    error: float
+    estimate_error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gradient was found right; inconclusive is not enough."""
+        return self.verdict == "right"
+
+
+@dataclass(frozen=True)
+class Naive:
+    """What ``x / sqrt(mean(x * x) + eps) * weight`` gives when every step is in x's dtype."""
+
+    dtype: str
+    lost_rows: int  # rows that came out as zeros or not finite
+    rows: int
+    ulp: float  # the worst error of the rows that are left
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """Everything that is looked at for one layer."""
+
+    layer: str
+    came: Came
+    errors: tuple[Error, ...]
+    gradients: tuple[Gradient, ...]
+    naive: tuple[Naive, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check of this layer passed."""
+        return all(error.passed for error in self.errors) and all(gradient.passed for gradient in self.gradients)
+
+
+def dtypes() -> list[np.dtype[Any]]:
+    """The types to check. float64 only where the reference has something wider to compute in."""
+    import ml_dtypes
+
+    names: list[Any] = [np.float32, np.float16, ml_dtypes.bfloat16]
+    if np.finfo(np.longdouble).eps < np.finfo(np.float64).eps:
+        names.append(np.float64)
+    return [np.dtype(name) for name in names]
+
+
+def count_steps() -> int:
+    """How often `check` calls its ``step``."""
+    return len(LAYERS) * (len(NORMS) * len(dtypes()) + 1) + 1
+
+
+def check(step: Step) -> list[LayerCheck]:
+    """Check all layers; ``step`` is told what comes next."""
+    layers = activations()
+    errors: dict[str, list[Error]] = {layer: [] for layer in LAYERS}
+    here, elsewhere = dtypes()[:2], dtypes()[2:]
+    with ahead.compiling([dtype.name for dtype in elsewhere]) as wait_for_kernels:
+        for dtype in (*here, *elsewhere):
+            if dtype is elsewhere[0]:
+                step("waiting for the other compiler")
+                wait_for_kernels()
+            for activation in layers:
+                for norm in NORMS:
+                    step(f"{dtype.name} {norm.label}, layer {activation.layer}")
+                    errors[activation.layer].append(check_engine(norm, activation, dtype))
+    results = []
+    for activation in layers:
+        step(f"gradients, layer {activation.layer}")
+        gradients = tuple(check_gradients(norm, activation, backend) for norm in NORMS for backend in METHODS)
+        naive = tuple(check_naive(activation, np.dtype(dtype)) for dtype in (np.float16, np.float32))
+        came = describe(activation.x)
+        results.append(LayerCheck(activation.layer, came, tuple(errors[activation.layer]), gradients, naive))
+    return results
+
+
+def describe(x: Array) -> Came:
+    """What came in, in three numbers."""
+    magnitude = np.abs(x.astype(np.float64))
+    return Came(float(np.sqrt(np.mean(magnitude**2))), float(np.median(magnitude)), float(magnitude.max()))
+
+
+def check_engine(norm: Norm, activation: Activation, dtype: np.dtype[Any]) -> Error:
+    """Compare the CPU engine with the reference; the reference gets the same numbers, as float64."""
+    x, weight = activation.x.astype(dtype), activation.weight.astype(dtype)
+    dy = np.random.default_rng(0).standard_normal(x.shape).astype(dtype)
+    wide_x, wide_weight, wide_dy = (array.astype(np.float64) for array in (x, weight, dy))
+    eps = activation.eps
+    y = norm.forward(x, weight, eps, "cpu")
+    dx, dweight, _ = norm.backward(dy, x, weight, eps, "cpu")
+    exact_y = norm.forward(wide_x, wide_weight, eps, "reference")
+    exact_dx, exact_dweight, _ = norm.backward(wide_dy, wide_x, wide_weight, eps, "reference")
+    xhat = norm.forward(wide_x, np.ones_like(wide_weight), eps, "reference")
+    subtracts_mean = norm.op == "layer_norm"
+    centred = wide_x - wide_x.mean(axis=-1, keepdims=True) if subtracts_mean else wide_x
+    rstd = np.linalg.norm(xhat, axis=-1, keepdims=True) / np.linalg.norm(centred, axis=-1, keepdims=True)
+    # Where x is close to the row's mean, the reference's own mean is not exact enough to tell the last digits of y.
+    reference_eps = 4 * float(np.finfo(np.longdouble).eps) if subtracts_mean else 0.0
+    mean_error = reference_eps * np.mean(np.abs(wide_x), axis=-1, keepdims=True) * rstd * np.abs(wide_weight)
+    # dx is a difference of terms that may cancel: its error is measured against the largest of them.
+    outer_term = rstd * wide_dy * wide_weight
+    # dweight is a sum over rows in float64, rounded at the end: the sum's own error does not count.
+    sum_error = len(x) * 2.0**-53 * np.abs(wide_dy * xhat).sum(axis=0)
+    return Error(
+        norm.label,
+        dtype.name,
+        ulp_error(y, exact_y, forgiven=mean_error),
+        ulp_error(dx, exact_dx, np.maximum(np.abs(outer_term), np.abs(exact_dx - outer_term))),
+        ulp_error(dweight, exact_dweight, forgiven=sum_error),
+        BOUNDS[dtype.name],
+    )
+
+
+def check_gradients(norm: Norm, activation: Activation, backend: str) -> Gradient:
+    """Compare dx and dweight of one engine with numerical derivatives of the same engine's y, in float64."""
+    from rmsnorm_np.gradcheck import check_gradient
+
+    def function(x: Array, weight: Array) -> Array:
+        return norm.forward(x, weight, activation.eps, backend)
+
+    def gradient(dy: Array, x: Array, weight: Array) -> tuple[Any, ...]:
+        return norm.backward(dy, x, weight, activation.eps, backend)
+
+    x, weight = activation.x[:GRADIENT_ROWS].astype(np.float64), activation.weight.astype(np.float64)
+    found = check_gradient(function, gradient, x, weight, method=METHODS[backend])
+    tolerance = max(part.tolerance for part in found.inputs)
+    return Gradient(norm.label, backend, found.method, found.verdict, found.error, found.estimate_error, tolerance)
+
+
+def check_naive(activation: Activation, dtype: np.dtype[Any]) -> Naive:
+    """Run the norm as one writes it first, and look at the damage."""
+    x, weight = activation.x.astype(dtype), activation.weight.astype(dtype)
+    exact = NORMS[0].forward(x.astype(np.float64), weight.astype(np.float64), activation.eps, "reference")
+    with np.errstate(over="ignore", invalid="ignore"):  # the overflow is what this is about
+        y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + dtype.type(activation.eps)) * weight
+    kept = np.isfinite(y).all(axis=-1) & (y != 0).any(axis=-1)
+    return Naive(dtype.name, int((~kept).sum()), len(x), ulp_error(y[kept], exact[kept]))
+
+
+def ulp_error(got: Array, exact: Array, scale: Array | float = 0.0, forgiven: Array | float = 0.0) -> float:
+    """The worst of |got − exact| − forgiven, in units in the last place of got's dtype at max(|exact|, scale)."""
+    eps, smallest = (float(np.spacing(number)) for number in np.array([1, 0], got.dtype))
+    _, exponent = np.frexp(np.maximum(np.abs(exact), scale))
+    unit = np.maximum(np.ldexp(eps, exponent - 1), smallest)
+    error = np.maximum(np.abs(got.astype(np.float64) - exact) - forgiven, 0.0)
+    return float(np.max(error / unit, initial=0.0))

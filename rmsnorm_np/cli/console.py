@@ -1,0 +1,82 @@
+"""Where the command line draws: tables on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rmsnorm_np.cli.timing import Ratio
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; the function it gives is called with what comes next. Silent where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=total)
+        started = False
+
+        def step(description: str) -> None:
+            nonlocal started
+            bar.update(task, description=description, advance=1 if started else 0)
+            started = True
+
+        yield step
+
+
+def table(*columns: str, left: int = 1) -> Table:
+    """An empty table; the first ``left`` columns hold names, the others numbers."""
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    return drawn
+
+
+def show(out: Console, title: str, note: str, drawn: Table) -> None:
+    """Print a table under its title, and below it what the reader should know."""
+    out.print(title, style="bold")
+    out.print(drawn)
+    out.print(note, style="dim")
+    out.print()
+
+
+def print_json(data: Any) -> None:
+    """Pure JSON on stdout; dataclasses become objects."""
+    print(json.dumps(data, default=_plain, indent=2, allow_nan=False))  # noqa: T201
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def seconds(value: float) -> str:
+    """A duration with three digits and the unit that fits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if value >= scale:
+            return f"{_three_digits(value / scale)} {unit}"
+    return f"{_three_digits(value / 1e-6)} µs"
+
+
+def ratio(value: Ratio) -> str:
+    """A ratio with its spread over the rounds."""
+    return f"{_three_digits(value.median)} × ({_three_digits(value.low)}–{_three_digits(value.high)})"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

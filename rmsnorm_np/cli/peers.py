@@ -1,0 +1,134 @@
+"""The same norms in other libraries, as calls ready to be timed. A peer that is not installed is left out.
+
+Every call allocates what it returns and is given the same values in the same dtype. A peer that has no kernel for
+an operation or a dtype offers none, rather than one through a conversion that would be timed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+PACKAGES = {"torch": "torch", "jax": "jax", "onnxruntime": "onnxruntime"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation on given arrays: what every contender computes."""
+
+    op: str  # "rms_norm" or "layer_norm"
+    direction: str  # "forward" or "forward+backward"
+    x: Array  # (rows, n)
+    weight: Array  # (n,)
+    dy: Array  # (rows, n)
+    eps: float
+
+
+def versions() -> dict[str, str]:
+    """The peers that can be imported, with their versions."""
+    return {name: metadata.version(package) for name, package in PACKAGES.items() if find_spec(name) is not None}
+
+
+def calls(problem: Problem, threads: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Pairs of a peer's name and its call; a forward call returns y, the other (dx, dweight)."""
+    makers = {"torch": _torch, "jax": _jax, "onnxruntime": _onnxruntime}
+    for name in versions():
+        call = makers[name](problem, threads)
+        if call is not None:
+            yield name, call
+
+
+def as_numpy(result: Any) -> Array:
+    """A peer's y as a float64 array."""
+    if hasattr(result, "detach"):
+        result = result.detach().double().numpy()
+    return np.asarray(result).astype(np.float64)
+
+
+def _torch(problem: Problem, threads: int) -> Callable[[], Any]:
+    import torch
+    import torch.nn.functional as functional
+
+    torch.set_num_threads(threads)
+    x, weight, dy = (_as_torch(array) for array in (problem.x, problem.weight, problem.dy))
+    norm = functional.rms_norm if problem.op == "rms_norm" else functional.layer_norm
+    shape, eps = weight.shape, problem.eps
+
+    def forward() -> Any:
+        return norm(x, shape, weight, eps=eps)
+
+    def both() -> Any:
+        return torch.autograd.grad(norm(x, shape, weight, eps=eps), (x, weight), dy)
+
+    if problem.direction == "forward":
+        return forward
+    x.requires_grad_()
+    weight.requires_grad_()
+    return both
+
+
+def _as_torch(array: Array) -> Any:
+    import torch
+
+    if array.dtype.name == "bfloat16":  # from_numpy does not know ml_dtypes
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _jax(problem: Problem, threads: int) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+
+    if problem.x.dtype == np.float64:
+        jax.config.update("jax_enable_x64", True)
+    x, weight, dy = (jnp.asarray(array) for array in (problem.x, problem.weight, problem.dy))
+    eps = problem.eps
+
+    def norm(x: Any, weight: Any) -> Any:
+        # written as in the usual models: statistics in float32 or better, the result in x's dtype
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if problem.op == "layer_norm":
+            wide = wide - wide.mean(-1, keepdims=True)
+        rstd = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+        return (wide * rstd * weight).astype(x.dtype)
+
+    def gradients(x: Any, weight: Any, dy: Any) -> Any:
+        y, pull_back = jax.vjp(norm, x, weight)
+        return y, pull_back(dy)  # y too, or the compiler would leave the forward pass out
+
+    if problem.direction == "forward":
+        compiled = jax.jit(norm)
+        return lambda: compiled(x, weight).block_until_ready()
+    compiled = jax.jit(gradients)
+    return lambda: jax.block_until_ready(compiled(x, weight, dy))[1]
+
+
+def _onnxruntime(problem: Problem, threads: int) -> Callable[[], Any] | None:
+    onnx_types = {"float32": "FLOAT", "float16": "FLOAT16", "float64": "DOUBLE"}
+    name = problem.x.dtype.name
+    if problem.direction != "forward" or name not in onnx_types or find_spec("onnx") is None:
+        return None
+    import onnx
+    import onnxruntime
+
+    # SimplifiedLayerNormalization is onnxruntime's fused RMSNorm; its RMSNormalization is several operations
+    op = "SimplifiedLayerNormalization" if problem.op == "rms_norm" else "LayerNormalization"
+    element = getattr(onnx.TensorProto, onnx_types[name])
+    arrays = {"x": problem.x, "weight": problem.weight}
+    inputs = [onnx.helper.make_tensor_value_info(key, element, array.shape) for key, array in arrays.items()]
+    output = onnx.helper.make_tensor_value_info("y", element, problem.x.shape)
+    node = onnx.helper.make_node(op, list(arrays), ["y"], axis=-1, epsilon=problem.eps)
+    graph = onnx.helper.make_graph([node], "norm", inputs, [output])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, arrays)[0]

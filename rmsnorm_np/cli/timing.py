@@ -1,0 +1,78 @@
+"""Time several calls in turn, so that whatever else the machine does hits them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one contender, one entry a round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds per call in the middle round."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times longer one contender took than another: the median over rounds, and its extremes."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleave(
+    contenders: Mapping[str, Call],
+    *,
+    rounds: int = 5,
+    turn_seconds: float = 0.01,
+    budget_seconds: float = 10.0,
+    min_rounds: int = 3,
+) -> dict[str, Timing]:
+    """Time each contender once a round, round after round.
+
+    A turn is one call that is not timed (it brings the contender's own data and threads back), then as many as
+    fill ``turn_seconds``, timed together. No round starts when the budget is spent, but ``min_rounds`` always run.
+    """
+    calls_per_turn = {name: _calls_that_fill(turn_seconds, call) for name, call in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + budget_seconds
+    for done in range(rounds):
+        if done >= min_rounds and time.perf_counter() > end:
+            break
+        for name, call in contenders.items():
+            call()
+            seconds[name].append(_time(call, calls_per_turn[name]))
+    return {name: Timing(tuple(measured)) for name, measured in seconds.items()}
+
+
+def ratio(slower: Timing, faster: Timing) -> Ratio:
+    """Compare two contenders round by round: what disturbed both in a round cancels."""
+    ratios = [a / b for a, b in zip(slower.seconds, faster.seconds, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def _calls_that_fill(seconds: float, call: Call) -> int:
+    call()  # compiles, allocates, loads: whatever a first call does
+    once = _time(call, 1)
+    if once < seconds / 100:
+        once = _time(call, 10)
+    return max(1, min(10_000, round(seconds / max(once, 1e-9))))
+
+
+def _time(call: Call, calls: int) -> float:
+    """Seconds per call over ``calls`` calls in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls

@@ -1,0 +1,198 @@
+"""The CPU engine: normalised arguments in, arrays out. Here a call gets its memory, its kernel and its threads.
+
+Read on in `kernels` (how rows are cut), `rows` (what happens to one row), `simd` (what a vector is).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmsnorm_np.cpu import cache, kernels, memory, threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["describe", "layer_backward", "layer_forward", "rms_backward", "rms_forward", "warmup"]
+
+# Numba has no 16-bit floats on CPUs: the kernels see their bits, and tell the two formats apart by this type.
+_STORED = {"float16": np.uint16, "bfloat16": np.int16}
+
+# The bound within which a sum of squares is ordinary, in the dtype to which another row is copied (see `extreme`).
+_WIDE_HALF = np.array([2.0**90], np.float32)
+_WIDE_DOUBLE = np.array([2.0**900], np.float64)
+
+CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
+SCALED_ROWS = 16  # from so many rows on, weight is converted once for all of them
+ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
+
+
+def rms_forward(x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any) -> Any:
+    """y = x · rstd · (weight_offset + weight) + bias for each row of x, see :func:`rmsnorm_np.rms_norm`."""
+    return _forward(x, weight, bias, k, eps, weight_offset, out, None)
+
+
+def layer_forward(x: Any, weight: Any, bias: Any, eps: float, weight_offset: float, out: Any) -> Any:
+    """y = (x - mean) · rstd · (weight_offset + weight) + bias for each row, see :func:`rmsnorm_np.layer_norm`."""
+    return _forward(x, weight, bias, x.shape[1], eps, weight_offset, out, 1)
+
+
+def rms_backward(dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any) -> Any:
+    """dx, dweight and dbias of `rms_forward`, see :func:`rmsnorm_np.rms_norm_backward`."""
+    return _backward(dy, x, weight, bias, k, eps, weight_offset, out, None)
+
+
+def layer_backward(dy: Any, x: Any, weight: Any, bias: Any, eps: float, weight_offset: float, out: Any) -> Any:
+    """dx, dweight and dbias of `layer_forward`, see :func:`rmsnorm_np.layer_norm_backward`."""
+    return _backward(dy, x, weight, bias, x.shape[1], eps, weight_offset, out, 1)
+
+
+def _forward(
+    x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: int | None
+) -> Any:
+    y = memory.empty(x.shape, x.dtype) if out is None else out
+    if weight is not None and len(x) >= SCALED_ROWS:
+        weight, weight_offset = _scale(x, weight, weight_offset, centred is None)
+    kernel = kernels.long_forward if x.shape[1] > kernels.LONG_ROW else kernels.forward
+    threads.launch(
+        kernel,
+        x.size,
+        _stored(x),
+        _stored(weight),
+        _stored(bias),
+        k,
+        1 if weight is None else weight.shape[0],
+        1 if bias is None else bias.shape[0],
+        weight_offset or None,
+        eps,
+        memory.streams(y),
+        centred,
+        _wide(x, centred is None),
+        _stored(y),
+    )
+    return y
+
+
+def _backward(
+    dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: int | None
+) -> Any:
+    rows, n = x.shape
+    dx = memory.empty(x.shape, x.dtype) if out is None else out
+    dweight = None if weight is None else np.empty_like(weight)
+    dbias = None if bias is None else np.empty_like(bias)
+    if rows == 0:
+        for total in (dweight, dbias):
+            if total is not None:
+                total[...] = 0
+        return dx, dweight, dbias
+    if weight is not None:
+        weight, weight_offset = _scale(x, weight, weight_offset, False)
+    weight_m = 1 if weight is None else len(weight)
+    m = max(weight_m, 1 if bias is None else len(bias))
+    streaming = memory.streams(dx) if n * x.itemsize % 64 == 0 else 0  # all rows of a block are aligned alike
+    before = (_stored(dy), _stored(x), _stored(weight), k, weight_m, m)
+    after = (weight_offset or None, eps, streaming, centred, _WIDE_DOUBLE if x.itemsize == 8 else None, _stored(dx))
+    if n <= kernels.LONG_ROW:
+        chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
+        partials = (None if total is None else np.empty((chunks * m, n)) for total in (dweight, dbias))
+        results = (_stored(dweight), _stored(dbias))
+        threads.launch(kernels.backward, x.size, *before, chunks, *after, *partials, *results)
+    else:
+        # each column is added up over the rows at once; only a parameter with fewer rows than the other needs more
+        sums = [None if t is None else t if len(t) == m else np.empty((m, n)) for t in (dweight, dbias)]
+        threads.launch(kernels.long_backward, x.size, *before, *after, *map(_stored, sums))
+        for total, sum_ in zip((dweight, dbias), sums, strict=True):
+            if total is not sum_:
+                total[...] = sum_.reshape(-1, len(total), n).sum(axis=0)
+    return dx, dweight, dbias
+
+
+def _scale(x: Any, weight: Any, weight_offset: float, half_in_float32: bool) -> tuple[Any, float]:
+    """weight_offset + weight in the precision that rows of x are computed in, and an offset of zero.
+
+    Done once here, it spares each row a conversion and an addition: a quarter of the forward pass in cache. The long
+    kernels read it only once or twice, and float64 keeps the rounding error of its sum: they take weight as it is.
+    """
+    if x.shape[1] > kernels.LONG_ROW or x.itemsize == 8:
+        return weight, weight_offset
+    dtype = np.float32 if x.itemsize == 2 and half_in_float32 and weight.dtype != np.float64 else np.float64
+    scale = weight.astype(dtype)
+    if weight_offset != 0.0:
+        scale += dtype(weight_offset)
+    return scale, 0.0
+
+
+def _stored(array: Any) -> Any:
+    """The array as the kernels see it."""
+    if array is None or array.dtype.kind == "f" and array.itemsize > 2:
+        return array
+    return array.view(_STORED[array.dtype.name])
+
+
+def _wide(x: Any, half_in_float32: bool) -> Any:
+    if x.itemsize == 8:
+        return _WIDE_DOUBLE
+    return _WIDE_HALF if x.itemsize == 2 and half_in_float32 else None
+
+
+def warmup(
+    dtypes: Sequence[str] = ("float32", "float64", "float16", "bfloat16"), report: Callable[[str], None] | None = None
+) -> None:
+    """Compile the kernels of all four functions, so that no later call has to; where a cache folder is, for good.
+
+    Weight and bias have the dtype of x, or are absent. Other combinations compile at their first call.
+
+    Parameters
+    ----------
+    dtypes : sequence of str
+        Names of the dtypes of x.
+    report : callable, optional
+        Is told the name of each step before it begins.
+    """
+    for name in dtypes:
+        if name == "bfloat16":
+            import ml_dtypes
+
+            dtype = np.dtype(ml_dtypes.bfloat16)
+        else:
+            dtype = np.dtype(name)
+        n = 64
+        for rows in (1, threads.PARALLEL_ELEMENTS // n):
+            for weight, bias in ((1, None), (None, None), (1, 1)):
+                if report is not None:
+                    report(f"{name}, {'serial' if rows == 1 else 'parallel'}, weight {weight}, bias {bias}")
+                x = np.ones((rows, n), dtype)
+                w, b = (None if given is None else np.ones((1, n), dtype) for given in (weight, bias))
+                rms_forward(x, w, b, n, 1e-6, 0.0, None)
+                layer_forward(x, w, b, 1e-6, 0.0, None)
+                rms_backward(x, x, w, b, n, 1e-6, 0.0, None)
+                layer_backward(x, x, w, b, 1e-6, 0.0, None)
+
+
+def describe() -> dict[str, Any]:
+    """What the engine runs on: versions, processor, threads, threading layer and the folder of compiled kernels."""
+    import llvmlite
+    import llvmlite.binding as llvm
+    import numba
+
+    numba.njit(parallel=True)(_touch_threads)(2)  # the threading layer is known once it has run
+    return {
+        "numba": numba.__version__,
+        "llvmlite": llvmlite.__version__,
+        "cpu": numba.config.CPU_NAME or llvm.get_host_cpu_name(),
+        "features": sorted(name for name, present in llvm.get_host_cpu_features().items() if present),
+        "threads": numba.get_num_threads(),
+        "threading_layer": numba.threading_layer(),
+        "cache": None if cache.folder() is None else str(cache.folder()),
+        "recycled_memory_limit": memory.limit(),
+    }
+
+
+def _touch_threads(n: int) -> int:
+    import numba
+
+    total = 0
+    for i in numba.prange(n):
+        total += i
+    return total

@@ -1,0 +1,64 @@
+"""How kernels are compiled: every Numba option of the CPU engine is here.
+
+No ``fastmath`` anywhere: kernels spell out their vectors (:mod:`rmsnorm_np.cpu.simd`), so LLVM need not be allowed
+to reorder sums, NaN and infinities keep their meaning, and the bits are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numba.extending
+
+from rmsnorm_np.cpu import lowering  # noqa: F401  (registers how simd compiles)
+from rmsnorm_np.cpu.cache import cached
+
+_OPTIONS: dict[str, Any] = {
+    "error_model": "numpy",  # division by zero gives inf or NaN, as the formula says, and no branch
+    "nogil": True,  # other Python threads run meanwhile
+}
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A piece of a kernel that passes lanes: always inlined, so that lanes stay in registers."""
+    return numba.njit(forceinline=True, **_OPTIONS)(function)
+
+
+def piece(function: Callable[..., Any]) -> Any:
+    """A piece of a kernel that passes pointers and numbers."""
+    return numba.njit(**_OPTIONS)(function)
+
+
+def optional(name: str, absent: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """The decorated function where argument `name` is given, and `absent` where it is None.
+
+    The choice is made by type, when the caller is compiled: the other text need not even compile. (Numba's own
+    pruning of ``if x is None`` drops a branch where x is None, but keeps both where it is not.)
+    """
+
+    def decorate(present: Callable[..., Any]) -> Any:
+        position = list(inspect.signature(present).parameters).index(name)
+
+        def either(*args: Any) -> Any:
+            return (absent if args[position] is None else present)(*args)
+
+        either.__name__, either.__doc__ = present.__name__, present.__doc__
+
+        @numba.extending.overload(either, strict=False, jit_options={"forceinline": True, **_OPTIONS})
+        def choose(*args: Any) -> Any:
+            return absent if isinstance(args[position], numba.types.NoneType) else present
+
+        return either
+
+    return decorate
+
+
+class Kernel:
+    """A function over all rows, compiled on its first call: `serial`, and `parallel` with its ``prange`` on threads."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.serial = cached(numba.njit(**_OPTIONS)(function), "serial")
+        self.parallel = cached(numba.njit(parallel=True, **_OPTIONS)(function), "parallel")

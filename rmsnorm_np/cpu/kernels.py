@@ -1,0 +1,369 @@
+"""The kernels: how rows are cut into blocks and pieces for the cache and for threads.
+
+Three shapes of work, all made of the pieces in :mod:`rmsnorm_np.cpu.rows`:
+
+- `forward`: blocks of rows that stay in the first-level cache, in two passes: the sums of each row, then the output.
+- `backward`: the same with x and dy; each task adds up its share of dweight and dbias in a row of `partial`, and the
+  shares are added in order at the end.
+- `long_forward`, `long_backward`: rows longer than LONG_ROW, each cut over all threads.
+
+Work is cut by shape alone, never by the number of threads, and a row's sums are added in an order that depends on n
+alone: so the bits are the same for any batch and any number of threads.
+
+Shapes: x, dy, y, dx (rows, n); weight, bias (m, n), where row r uses row r % m.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from rmsnorm_np.cpu.extreme import forward_extreme_row, is_ordinary, is_ordinary_gradient, write_extreme_gradient
+from rmsnorm_np.cpu.jit import Kernel, inlined, piece
+from rmsnorm_np.cpu.rows import (
+    forward_precision,
+    keep_statistics,
+    kept_mean,
+    mean_of,
+    products_of,
+    reciprocal_root,
+    segment_products,
+    segment_squares,
+    segment_sum,
+    squares_of,
+    write_gradient,
+    write_output,
+)
+from rmsnorm_np.cpu.simd import BLOCK, LANES, SEGMENT, data, float32, float64, keep, kept, load, rounded, scratch, store, zeros
+
+# Elements in a block of rows. Forward: x and y in float32 fill a 32 KiB first-level cache. Backward: x, dy and dx in
+# the second level; more rows together read and write the sums of dweight less often.
+FORWARD_BLOCK = 4096
+BACKWARD_BLOCK = 16384
+LONG_ROW = 65536  # a row longer than this is cut over the threads
+PIECE = 16 * SEGMENT  # of a long row: what a thread takes at a time
+
+
+@piece
+def block_rows(n: int, elements: int) -> int:
+    return min(BLOCK, max(1, elements // n))
+
+
+# --------------------------------------------------------------------------------------------------------- forward
+
+
+@piece
+def _forward_block(
+    x: Any, weight: Any, bias: Any, y: Any, first: int, rows: int, n: int, k: int, m: int, bias_m: int, offset: Any,
+    eps: float, streaming: int, centred: Any, wide: Any,
+) -> None:  # fmt: skip
+    work = forward_precision(centred)
+    means, totals, rstds = scratch(), scratch(), scratch()
+    for j in range(rows):
+        keep_statistics(x, (first + j) * n, n, k, means, totals, j, centred, work)
+    for j in range(rows):  # a loop of its own: LLVM takes several roots and divisions at once
+        keep(rstds, j, reciprocal_root(kept(totals, j, x), k, eps))
+    for j in range(rows):
+        start = (first + j) * n
+        shift = (first + j) % m * n - start
+        bias_shift = (first + j) % bias_m * n - start
+        if is_ordinary(kept(totals, j, x), k, eps, wide):
+            write_output(
+                x, weight, bias, y, start, start + n, shift, bias_shift, offset, kept_mean(means, j, x, centred),
+                kept(rstds, j, x), streaming, rows * n, work,
+            )  # fmt: skip
+        elif wide is not None:
+            forward_extreme_row(
+                x, weight, bias, y, start, n, k, shift + start, bias_shift + start, offset, eps, centred, wide
+            )
+
+
+def _forward(
+    x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
+    centred: Any, wide: Any, y: Any,
+) -> None:  # fmt: skip
+    rows, n = x.shape
+    block = block_rows(n, FORWARD_BLOCK)
+    for b in prange((rows + block - 1) // block):
+        first = b * block
+        _forward_block(
+            data(x), data(weight), data(bias), data(y), first, min(block, rows - first), n, k, m, bias_m, offset, eps,
+            streaming, centred, wide,
+        )  # fmt: skip
+
+
+def _long_forward(
+    x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
+    centred: Any, wide: Any, y: Any,
+) -> None:  # fmt: skip
+    rows, n = x.shape
+    segments = (n + SEGMENT - 1) // SEGMENT
+    pieces = (n + PIECE - 1) // PIECE
+    sums = np.empty((3, segments, 2))
+    for r in range(rows):
+        start = r * n
+        if centred is not None:
+            for p in prange(pieces):
+                _piece_sums(data(x), start, n, p, data(sums[0]), centred)
+            _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]), centred)
+        for p in prange(pieces):
+            _piece_squares(data(x), start, n, k, p, data(sums[2]), data(sums[1]), centred)
+        ordinary = _add_squares(data(x), k, eps, data(sums[1]), centred, wide)
+        shift = r % m * n - start
+        bias_shift = r % bias_m * n - start
+        if ordinary:
+            for q in prange(pieces):
+                # from the back: what was read last is still in the cache
+                p = pieces - 1 - q
+                _piece_output(
+                    data(x), data(weight), data(bias), data(y), start, n, p, shift, bias_shift, offset,
+                    data(sums[2]), data(sums[1]), streaming, centred,
+                )  # fmt: skip
+        elif wide is not None:
+            forward_extreme_row(
+                data(x), data(weight), data(bias), data(y), start, n, k, shift + start, bias_shift + start, offset,
+                eps, centred, wide,
+            )  # fmt: skip
+
+
+@piece
+def _piece_sums(x: Any, start: int, n: int, p: int, sums: Any, centred: Any) -> None:
+    work = forward_precision(centred)
+    for first in range(p * PIECE, min(p * PIECE + PIECE, n), SEGMENT):
+        keep(sums, first // SEGMENT, segment_sum(x, start + first, start + min(first + SEGMENT, n), work))
+
+
+@piece
+def _add_segments(x: Any, n: int, segments: int, sums: Any, means: Any, centred: Any) -> None:
+    """The mean, in place 0 of `means`."""
+    total = kept(sums, 0, x)
+    for s in range(1, segments):
+        total = total + kept(sums, s, x)
+    keep(means, 0, total / n)
+
+
+@piece
+def _piece_squares(x: Any, start: int, n: int, k: int, p: int, means: Any, sums: Any, centred: Any) -> None:
+    work = forward_precision(centred)
+    mean = kept_mean(means, 0, x, centred)
+    for first in range(p * PIECE, min(p * PIECE + PIECE, k), SEGMENT):
+        stop = min(first + SEGMENT, k)
+        keep(sums, first // SEGMENT, segment_squares(x, start + first, start + stop, mean, work))
+
+
+@piece
+def _add_squares(x: Any, k: int, eps: float, sums: Any, centred: Any, wide: Any) -> Any:
+    """rstd, in place 0 of `sums`; returns whether the sum is ordinary."""
+    total = kept(sums, 0, x)
+    for s in range(1, (k + SEGMENT - 1) // SEGMENT):
+        total = total + kept(sums, s, x)
+    keep(sums, 0, reciprocal_root(total, k, eps))
+    return is_ordinary(total, k, eps, wide)
+
+
+@piece
+def _piece_output(
+    x: Any, weight: Any, bias: Any, y: Any, start: int, n: int, p: int, shift: int, bias_shift: int, offset: Any,
+    means: Any, rstds: Any, streaming: int, centred: Any,
+) -> None:  # fmt: skip
+    first, last = start + p * PIECE, start + min(p * PIECE + PIECE, n)
+    write_output(
+        x, weight, bias, y, first, last, shift, bias_shift, offset, kept_mean(means, 0, x, centred), kept(rstds, 0, x),
+        streaming, 0, forward_precision(centred),
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- backward
+
+
+@inlined
+def _keep_gradient_sums(
+    dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, eps: float, means: Any,
+    rstds: Any, bs: Any, cs: Any, j: int, centred: Any, wide: Any,
+) -> Any:  # fmt: skip
+    """mean, rstd, b and c of the row at `start`, in place j; returns whether all sums were ordinary."""
+    keep_statistics(x, start, n, k, means, rstds, j, centred, float64)
+    total = kept(rstds, j, x)
+    rstd = reciprocal_root(total, k, eps)
+    mean = kept_mean(means, j, x, centred)
+    sums, products = products_of(dy, x, weight, start, n, shift, offset, mean, float64)
+    keep(rstds, j, rstd)
+    keep(bs, j, sums / k)
+    keep(cs, j, products * rstd / k)
+    return is_ordinary(total, k, eps, wide) and is_ordinary_gradient(sums, products, wide)
+
+
+@piece
+def _backward_block(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, rows: int, base: int, step: int, n: int, k: int,
+    shift: int, out_shift: int, offset: Any, eps: float, streaming: int, fresh: int, centred: Any, wide: Any,
+) -> None:  # fmt: skip
+    """Rows that start at base, base + step, …; shift and out_shift: where their row of weight and of dweight starts."""
+    means, rstds, bs, cs = scratch(), scratch(), scratch(), scratch()
+    ordinary = True
+    for j in range(rows):
+        start = base + j * step
+        ordinary &= _keep_gradient_sums(
+            dy, x, weight, start, n, k, shift - start, offset, eps, means, rstds, bs, cs, j, centred, wide
+        )
+    if ordinary:
+        write_gradient(
+            dy, x, weight, dx, dweight, dbias, 0, k, rows, base, step, shift, out_shift, offset, means, rstds, bs, cs,
+            1, streaming, fresh, centred, float64,
+        )  # fmt: skip
+        write_gradient(
+            dy, x, weight, dx, dweight, dbias, k, n, rows, base, step, shift, out_shift, offset, means, rstds, bs, cs,
+            0, streaming, fresh, centred, float64,
+        )  # fmt: skip
+    elif wide is not None:
+        for j in range(rows):
+            write_extreme_gradient(
+                dy, x, weight, dx, dweight, dbias, base + j * step, n, k, shift, out_shift, offset, eps,
+                fresh and j == 0, centred, wide,
+            )  # fmt: skip
+
+
+def _backward(
+    dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, streaming: int,
+    centred: Any, wide: Any, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any, dbias: Any,
+) -> None:  # fmt: skip
+    """Task t adds up rows t % m, t % m + m, … of one of `chunks` parts in row t of the partial sums."""
+    rows, n = x.shape
+    groups = rows // m
+    block = block_rows(n, BACKWARD_BLOCK)
+    for t in prange(chunks * m):
+        first, stop = groups * (t // m) // chunks, groups * (t // m + 1) // chunks
+        for g in range(first, stop, block):
+            _backward_block(
+                data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial),
+                min(block, stop - g), (g * m + t % m) * n, m * n, n, k, t % m % weight_m * n, t * n, offset, eps,
+                streaming, g == first, centred, wide,
+            )  # fmt: skip
+    if dweight is not None:
+        for p in prange((n + SEGMENT - 1) // SEGMENT):
+            _add_partials(data(weight_partial), data(dweight), chunks * m, dweight.shape[0], n, p)
+    if dbias is not None:
+        for p in prange((n + SEGMENT - 1) // SEGMENT):
+            _add_partials(data(bias_partial), data(dbias), chunks * m, dbias.shape[0], n, p)
+
+
+@piece
+def _add_partials(partial: Any, total: Any, tasks: int, m: int, n: int, p: int) -> None:
+    """Rows h, h + m, … of the partial sums, added in this order, are row h of the total."""
+    like = rounded(zeros(partial, float64))
+    for h in range(m):
+        for i in range(p * SEGMENT, min(p * SEGMENT + SEGMENT, n), LANES):
+            count = min(LANES, n - i)
+            lanes = load(partial, h * n + i, like, count)
+            for t in range(h + m, tasks, m):
+                lanes = lanes + load(partial, t * n + i, like, count)
+            store(total, h * n + i, lanes, count)
+
+
+forward = Kernel(_forward)
+long_forward = Kernel(_long_forward)
+backward = Kernel(_backward)
+
+
+def _long_backward(
+    dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, offset: Any, eps: float, streaming: int,
+    centred: Any, wide: Any, dx: Any, dweight: Any, dbias: Any,
+) -> None:  # fmt: skip
+    """First the sums of all rows, then the columns: each column piece adds dweight and dbias over the rows by itself.
+
+    dweight and dbias have shape (m, n) here and no partial sums stand between: at this n those would cost more
+    traffic than reading x and dy again.
+    """
+    rows, n = x.shape
+    segments = (n + SEGMENT - 1) // SEGMENT
+    pieces = (n + PIECE - 1) // PIECE
+    sums = np.empty((4, segments, 2))
+    numbers = np.empty((4, m, rows // m, 2))  # mean, rstd, b, c; together for the rows that share a row of dweight
+    ordinary = True
+    for r in range(rows):
+        start = r * n
+        shift = r % weight_m * n - start
+        if centred is not None:
+            for p in prange(pieces):
+                _piece_sums(data(x), start, n, p, data(sums[0]), centred)
+            _add_segments(data(x), n, segments, data(sums[0]), data(sums[3]), centred)
+        for p in prange(pieces):
+            _piece_gradient_sums(
+                data(dy), data(x), data(weight), start, n, k, shift, offset, p, data(sums[3]), data(sums[0]),
+                data(sums[1]), data(sums[2]), centred,
+            )  # fmt: skip
+        ordinary &= _add_gradient_sums(
+            data(x), n, k, eps, segments, data(sums[3]), data(sums[0]), data(sums[1]), data(sums[2]), r // m,
+            data(numbers[0, r % m]), data(numbers[1, r % m]), data(numbers[2, r % m]), data(numbers[3, r % m]),
+            centred, wide,
+        )  # fmt: skip
+    if ordinary:
+        for t in prange(pieces * m):
+            p, h = pieces - 1 - t // m, t % m
+            _piece_gradient(
+                data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), p, h, rows, n, k, weight_m, m,
+                offset, data(numbers[0, h]), data(numbers[1, h]), data(numbers[2, h]), data(numbers[3, h]),
+                streaming, centred,
+            )  # fmt: skip
+    elif wide is not None:
+        for r in range(rows):
+            write_extreme_gradient(
+                data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), r * n, n, k, r % weight_m * n,
+                r % m * n, offset, eps, r < m, centred, wide,
+            )  # fmt: skip
+
+
+@piece
+def _piece_gradient_sums(
+    dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, p: int, means: Any,
+    squares: Any, sums: Any, products: Any, centred: Any,
+) -> None:  # fmt: skip
+    mean = kept_mean(means, 0, x, centred)
+    for first in range(p * PIECE, min(p * PIECE + PIECE, n), SEGMENT):
+        s, stop = first // SEGMENT, min(first + SEGMENT, n)
+        if first < k:
+            keep(squares, s, segment_squares(x, start + first, start + min(stop, k), mean, float64))
+        g_sum, product = segment_products(dy, x, weight, start + first, start + stop, shift, offset, mean, float64)
+        keep(sums, s, g_sum)
+        keep(products, s, product)
+
+
+@piece
+def _add_gradient_sums(
+    x: Any, n: int, k: int, eps: float, segments: int, mean: Any, squares: Any, sums: Any, products: Any, j: int,
+    means: Any, rstds: Any, bs: Any, cs: Any, centred: Any, wide: Any,
+) -> Any:  # fmt: skip
+    """mean, rstd, b and c of a row, in place j; returns whether all sums were ordinary."""
+    total = kept(squares, 0, x)
+    for s in range(1, (k + SEGMENT - 1) // SEGMENT):
+        total = total + kept(squares, s, x)
+    g_sum, product = kept(sums, 0, x), kept(products, 0, x)
+    for s in range(1, segments):
+        g_sum = g_sum + kept(sums, s, x)
+        product = product + kept(products, s, x)
+    rstd = reciprocal_root(total, k, eps)
+    if centred is not None:
+        keep(means, j, kept(mean, 0, x))
+    keep(rstds, j, rstd)
+    keep(bs, j, g_sum / k)
+    keep(cs, j, product * rstd / k)
+    return is_ordinary(total, k, eps, wide) and is_ordinary_gradient(g_sum, product, wide)
+
+
+@piece
+def _piece_gradient(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, p: int, h: int, rows: int, n: int, k: int,
+    weight_m: int, m: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, streaming: int, centred: Any,
+) -> None:  # fmt: skip
+    """The columns of piece p, in the rows h, h + m, … that share row h of dweight; with m = 1 these are all."""
+    first, last = p * PIECE, min(p * PIECE + PIECE, n)
+    for start, stop, inside in ((first, min(last, k), 1), (max(first, k), last, 0)):
+        write_gradient(
+            dy, x, weight, dx, dweight, dbias, start, stop, rows // m, h * n, m * n, h % weight_m * n, h * n, offset,
+            means, rstds, bs, cs, inside, streaming, 1, centred, float64,
+        )  # fmt: skip
+
+
+long_backward = Kernel(_long_backward)

@@ -1,0 +1,127 @@
+"""Where outputs live: aligned to cache lines, and large ones in memory that was used before.
+
+A fresh array of tens of megabytes costs more than the norm: the kernel of the operating system hands out its pages one
+by one, zeroed. So the memory of a large output goes back to a pool when the last array, view or export of it is gone,
+and the next output of about that size takes it from there.
+
+The pool never holds more than a limit: 512 MiB, or ``RMSNORM_NP_RECYCLE_MB`` megabytes, or what `set_limit` says; 0
+switches it off. When the pool is full, memory goes back to the operating system.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from typing import Any
+
+import numpy as np
+
+LINE = 64  # bytes of a cache line, and of the widest vector
+STREAM_BYTES = 8 << 20  # outputs larger than this are written past the cache: they would not stay in it
+RECYCLE_BYTES = 1 << 20  # smaller arrays are NumPy's: the C library recycles those itself
+DEFAULT_LIMIT_MB = 512
+_ROUND = 1 << 21  # sizes are multiples of a huge page
+
+
+class _Pool:
+    """Free buffers, the latest last."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.free: list[mmap.mmap] = []
+        # re-entrant: collecting garbage while the lock is held can end a lease, which comes here again
+        self.lock = threading.RLock()
+
+    def take(self, size: int) -> mmap.mmap:
+        """A free buffer of this size or up to a quarter more, or a new one."""
+        size = -(-size // _ROUND) * _ROUND
+        with self.lock:
+            for i in reversed(range(len(self.free))):
+                if size <= len(self.free[i]) <= size + size // 4:
+                    return self.free.pop(i)
+        try:
+            buffer = mmap.mmap(-1, size)
+        except OSError as error:
+            raise MemoryError(f"{size} bytes for an output could not be allocated") from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        return buffer
+
+    def give(self, buffer: mmap.mmap) -> None:
+        with self.lock:
+            self.free.append(buffer)
+            self.trim()
+
+    def trim(self) -> None:
+        """Drop the oldest buffers until the rest is within the limit."""
+        with self.lock:
+            while sum(map(len, self.free)) > self.limit:
+                del self.free[0]
+
+
+class _Lease:
+    """A buffer while arrays live in it: each array, view or export of one keeps the lease, and its end ends the use."""
+
+    __slots__ = ("__array_interface__", "_buffer", "_pool")
+
+    def __init__(self, pool: _Pool, buffer: mmap.mmap, size: int) -> None:
+        self._pool = pool
+        self._buffer = buffer
+        address = np.frombuffer(buffer, np.uint8).ctypes.data
+        self.__array_interface__ = {"version": 3, "shape": (size,), "typestr": "|u1", "data": (address, False)}
+
+    def __del__(self) -> None:
+        self._pool.give(self._buffer)
+
+
+def _limit_from_environment() -> int:
+    text = os.environ.get("RMSNORM_NP_RECYCLE_MB", "")
+    if not text:
+        return DEFAULT_LIMIT_MB << 20
+    if not text.isdecimal():
+        raise ValueError(f"RMSNORM_NP_RECYCLE_MB is {text!r}, expected a whole number of megabytes")
+    return int(text) << 20
+
+
+_pool = _Pool(_limit_from_environment())
+
+
+def _renew_lock() -> None:
+    _pool.lock = threading.RLock()  # another thread may have held it when the process was forked
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def limit() -> int:
+    """Bytes of unused memory that the pool keeps at most."""
+    return _pool.limit
+
+
+def set_limit(limit: int) -> int:
+    """Keep at most `limit` bytes of unused memory, 0 for none, and give back what is more; returns the limit before."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise ValueError(f"limit is {limit!r}, expected a number of bytes >= 0")
+    before, _pool.limit = _pool.limit, limit
+    _pool.trim()
+    return before
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array with unset elements, C-contiguous; aligned to a cache line if it is large."""
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    if size < RECYCLE_BYTES or _pool.limit == 0:
+        return np.empty(shape, dtype)
+    return np.asarray(_Lease(_pool, _pool.take(size), size)).view(dtype).reshape(shape)
+
+
+def streams(y: Any) -> int:
+    """1 where writing past the cache pays: a result that would not stay in the cache, in rows that fill lines."""
+    if y.nbytes < STREAM_BYTES:
+        return 0
+    row = y.shape[1] * y.itemsize
+    return int(row >= 8192 or (row % LINE == 0 and y.ctypes.data % LINE == 0))

@@ -1,0 +1,296 @@
+"""What happens to one row: its sums, and the elements it gives. Shared by the kernels for blocks and for long rows.
+
+RMSNorm and LayerNorm are one text: where `mean` or `centred` is None nothing is subtracted, and Numba drops the branch.
+Arguments are pointers (:func:`simd.data`), flat offsets and numbers; `_formulas` has the mathematics.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from rmsnorm_np import _formulas
+from rmsnorm_np.cpu.jit import inlined, optional, piece
+from rmsnorm_np.cpu.simd import (
+    LANES,
+    SEGMENT,
+    across,
+    add_exact_square,
+    add_product,
+    first_lanes,
+    float32,
+    float64,
+    keep,
+    kept,
+    load,
+    prefetch,
+    rounded,
+    store,
+    stream,
+    until_aligned,
+    zeros,
+)
+
+reciprocal_root = inlined(_formulas.reciprocal_root)
+rms_gradient = inlined(_formulas.rms_gradient)
+layer_gradient = inlined(_formulas.layer_gradient)
+outside_gradient = inlined(_formulas.outside_gradient)
+
+
+@optional("mean", lambda lanes, mean: lanes)
+def minus(lanes: Any, mean: Any) -> Any:
+    return lanes - mean
+
+
+@optional("offset", lambda lanes, offset: lanes)
+def plus(lanes: Any, offset: Any) -> Any:
+    return lanes + offset
+
+
+@optional("weight", lambda weight, offset, i, like, count: None)
+def scale_of(weight: Any, offset: Any, i: int, like: Any, count: Any) -> Any:
+    """(weight_offset + weight), or None without a weight; an offset of zero is passed as None."""
+    return plus(load(weight, i, like, count), offset)
+
+
+@optional("scale", lambda lanes, scale: lanes)
+def times(lanes: Any, scale: Any) -> Any:
+    return lanes * scale
+
+
+@optional("bias", lambda lanes, bias, i, like, count: lanes)
+def plus_bias(lanes: Any, bias: Any, i: int, like: Any, count: Any) -> Any:
+    return lanes + load(bias, i, like, count)
+
+
+@optional("centred", lambda centred: float32)
+def forward_precision(centred: Any) -> Any:
+    """RMSNorm of half types needs only float32; the difference x - mean needs more."""
+    return float64
+
+
+@optional("mean", lambda total, lanes, mean, count: add_exact_square(total, lanes))
+def add_square(total: Any, lanes: Any, mean: Any, count: Any) -> Any:
+    """total + (lanes - mean)², where lanes from `count` on stay out of it."""
+    difference = first_lanes(lanes - mean, count)
+    return total + difference * difference
+
+
+@optional("mean", lambda total, lanes, mean: total)
+def add_if_centred(total: Any, lanes: Any, mean: Any) -> Any:
+    return total + lanes
+
+
+# ------------------------------------------------------------------------------------------------- sums over a row
+# Each adds SEGMENT elements in the lanes and the lanes by halves; what is longer is the sum of its segments, in order.
+
+
+@inlined
+def segment_sum(x: Any, start: int, stop: int, work: Any) -> Any:
+    """Sum of x."""
+    lanes = zeros(x, work)
+    body = stop - (stop - start) % LANES
+    for i in range(start, body, LANES):
+        lanes = lanes + load(x, i, work)
+    if body < stop:
+        lanes = lanes + load(x, body, work, stop - body)
+    return across(lanes)
+
+
+@inlined
+def segment_squares(x: Any, start: int, stop: int, mean: Any, work: Any) -> Any:
+    """Sum of (x - mean)²."""
+    lanes = zeros(x, work)
+    body = stop - (stop - start) % LANES
+    for i in range(start, body, LANES):
+        lanes = add_square(lanes, load(x, i, work), mean, None)
+    if body < stop:
+        lanes = add_square(lanes, load(x, body, work, stop - body), mean, stop - body)
+    return across(lanes)
+
+
+@inlined
+def segment_products(
+    dy: Any, x: Any, weight: Any, start: int, stop: int, shift: int, offset: Any, mean: Any, work: Any
+) -> Any:
+    """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean), g = dy · (weight_offset + weight[shift + i])."""
+    like = zeros(x, work)
+    sums = zeros(x, work)
+    products = zeros(x, work)
+    body = stop - (stop - start) % LANES
+    for i in range(start, body, LANES):
+        g = times(load(dy, i, like), scale_of(weight, offset, shift + i, like, None))
+        sums = add_if_centred(sums, g, mean)
+        products = add_product(products, g, minus(load(x, i, work), mean))
+    if body < stop:
+        count = stop - body
+        g = times(load(dy, body, like, count), scale_of(weight, offset, shift + body, like, count))
+        sums = add_if_centred(sums, g, mean)
+        products = add_product(products, g, minus(load(x, body, work, count), mean))
+    return across(sums), across(products)
+
+
+@inlined
+def mean_of(x: Any, start: int, n: int, work: Any) -> Any:
+    total = across(zeros(x, work))
+    for first in range(start, start + n, SEGMENT):
+        total = total + segment_sum(x, first, min(first + SEGMENT, start + n), work)
+    return total / n
+
+
+@inlined
+def squares_of(x: Any, start: int, k: int, mean: Any, work: Any) -> Any:
+    total = across(zeros(x, work))
+    for first in range(start, start + k, SEGMENT):
+        total = total + segment_squares(x, first, min(first + SEGMENT, start + k), mean, work)
+    return total
+
+
+@inlined
+def products_of(
+    dy: Any, x: Any, weight: Any, start: int, n: int, shift: int, offset: Any, mean: Any, work: Any
+) -> Any:
+    sums = products = across(zeros(x, work))
+    for first in range(start, start + n, SEGMENT):
+        stop = min(first + SEGMENT, start + n)
+        g_sum, product = segment_products(dy, x, weight, first, stop, shift, offset, mean, work)
+        sums = sums + g_sum
+        products = products + product
+    return sums, products
+
+
+@optional("centred", lambda means, j, x, centred: None)
+def kept_mean(means: Any, j: int, x: Any, centred: Any) -> Any:
+    return kept(means, j, x)
+
+
+@inlined
+def keep_statistics(
+    x: Any, start: int, n: int, k: int, means: Any, totals: Any, j: int, centred: Any, work: Any
+) -> Any:
+    """Put the mean (LayerNorm) and the sum of squares of the row at `start` in place j."""
+    if centred is None:
+        keep(totals, j, squares_of(x, start, k, None, work))
+    else:
+        mean = mean_of(x, start, n, work)
+        keep(means, j, mean)
+        keep(totals, j, squares_of(x, start, n, mean, work))
+
+
+# ------------------------------------------------------------------------------------------------ what a row gives
+
+
+@inlined
+def output_lanes(
+    x: Any, weight: Any, bias: Any, i: int, shift: int, bias_shift: int, offset: Any, mean: Any, rstd: Any,
+    work: Any, count: Any,
+) -> Any:  # fmt: skip
+    """y of the elements from i on; weight and bias of element i are at shift + i and bias_shift + i."""
+    lanes = load(x, i, work, count)
+    xhat = minus(lanes, mean) * rstd
+    y = times(xhat, scale_of(weight, offset, shift + i, lanes, count))
+    return plus_bias(y, bias, bias_shift + i, lanes, count)
+
+
+@piece
+def write_output(
+    x: Any, weight: Any, bias: Any, y: Any, start: int, stop: int, shift: int, bias_shift: int, offset: Any,
+    mean: Any, rstd: Any, streaming: int, ahead: int, work: Any,
+) -> None:  # fmt: skip
+    """y from start to stop, and a prefetch of what lies `ahead` of x (0: none)."""
+    head = start
+    if streaming:
+        head = min(start + until_aligned(y, start), stop)
+        if start < head:
+            count = head - start
+            first = output_lanes(x, weight, bias, start, shift, bias_shift, offset, mean, rstd, work, count)
+            store(y, start, first, count)
+    body = stop - (stop - head) % LANES
+    if streaming:
+        for i in range(head, body, LANES):
+            stream(y, i, output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, None))
+            prefetch(x, i + ahead)
+    else:
+        for i in range(head, body, LANES):
+            store(y, i, output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, None))
+    if body < stop:
+        count = stop - body
+        last = output_lanes(x, weight, bias, body, shift, bias_shift, offset, mean, rstd, work, count)
+        store(y, body, last, count)
+
+
+@inlined
+def gradient_lanes(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, i: int, rows: int, base: int, step: int,
+    shift: int, out_shift: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, inside: int, streaming: int,
+    fresh: int, centred: Any, work: Any, count: Any,
+) -> None:  # fmt: skip
+    """dx in columns i, i + 1, … of `rows` rows, which start at base, base + step, …; their share of dweight, dbias.
+
+    The shares stay in registers over the rows; they begin at zero when `fresh`, else with what stands there.
+    """
+    like = zeros(x, work)
+    scale = scale_of(weight, offset, shift + i, like, count)
+    weight_sum = rounded(like)
+    bias_sum = rounded(like)
+    if not fresh:
+        if dweight is not None:
+            weight_sum = rounded(load(dweight, out_shift + i, weight_sum, count))
+        if dbias is not None:
+            bias_sum = rounded(load(dbias, out_shift + i, bias_sum, count))
+    for j in range(rows):
+        here = base + j * step + i
+        dy_lanes = load(dy, here, like, count)
+        g = times(dy_lanes, scale)
+        rstd = kept(rstds, j, x)
+        xhat = minus(load(x, here, work, count), kept_mean(means, j, x, centred)) * rstd
+        if dweight is not None:
+            weight_sum = add_product(weight_sum, dy_lanes, xhat)
+        if dbias is not None:
+            bias_sum = bias_sum + rounded(dy_lanes)
+        if centred is not None:
+            lanes = layer_gradient(g, xhat, kept(bs, j, x), kept(cs, j, x), rstd)
+        elif inside:
+            lanes = rms_gradient(g, xhat, kept(cs, j, x), rstd)
+        else:
+            lanes = outside_gradient(g, rstd)
+        if streaming:
+            stream(dx, here, lanes)
+        else:
+            store(dx, here, lanes, count)
+    if dweight is not None:
+        store(dweight, out_shift + i, weight_sum, count)
+    if dbias is not None:
+        store(dbias, out_shift + i, bias_sum, count)
+
+
+@piece
+def write_gradient(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, start: int, stop: int, rows: int, base: int,
+    step: int, shift: int, out_shift: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, inside: int,
+    streaming: int, fresh: int, centred: Any, work: Any,
+) -> None:  # fmt: skip
+    """`gradient_lanes` for columns start to stop; streaming asks that all rows are aligned alike."""
+    if start >= stop:
+        return
+    head = start
+    if streaming:
+        head = min(start + until_aligned(dx, base + start), stop)
+        if start < head:
+            gradient_lanes(
+                dy, x, weight, dx, dweight, dbias, start, rows, base, step, shift, out_shift, offset, means, rstds,
+                bs, cs, inside, 0, fresh, centred, work, head - start,
+            )  # fmt: skip
+    body = stop - (stop - head) % LANES
+    for i in range(head, body, LANES):
+        gradient_lanes(
+            dy, x, weight, dx, dweight, dbias, i, rows, base, step, shift, out_shift, offset, means, rstds,
+            bs, cs, inside, streaming, fresh, centred, work, None,
+        )  # fmt: skip
+    if body < stop:
+        gradient_lanes(
+            dy, x, weight, dx, dweight, dbias, body, rows, base, step, shift, out_shift, offset, means, rstds,
+            bs, cs, inside, 0, fresh, centred, work, stop - body,
+        )  # fmt: skip

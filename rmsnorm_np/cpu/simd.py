@@ -1,0 +1,158 @@
+"""Vectors of LANES numbers, so that a row kernel reads like the formula it computes.
+
+A kernel says ``v = load(x, i)`` and then ``v * rstd * load(weight, i, v)``. Each function below is plain Python on
+NumPy arrays: that text says what it means, and it is what runs under ``NUMBA_DISABLE_JIT=1``. How it compiles to
+vector instructions is in :mod:`rmsnorm_np.cpu.lowering`.
+
+What the lanes hold depends on what was loaded, so that one kernel text serves every dtype:
+
+========  ===============================  ==========================================================
+kind      loaded from                      arithmetic
+========  ===============================  ==========================================================
+single    float16, bfloat16                float32, where the caller says that is enough
+double    float32; half types otherwise    float64: the product of two such numbers is exact
+exact     float64                          float64 whose products and sums keep their rounding error
+pair      (results of ``exact``)           the unevaluated sum of two float64, about 106 bits
+========  ===============================  ==========================================================
+
+LANES is the same on every machine, LLVM cuts the vectors to what the processor has; nothing is reordered, and
+multiply-add is used only where the product is exact anyway. So the bits are the same with SSE2, AVX-512 or NEON.
+
+Numba's CPU target has no 16-bit floats: such arrays arrive as their stored bits, uint16 for float16 and int16 for
+bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LANES = 32  # 4 AVX-512 or 8 AVX2 registers of float64: enough independent sums to hide the latency of an addition
+SEGMENT = 2048  # elements summed in the lanes before the lanes are added up: bounds the error of float32 sums
+
+BLOCK = 64  # rows that are worked on together, at most
+
+Lanes = Any  # compiled: a vector type of its own; in plain Python: an array of LANES float32, float64 or longdouble
+
+float32 = np.float32  # "halves may be computed in float32"
+float64 = np.float64  # "halves are computed in float64"
+
+
+def data(array: NDArray[Any] | None) -> Any:
+    """The array as a pointer to its first element, None for None. Pointers count no references: passing an array
+    to a function costs two atomic additions, on one cache line for all threads (measured: 6 times slower at n = 64).
+    """
+    return None if array is None else array.reshape(-1)
+
+
+def load(source: Any, start: int, work: Any, count: int | None = None) -> Lanes:
+    """Elements ``start`` to ``start + count`` (LANES by default), and zeros in the lanes behind.
+
+    ``work`` is the precision for half types, `float32` or `float64`; or it is lanes, whose kind is matched.
+    """
+    count = LANES if count is None else count
+    stored = source[start : start + count]
+    if source.dtype == np.uint16:
+        stored = stored.view(np.float16)
+    elif source.dtype == np.int16:
+        stored = (stored.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    lanes = np.zeros(LANES, _working_dtype(source.dtype, work))
+    lanes[:count] = stored
+    return lanes
+
+
+def zeros(source: Any, work: Any) -> Lanes:
+    """Zeros of the kind that sums of ``load(source, ...)`` have."""
+    return np.zeros(LANES, _working_dtype(source.dtype, work))
+
+
+def store(target: Any, start: int, lanes: Lanes, count: int | None = None) -> None:
+    """Round each of the first ``count`` lanes once to the target's dtype and write them from ``start`` on."""
+    count = LANES if count is None else count
+    if target.dtype == np.uint16:
+        stored = lanes.astype(np.float32).astype(np.float16).view(np.uint16)
+    elif target.dtype == np.int16:
+        bits = lanes.astype(np.float32).view(np.uint32)
+        even = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # round half to even
+        quiet = bits | np.uint32(0x400000)
+        stored = (np.where(np.isnan(lanes), quiet, even) >> np.uint32(16)).astype(np.uint16).view(np.int16)
+    else:
+        stored = lanes.astype(target.dtype)
+    target[start : start + count] = stored[:count]
+
+
+def stream(target: Any, start: int, lanes: Lanes) -> None:
+    """`store` past the cache: the line is not read first. ``target[start]`` must be aligned to 64 bytes."""
+    store(target, start, lanes)
+
+
+def prefetch(source: Any, start: int) -> None:
+    """Ask for the LANES elements from ``start`` on; harmless where there are none."""
+
+
+def until_aligned(target: Any, start: int) -> int:
+    """How many elements lie between ``start`` and the next address that `stream` accepts."""
+    return int(-(target.ctypes.data + start * target.itemsize) % 64) // int(target.itemsize)
+
+
+def first_lanes(lanes: Lanes, count: int | None) -> Lanes:
+    """The first ``count`` lanes, and zeros in the lanes behind; all lanes for None."""
+    return lanes if count is None else np.where(np.arange(LANES) < count, lanes, lanes.dtype.type(0))
+
+
+def add_exact_square(total: Lanes, lanes: Lanes) -> Lanes:
+    """``total + lanes * lanes``; the square is exact for every kind, so fusing it changes no bit."""
+    return total + lanes * lanes
+
+
+def add_product(total: Lanes, a: Lanes, b: Lanes) -> Lanes:
+    """``total + a * b`` with one rounding where the processor has fused multiply-add, with two where it has not.
+
+    The total of lanes that are `double` stays so, whatever the factors are.
+    """
+    return (total + a * b).astype(total.dtype)
+
+
+def across(lanes: Lanes) -> Any:
+    """The sum over the lanes, by halves: 32 to 16 to 8 … A float64; for `exact` and `pair` a pair."""
+    lanes = lanes.astype(np.result_type(lanes.dtype, np.float64))
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = lanes[:half] + lanes[half:]
+    return lanes[0]
+
+
+def rounded(number: Any) -> Any:
+    """Lanes, or a number from `across`, as plain float64."""
+    return np.asarray(number).astype(np.float64)[()]
+
+
+def scratch() -> Any:
+    """Room on the stack for BLOCK numbers, for `keep` and `kept`; elsewhere: two float64 for each number."""
+    return np.empty(2 * BLOCK)
+
+
+def keep(room: Any, j: int, number: Any) -> None:
+    """Put a number from `across`, or one computed from it, in place ``j``; a pair takes two float64."""
+    if isinstance(number, np.longdouble):
+        room[2 * j] = np.float64(number)
+        room[2 * j + 1] = np.float64(number - room[2 * j])
+    else:
+        room[j] = number
+
+
+def kept(room: Any, j: int, source: Any) -> Any:
+    """The number in place ``j``, of the kind that sums of ``load(source, ...)`` have."""
+    return np.longdouble(room[2 * j]) + room[2 * j + 1] if source.dtype == np.float64 else room[j]
+
+
+def _working_dtype(stored: np.dtype[Any], work: Any) -> Any:
+    if isinstance(work, np.ndarray):
+        if work.dtype == np.float32 and stored == np.float64:
+            return np.float64
+        return work.dtype
+    if stored == np.float64:
+        return np.longdouble
+    return np.float64 if stored == np.float32 else work

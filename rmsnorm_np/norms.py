@@ -1,0 +1,348 @@
+"""The public functions: what they promise, and which engine keeps the promise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rmsnorm_np import _arguments, _backends, reference
+from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+
+def rms_norm(
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    p: float = 1.0,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array:
+    """Divide each row of x by its root mean square: RMSNorm, and pRMSNorm for ``p < 1``.
+
+    A row is what lies along `axis`; all rows are normalised independently.
+
+    Parameters
+    ----------
+    x : array_like, of any shape with at least one axis
+        float16, bfloat16 (``ml_dtypes``), float32 or float64 in any layout; never written. Integers, bools and
+        Python lists of numbers are taken as float64.
+    weight : array_like, optional
+        Factor of each element. Its shape is a trailing part of ``x.shape`` that covers at least the normalised axes:
+        ``(n,)`` for one factor per element of a row, ``(heads, n)`` for one per head and element. If `axis` is not
+        trailing, it is the shape of the normalised axes. Any of the dtypes above, whatever that of x.
+    bias : array_like, optional
+        Added at the end. Shape and dtype as for `weight`.
+    eps : float, default 1e-6
+        Added to the mean square, inside the root. Finite, not negative.
+    p : float, default 1.0
+        Fraction of each row that the root mean square is taken over: its first ``k = ceil(n * p)`` elements, where
+        a rounding error in p or in the product never adds one. ``0 < p <= 1``.
+    axis : int or tuple of int, default -1
+        The axes that make up a row, in the order of x. Trailing axes of a C-contiguous x are not copied.
+    weight_offset : float, default 0.0
+        Added to `weight`: 1.0 for weights stored as the difference to one, as Gemma's are.
+    out : ndarray, optional
+        Where y is written: exactly the shape and dtype of y, writable, any layout. It may be x itself, and may
+        overlap any argument in any other way as well.
+    backend : {None, "reference", "cpu", "cuda"}, optional
+        The engine. None takes "cuda" for a device array (``__cuda_array_interface__``) and "cpu" for all else. Nothing
+        falls back to another engine, and no array is moved to or from a device.
+
+    Returns
+    -------
+    y : ndarray
+        Shape and dtype of x; `out` if that was given.
+
+    Raises
+    ------
+    TypeError
+        If an array is complex, extended precision, of objects, strings or records, or masked, or a ``numpy.matrix``;
+        if `out` is no ndarray or has another dtype than y; if `axis` is no int; if a number is none; if x does not
+        lie where `backend` computes.
+    ValueError
+        If x has no axis, or no element along `axis`; if `axis` is out of range, empty or names an axis twice; if the
+        shape of `weight`, `bias` or `out` does not fit; if `eps`, `p` or `weight_offset` is out of range, or
+        `weight_offset` has no weight to be added to; if `out` is read-only; if no backend has that name.
+    ImportError
+        If what the backend needs is not installed.
+
+    See Also
+    --------
+    rms_norm_backward : its gradients.
+    rmsnorm_np.reference.rms_norm : the same in readable NumPy.
+
+    Notes
+    -----
+    ::
+
+        y = x / sqrt(mean(x[:k]²) + eps) · (weight_offset + weight) + bias
+
+    Eq. 4 of Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019 (arXiv:1910.07467), with eps
+    inside the root. The result is the exact one, rounded once: within 0.51 ULP of the largest of its terms for
+    float16, bfloat16 and float32, within 1 ULP for float64. No row of finite numbers overflows on the way. NaN and
+    Inf follow the formula in their own row and reach no other. A row gives the same bits in any batch, layout and
+    number of threads.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rmsnorm_np import rms_norm
+    >>> x = np.array([[3.0, 4.0], [30.0, 40.0]])
+    >>> rms_norm(x, eps=0.0)
+    array([[0.84852814, 1.13137085],
+           [0.84852814, 1.13137085]])
+
+    With a weight, and with the RMS of the first half of each row:
+
+    >>> rms_norm(x, np.array([1.0, 10.0]), eps=0.0, p=0.5)
+    array([[ 1.        , 13.33333333],
+           [ 1.        , 13.33333333]])
+
+    In place:
+
+    >>> x = np.array([[3.0, 4.0]], np.float32)
+    >>> rms_norm(x, out=x) is x
+    True
+    """
+    engine = _backends.select(x, backend)
+    if engine is reference:
+        return reference.rms_norm(x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out)
+    rows, _, w, b, k, eps, weight_offset, rows_out, restore = _arguments.engine_arguments(
+        x, None, weight, bias, eps, p, axis, weight_offset, out
+    )
+    y: Array = engine.rms_forward(rows, w, b, k, eps, weight_offset, rows_out)
+    return y if restore is None else restore(y)
+
+
+def rms_norm_backward(
+    dy: npt.ArrayLike,
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    p: float = 1.0,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> RMSNormGrads:
+    """Gradients of a loss by x, weight and bias of `rms_norm`, from its gradient by y.
+
+    Nothing is saved between forward and backward but x: the root mean square is computed again in the pass that
+    has to read x anyway.
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient of the loss by y. Shape of x; any of the dtypes of x, whatever that of x.
+    x, weight, bias, eps, p, axis, weight_offset, backend
+        As given to `rms_norm`. Of `bias`, only the shape and the dtype matter here.
+    out : ndarray, optional
+        Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy or x itself, and
+        may overlap any argument in any other way as well.
+
+    Returns
+    -------
+    RMSNormGrads
+        A named tuple: ``dx`` with the shape and dtype of x, ``dweight`` with those of weight, ``dbias`` with those of
+        bias (float64 for a parameter of integers). ``dweight`` and ``dbias`` are None where the parameter is None.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError
+        As `rms_norm`; a ValueError too if dy has another shape than x.
+
+    See Also
+    --------
+    rms_norm : the forward function, with all parameters explained.
+    rmsnorm_np.reference.rms_norm_backward : the same in readable NumPy.
+
+    Notes
+    -----
+    With ``xhat = x · rstd`` and ``g = dy · (weight_offset + weight)``, in each row::
+
+        c      = sum(g · xhat) / k                        over all n elements
+        dx_i   = rstd · (g_i - [i < k] · xhat_i · c)
+        dweight = sum(dy · xhat),  dbias = sum(dy)        over all rows that share the parameter
+
+    Eq. 8 and 9 of Zhang and Sennrich, NeurIPS 2019, with eps, and with p in the first k elements. dx is within
+    0.51 ULP of the largest of its terms; dweight and dbias are summed in float64, or more precisely. Both have the
+    same bits for any number of threads.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rmsnorm_np import rms_norm_backward
+    >>> grads = rms_norm_backward(np.array([[1.0, 0.0]]), np.array([[3.0, 4.0]]), np.ones(2), eps=0.0)
+    >>> grads.dx
+    array([[ 0.18101934, -0.1357645 ]])
+    >>> grads.dweight
+    array([0.84852814, 0.        ])
+    >>> grads.dbias is None
+    True
+    """
+    engine = _backends.select(x, backend)
+    if engine is reference:
+        return reference.rms_norm_backward(
+            dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out
+        )
+    rows, drows, w, b, k, eps, weight_offset, rows_out, restore = _arguments.engine_arguments(
+        x, dy, weight, bias, eps, p, axis, weight_offset, out
+    )
+    dx, dweight, dbias = engine.rms_backward(drows, rows, w, b, k, eps, weight_offset, rows_out)
+    return RMSNormGrads(
+        dx if restore is None else restore(dx),
+        _arguments.restore_parameter(dweight, weight),
+        _arguments.restore_parameter(dbias, bias),
+    )
+
+
+def layer_norm(
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array:
+    """Take the mean off each row of x and divide by its standard deviation: LayerNorm.
+
+    Parameters
+    ----------
+    x, weight, bias, axis, weight_offset, out, backend
+        As in `rms_norm`.
+    eps : float, default 1e-6
+        Added to the variance, inside the root. Finite, not negative.
+
+    Returns
+    -------
+    y : ndarray
+        Shape and dtype of x; `out` if that was given.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError
+        As `rms_norm`.
+
+    See Also
+    --------
+    layer_norm_backward : its gradients.
+    rmsnorm_np.reference.layer_norm : the same in readable NumPy.
+
+    Notes
+    -----
+    ::
+
+        y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) · (weight_offset + weight) + bias
+
+    Ba, Kiros and Hinton, "Layer Normalization", 2016 (arXiv:1607.06450), with the biased variance and eps inside the
+    root. The variance is that of the centred row, never mean(x²) - mean(x)². Accuracy as in `rms_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rmsnorm_np import layer_norm
+    >>> layer_norm(np.array([[1.0, 2.0, 3.0]]), eps=0.0)
+    array([[-1.22474487,  0.        ,  1.22474487]])
+
+    One weight per head and element, rows along the last axis:
+
+    >>> x = np.array([[[1.0, 3.0], [1.0, 3.0]]])
+    >>> layer_norm(x, np.array([[1.0, 1.0], [2.0, 2.0]]), eps=0.0)
+    array([[[-1.,  1.],
+            [-2.,  2.]]])
+    """
+    engine = _backends.select(x, backend)
+    if engine is reference:
+        return reference.layer_norm(x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out)
+    rows, _, w, b, _, eps, weight_offset, rows_out, restore = _arguments.engine_arguments(
+        x, None, weight, bias, eps, 1.0, axis, weight_offset, out
+    )
+    y: Array = engine.layer_forward(rows, w, b, eps, weight_offset, rows_out)
+    return y if restore is None else restore(y)
+
+
+def layer_norm_backward(
+    dy: npt.ArrayLike,
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> LayerNormGrads:
+    """Gradients of a loss by x, weight and bias of `layer_norm`, from its gradient by y.
+
+    Mean and variance are computed again from x: nothing else is saved between forward and backward.
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient of the loss by y. Shape of x; any of the dtypes of x, whatever that of x.
+    x, weight, bias, eps, axis, weight_offset, backend
+        As given to `layer_norm`. Of `bias`, only the shape and the dtype matter here.
+    out : ndarray, optional
+        Where dx is written, as in `rms_norm_backward`.
+
+    Returns
+    -------
+    LayerNormGrads
+        A named tuple: ``dx`` with the shape and dtype of x, ``dweight`` with those of weight, ``dbias`` with those of
+        bias (float64 for a parameter of integers). ``dweight`` and ``dbias`` are None where the parameter is None.
+
+    Raises
+    ------
+    TypeError, ValueError, ImportError
+        As `rms_norm`; a ValueError too if dy has another shape than x.
+
+    See Also
+    --------
+    layer_norm : the forward function.
+    rmsnorm_np.reference.layer_norm_backward : the same in readable NumPy.
+
+    Notes
+    -----
+    With ``xhat = (x - mean(x)) · rstd`` and ``g = dy · (weight_offset + weight)``, in each row::
+
+        c      = mean(g · xhat)
+        dx     = rstd · (g - mean(g) - xhat · c)
+        dweight = sum(dy · xhat),  dbias = sum(dy)        over all rows that share the parameter
+
+    Accuracy as in `rms_norm_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rmsnorm_np import layer_norm_backward
+    >>> layer_norm_backward(np.array([[1.0, 0.0, 0.0]]), np.array([[1.0, 2.0, 3.0]]), eps=0.0).dx
+    array([[ 0.20412415, -0.40824829,  0.20412415]])
+    """
+    engine = _backends.select(x, backend)
+    if engine is reference:
+        return reference.layer_norm_backward(
+            dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out
+        )
+    rows, drows, w, b, _, eps, weight_offset, rows_out, restore = _arguments.engine_arguments(
+        x, dy, weight, bias, eps, 1.0, axis, weight_offset, out
+    )
+    dx, dweight, dbias = engine.layer_backward(drows, rows, w, b, eps, weight_offset, rows_out)
+    return LayerNormGrads(
+        dx if restore is None else restore(dx),
+        _arguments.restore_parameter(dweight, weight),
+        _arguments.restore_parameter(dbias, bias),
+    )

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+BACKENDS = ("reference", "cpu")
+DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The name of an engine on the host."""
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: dtype.name)
+def dtype(request):
+    """A dtype of x."""
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    """Random numbers, the same ones in every run."""
+    return np.random.default_rng(1910_07467)

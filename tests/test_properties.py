@@ -1,0 +1,211 @@
+"""What must hold for every input, looked for by hypothesis: shapes, dtypes, seeds and options are its choice.
+
+The elements are random numbers of magnitude 1/16 to 16, none near zero, so that no row is degenerate and no result
+subnormal: what such rows do is tested elsewhere. Equal means equal in every bit, except where rounding has to differ.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import pytest
+from conftest import BACKENDS, DTYPES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import DX_ULP, Y_ULP, dx_terms, parameter_tolerance, spacing
+
+import rmsnorm_np as rn
+
+# The CPU engine goes parallel at 16384 elements. Run as plain Python, a million of them would take minutes.
+MOST_ELEMENTS = 400 if numba.config.DISABLE_JIT else 40_000
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = DTYPES
+
+both_norms = pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+some = settings(deadline=None, max_examples=25)  # the first call compiles, whatever the deadline
+
+
+class Problem(NamedTuple):
+    x: np.ndarray  # (rows, n)
+    weight: np.ndarray  # (n,)
+    bias: np.ndarray  # (n,)
+    dy: np.ndarray  # (rows, n)
+    p: float
+
+
+@st.composite
+def problems(draw, dtypes=DTYPES, least_n=1):
+    n = draw(st.integers(least_n, 300) | st.sampled_from([8, 32, 64, 127, 256]), label="n")
+    rows = draw(st.integers(1, max(1, min(300, MOST_ELEMENTS // n))), label="rows")
+    dtype = draw(st.sampled_from(dtypes), label="dtype")
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
+    shapes = ((rows, n), (n,), (n,), (rows, n))
+    arrays = (rng.choice([-1, 1], shape) * 2 ** rng.uniform(-4, 4, shape) for shape in shapes)
+    return Problem(*(array.astype(dtype) for array in arrays), p=draw(st.sampled_from([1.0, 0.5, 0.0625]), label="p"))
+
+
+class Norm:
+    """Forward and backward of one norm with its options, that see to it that no input is written."""
+
+    def __init__(self, name, backend, problem, **options):
+        self.functions = getattr(rn, name), getattr(rn, f"{name}_backward")
+        self.options = {"backend": backend, **({"p": problem.p} if name == "rms_norm" else {}), **options}
+
+    def __call__(self, x, weight=None, bias=None, **options):
+        return self._unchanged(self.functions[0], (x, weight, bias), options)
+
+    def backward(self, dy, x, weight=None, bias=None, **options):
+        return self._unchanged(self.functions[1], (dy, x, weight, bias), options)
+
+    def _unchanged(self, function, arrays, options):
+        before = [None if array is None else array.copy() for array in arrays]
+        result = function(*arrays, **self.options, **options)
+        for array, copy in zip(arrays, before, strict=True):
+            assert array is None or array.tobytes() == copy.tobytes()
+        return result
+
+
+def equal(a, b):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)  # where NaN equals NaN
+
+
+@both_norms
+@each_backend
+@some
+@given(problem=problems(least_n=2), exponent=st.integers(-4, 4))
+def test_a_power_of_two_scales_without_a_trace(norm, backend, problem, exponent):
+    """At eps = 0, y(δx) = y(x) and dx(δx) = dx(x)/δ; for δ a power of two there is nothing to round."""
+    call = Norm(norm, backend, problem, eps=0.0)
+    x, weight, bias, dy, _ = problem
+    delta = x.dtype.type(2.0**exponent)
+    equal(call(x * delta, weight, bias), call(x, weight, bias))
+    scaled, plain = (call.backward(dy, v, weight, bias) for v in (x * delta, x))
+    equal(scaled.dweight, plain.dweight)
+    equal(scaled.dbias, plain.dbias)
+    if x.dtype != FLOAT16:  # where a small dx is subnormal, and does round
+        equal(scaled.dx * delta, plain.dx)
+
+
+def wide(x, weight, dy):
+    return (array.astype(np.longdouble) for array in (x, weight, dy))
+
+
+@each_backend
+@some
+@given(problem=problems([FLOAT32, FLOAT64]))
+def test_rms_gradient_is_at_right_angles_to_x(backend, problem):
+    """<x, dx> = 0 at eps = 0, for RMSNorm and pRMSNorm: no step along x changes y."""
+    x, weight, _, dy, p = problem
+    dx = Norm("rms_norm", backend, problem, eps=0.0).backward(dy, x, weight).dx
+    k = int(np.ceil(x.shape[1] * p))
+    wide_x, wide_weight, wide_dy = wide(x, weight, dy)
+    rstd = 1 / np.sqrt(np.mean(wide_x[:, :k] ** 2, axis=-1, keepdims=True))
+    terms = dx_terms(wide_dy * wide_weight, wide_x * rstd, rstd, centred=False) * x.shape[1] / k
+    allowed = np.sum(np.abs(wide_x) * DX_ULP[x.dtype.name] * spacing(terms, x.dtype), axis=-1)
+    assert np.all(np.abs(np.sum(wide_x * dx, axis=-1)) <= 1.01 * allowed)
+
+
+@each_backend
+@some
+@given(problem=problems([FLOAT32, FLOAT64], least_n=2))
+def test_layer_gradient_sums_to_zero(backend, problem):
+    """Σdx = 0 whatever eps: no shift of x changes y. At eps = 0, <x, dx> = 0 as well."""
+    x, weight, _, dy, _ = problem
+    wide_x, wide_weight, wide_dy = wide(x, weight, dy)
+    centred = wide_x - np.mean(wide_x, axis=-1, keepdims=True)
+    for eps in (0.0, 0.5):
+        dx = Norm("layer_norm", backend, problem, eps=eps).backward(dy, x, weight).dx
+        rstd = 1 / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + eps)
+        terms = dx_terms(wide_dy * wide_weight, centred * rstd, rstd, centred=True)
+        errors = DX_ULP[x.dtype.name] * spacing(terms, x.dtype)
+        assert np.all(np.abs(np.sum(dx.astype(np.longdouble), axis=-1)) <= 1.01 * np.sum(errors, axis=-1))
+        if eps == 0.0:
+            allowed = np.sum(np.abs(wide_x) * errors, axis=-1)
+            assert np.all(np.abs(np.sum(wide_x * dx, axis=-1)) <= 1.01 * allowed)
+
+
+@both_norms
+@each_backend
+@some
+@given(problem=problems(), data=st.data())
+def test_rows_are_independent_of_their_order_and_company(norm, backend, problem, data):
+    """Rows in another order, or a few of them, or one alone: the same bits for each."""
+    call = Norm(norm, backend, problem)
+    x, weight, bias, dy, _ = problem
+    rows = len(x)
+    seed = data.draw(st.integers(0, 2**32 - 1), label="order")
+    order = np.random.default_rng(seed).permutation(rows)
+    few = slice(*sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows)), label="slice")))
+    row = data.draw(st.integers(0, rows - 1), label="row")
+
+    y, grads = call(x, weight, bias), call.backward(dy, x, weight, bias)
+    for chosen in (order, few, slice(row, row + 1)):
+        equal(call(x[chosen], weight, bias), y[chosen])
+        equal(call.backward(dy[chosen], x[chosen], weight, bias).dx, grads.dx[chosen])
+    equal(call(x[row], weight, bias), y[row])
+
+    # A sum over the rows is added in their order: it may round differently, within the bound of the exact sum.
+    shuffled = call.backward(dy[order], x[order], weight, bias)
+    xhat = call(x).astype(np.longdouble)
+    for name, magnitudes in (("dweight", np.abs(dy * xhat)), ("dbias", np.abs(dy.astype(np.longdouble)))):
+        one, other = (getattr(gradient, name).astype(np.longdouble) for gradient in (grads, shuffled))
+        allowed = parameter_tolerance(one, np.sum(magnitudes, axis=0), rows, x.dtype, x.dtype)
+        assert np.all(np.abs(one - other) <= 2.1 * allowed)
+
+
+@both_norms
+@each_backend
+@some
+@given(problem=problems())
+def test_a_weight_of_ones_and_a_bias_of_zeros_do_nothing(norm, backend, problem):
+    call = Norm(norm, backend, problem)
+    x, weight, bias, dy, _ = problem
+    equal(call(x, np.ones_like(weight)), call(x))
+    equal(call(x, None, np.zeros_like(bias)), call(x))
+    equal(call(x, np.zeros_like(weight), weight_offset=1.0), call(x))
+    equal(call.backward(dy, x, np.ones_like(weight), bias).dx, call.backward(dy, x).dx)
+    nothing = call.backward(dy, x)
+    assert nothing.dweight is None
+    assert nothing.dbias is None
+
+
+@both_norms
+@each_backend
+@some
+@given(problem=problems())
+def test_the_bias_is_added(norm, backend, problem):
+    """To y, which rounds once more; dx and dweight know nothing of it, and dbias is the sum of dy."""
+    call = Norm(norm, backend, problem)
+    x, weight, bias, dy, _ = problem
+    with_bias, without, shift = (v.astype(np.longdouble) for v in (call(x, weight, bias), call(x, weight), bias))
+    unit = Y_ULP[x.dtype.name] * spacing(np.maximum(np.abs(without), np.abs(shift)), x.dtype)
+    # Twice: each of the two y's is rounded. The sum may be of the next binade, with twice the spacing.
+    assert np.all(np.abs(with_bias - (without + shift)) <= 3 * unit)
+
+    grads, plain = call.backward(dy, x, weight, bias), call.backward(dy, x, weight)
+    equal(grads.dx, plain.dx)
+    equal(grads.dweight, plain.dweight)
+    exact, magnitudes = (np.sum(v, axis=0) for v in (dy.astype(np.longdouble), np.abs(dy.astype(np.longdouble))))
+    assert np.all(np.abs(grads.dbias - exact) <= parameter_tolerance(exact, magnitudes, len(x), x.dtype, x.dtype))
+
+
+@both_norms
+@each_backend
+@some
+@given(problem=problems())
+def test_the_offset_is_added_to_the_weight(norm, backend, problem):
+    """1 + w, Gemma's way, equals the weight 1 + w where that sum is exact: here for multiples of 1/16."""
+    call = Norm(norm, backend, problem)
+    x, weight, bias, dy, _ = problem
+    stored = (np.sign(weight.astype(np.float64)) * (np.abs(np.round(weight.astype(np.float64))) % 16) / 16).astype(
+        x.dtype
+    )
+    whole = (1 + stored.astype(np.float64)).astype(x.dtype)
+    equal(call(x, stored, bias, weight_offset=1.0), call(x, whole, bias))
+    for offset, plain in zip(
+        call.backward(dy, x, stored, bias, weight_offset=1.0), call.backward(dy, x, whole, bias), strict=True
+    ):
+        equal(offset, plain)
