@@ -57,7 +57,7 @@ def elements_in_rms(n: int, p: Any) -> int:
     fraction = _number("p", p, "a number with 0 < p <= 1", lambda value: 0.0 < value <= 1.0)
     if isinstance(p, np.floating):
         fraction = float(str(p))  # np.float32(0.07) means 0.07 and not 0.07000000029802322
-    return max(1, math.ceil(n * fraction * (1.0 - 2.0**-50)))
+    return math.ceil(n * fraction * (1.0 - 2.0**-50))
 
 
 def _number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> float:

@@ -35,7 +35,7 @@ def select(x: Any, backend: str | None) -> ModuleType:
         backend = "cuda" if on_device else "cpu"
     elif backend == "cuda":
         # Arrays of numba's CUDA simulator carry no interface: refuse only what is certain to lie on the host.
-        if not on_device and isinstance(x, (np.ndarray, np.generic, list, tuple, int, float, complex)):
+        if isinstance(x, (np.ndarray, np.generic, list, tuple, int, float, complex)):
             raise TypeError(
                 f"x is a host array ({type(x).__name__}), backend 'cuda' takes device arrays: "
                 "move it with numba.cuda.to_device(x)"

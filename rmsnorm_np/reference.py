@@ -226,14 +226,16 @@ def _check_backend(backend: str | None) -> None:
 
 def _widen(*arrays: Any) -> list[Any]:
     """The arrays in one type that is wider than each of them. None stays None."""
-    dtype = np.result_type(*(a for a in arrays if a is not None))
-    if dtype == np.float64:
-        wide = np.dtype(np.longdouble)
-    elif dtype == np.complex128:
-        wide = np.dtype(np.clongdouble)
-    else:
-        wide = np.result_type(dtype, np.float64)
+    wide = np.result_type(*(_wider(a.dtype) for a in arrays if a is not None))
     return [None if a is None else a.astype(wide) for a in arrays]
+
+
+def _wider(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    if dtype == np.float64:
+        return np.dtype(np.longdouble)
+    if dtype == np.complex128:
+        return np.dtype(np.clongdouble)
+    return np.result_type(dtype, np.float64)
 
 
 def _rounded(a: Array, dtype: np.dtype[Any]) -> Array:

@@ -13,7 +13,8 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import BACKENDS
+from conftest import BACKENDS, DTYPES
+from tolerances import spacing
 
 import rmsnorm_np as rn
 from rmsnorm_np import _arguments, _backends, reference
@@ -209,16 +210,20 @@ def test_partial_rms_takes_the_leading_elements_in_the_order_of_x(axis, backend,
 # Dtypes
 
 
-def test_each_result_has_the_dtype_of_its_argument(op, dtype, backend, rng):
-    from conftest import DTYPES
-
+@pytest.mark.parametrize("other", DTYPES, ids=lambda dtype: dtype.name)
+def test_each_result_has_the_dtype_of_its_argument(op, dtype, other, backend, rng):
+    """An element read as the wrong type is off by far more than the few ULP of the largest element allowed here."""
     x = rng.normal(size=(3, 8)).astype(dtype)
-    for other in DTYPES:
-        dy, weight, bias = (rng.normal(size=shape).astype(other) for shape in ((3, 8), (8,), (8,)))
-        y = FORWARD[op](x, weight, bias, backend=backend)
-        dx, dweight, dbias = BACKWARD[op](dy, x, weight, bias, backend=backend)
-        assert (y.dtype, dx.dtype, dweight.dtype, dbias.dtype) == (dtype, dtype, other, other)
-        assert same_bits(y, FORWARD[op](x, weight, bias, backend="reference"))
+    dy, weight, bias = (rng.normal(size=shape).astype(other) for shape in ((3, 8), (8,), (8,)))
+    y = FORWARD[op](x, weight, bias, backend=backend)
+    grads = BACKWARD[op](dy, x, weight, bias, backend=backend)
+    assert y.dtype == grads.dx.dtype == dtype
+    assert grads.dweight.dtype == grads.dbias.dtype == other
+    wide = tuple(a.astype(np.float64) for a in (dy, x, weight, bias))
+    want_y, want_grads = FORWARD[op](*wide[1:], backend=backend), BACKWARD[op](*wide, backend=backend)
+    for got, want in zip((y, *grads), (want_y, *want_grads), strict=True):
+        ulp = float(spacing(np.abs(want).max(), got.dtype))
+        np.testing.assert_allclose(got.astype(np.float64), want, rtol=0, atol=2 * ulp)
 
 
 @pytest.mark.parametrize("kind", [np.int8, np.uint16, np.int64, np.bool_])
@@ -318,12 +323,92 @@ def test_inputs_stay_and_results_are_new(op, dtype, backend, rng):
         assert not any(np.shares_memory(result, a) for a in arrays)
 
 
+# What the engines get
+
+
+def engine_arguments(x, dy=None, weight=None, bias=None, *, eps=1e-6, p=1.0, axis=-1, weight_offset=0.0, out=None):
+    return _arguments.engine_arguments(x, dy, weight, bias, eps, p, axis, weight_offset, out)
+
+
 def test_trailing_axes_are_not_copied(rng):
     for shape, axis in [((4, 6), -1), ((2, 3, 4, 5), -1), ((2, 3, 4, 5), (2, 3)), ((7,), 0)]:
         x = rng.normal(size=shape)
-        rows = _arguments.engine_arguments(x, None, None, None, 1e-6, 1.0, axis, 0.0, None)[0]
+        rows = engine_arguments(x, axis=axis)[0]
         assert rows.ndim == 2
         assert np.shares_memory(rows, x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", [-1, 0, (0, 2)])
+def test_engines_get_rows_in_the_plainest_layout(layout, axis, rng):
+    """Compiled kernels read one type of array each: (rows, n), C-contiguous, aligned, native and not read-only."""
+    x, dy = (LAYOUTS[layout](rng.normal(size=(4, 3, 6))) for _ in range(2))
+    parameter = LAYOUTS[layout](rng.normal(size={-1: (3, 6), 0: (4,), (0, 2): (4, 6)}[axis]))
+    for rows in engine_arguments(x, dy, parameter, parameter, axis=axis)[:4]:
+        assert type(rows) is np.ndarray
+        assert rows.ndim == 2
+        assert rows.flags.carray
+        assert rows.dtype == np.float64
+        assert rows.dtype.isnative
+
+
+ORDINARY = {
+    "x": {},
+    "all": {"dy": True, "weight": True, "bias": True},
+    "p": {"p": 0.3},
+    "numbers": {"p": 1, "eps": 0, "weight": True, "weight_offset": 1},
+    "out": {"out": True, "dy": True, "weight": True},
+    "in place": {"out": "x", "weight": True},
+    "into dy": {"out": "dy", "dy": True},
+}
+
+
+@pytest.mark.parametrize("options", ORDINARY.values(), ids=ORDINARY)
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6), (0, 6), (3, 1)], ids=str)
+def test_the_short_cut_leads_where_the_full_check_leads(options, shape, dtype, monkeypatch, rng):
+    """`engine_arguments` goes past the checks for ordinary arrays: same arrays, same numbers, same result for both."""
+    options, arrays = dict(options), {"x": rng.normal(size=shape).astype(dtype)}
+    for name in ("dy", "weight", "bias"):
+        if options.get(name):
+            arrays[name] = rng.normal(size=shape if name == "dy" else shape[-1:]).astype(dtype)
+    if out := options.get("out"):
+        options["out"] = np.zeros_like(arrays["x"]) if out is True else arrays[out]
+    short = engine_arguments(**{**options, **arrays})
+    monkeypatch.setattr(_arguments, "_is_ordinary", lambda _: False)
+    full = engine_arguments(**{**options, **arrays})
+    for one, two in zip(short[:-1], full[:-1], strict=True):
+        if isinstance(one, np.ndarray):
+            assert same_bits(one, two)
+            assert one.size == 0 or np.shares_memory(one, two)
+        else:
+            assert (type(one), one) == (type(two), two)
+    result = np.ones_like(full[0])
+    want = full[-1](result)
+    got = result if short[-1] is None else short[-1](result)
+    if "out" in options:
+        assert want is options["out"]
+        assert got is options["out"] or short[-1] is None  # then the engine returns the out that it is given
+    else:
+        assert same_bits(got, want)
+
+
+# In each, one argument is not ordinary, and an error or another path has to follow.
+NOT_ORDINARY = {
+    "axis is a float": {"axis": -1.0},
+    "dy is longer": {"dy": np.ones((5, 6))},
+    "weight is shorter": {"weight": np.ones(5)},
+    "bias is longer": {"bias": np.ones(7)},
+    "out is longer": {"out": np.ones((5, 6))},
+    "out has another dtype": {"out": np.ones((4, 6), np.float32)},
+    "weight is complex": {"weight": np.ones(6, np.complex128)},
+    "offset to no weight": {"weight_offset": 1.0},
+}
+
+
+@pytest.mark.parametrize("options", NOT_ORDINARY.values(), ids=NOT_ORDINARY)
+def test_the_short_cut_forgives_nothing(options):
+    with pytest.raises((TypeError, ValueError), match=r"expected"):
+        engine_arguments(np.ones((4, 6)), **options)
 
 
 # out
@@ -401,8 +486,7 @@ def test_exact_in_place_needs_no_temporary(rng):
     x, weight = rng.normal(size=(4, 6)), rng.normal(size=6)
     for axis, out in [(-1, x), (-1, x[...]), (1, x), ((0, 1), x)]:
         parameter = weight if axis != (0, 1) else None
-        arguments = _arguments.engine_arguments(x, None, parameter, None, 1e-6, 1.0, axis, 0.0, out)
-        assert np.shares_memory(arguments[7], x)
+        assert np.shares_memory(engine_arguments(x, weight=parameter, axis=axis, out=out)[7], x)
 
 
 # x, dy, weight and out as parts of one stretch of memory: where each begins. x is (4, 6).
@@ -471,7 +555,7 @@ class Spy:
 class DeviceArray:
     """What lies on a GPU: all that the dispatch may look at."""
 
-    __cuda_array_interface__ = {}
+    __cuda_array_interface__ = None
 
 
 @pytest.fixture

@@ -41,8 +41,9 @@ def test_the_data_are_what_their_description_says(activations):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_engine_against_reference(norm, layer, dtype, backend, rng):
-    """Forward and backward, in the ULP of the dtype, against the reference in float64 and its own wider type."""
+    """Forward and backward, in the ULP of the dtype, against the reference in float64."""
     name, options = NORMS[norm]
+    own = 0.5 if dtype == np.float64 else 0.0  # ULP that the reference is off by itself, as it rounds to float64
     x, weight, eps = layer
     x, weight = x.astype(dtype), weight.astype(dtype)
     bias, dy = rng.normal(size=576).astype(dtype), rng.normal(size=x.shape).astype(dtype)
@@ -53,7 +54,7 @@ def test_engine_against_reference(norm, layer, dtype, backend, rng):
 
     y = getattr(rn, name)(x, weight, bias, eps=eps, **options, backend=backend)
     assert y.dtype == dtype
-    assert worst_ulp(y, exact, terms) <= Y_ULP[dtype.name]
+    assert worst_ulp(y, exact, terms) <= Y_ULP[dtype.name] + own
 
     grads = getattr(rn, f"{name}_backward")(dy, x, weight, bias, eps=eps, **options, backend=backend)
     exact = getattr(reference, f"{name}_backward")(dy.astype(np.float64), *wide, eps=eps, **options)
@@ -62,14 +63,14 @@ def test_engine_against_reference(norm, layer, dtype, backend, rng):
     row = row - np.mean(row, axis=-1, keepdims=True) if norm == "LayerNorm" else row
     rstd = 1 / np.sqrt(np.mean(row[:, :k] ** 2, axis=-1, keepdims=True) + eps)
     g = dy.astype(np.longdouble) * wide[1]
-    largest = dx_terms(g, xhat, rstd, centred=norm == "LayerNorm") * 576 / k
-    assert worst_ulp(grads.dx, exact.dx, largest) <= DX_ULP[dtype.name]
+    largest = dx_terms(g, xhat, rstd, k=k, centred=norm == "LayerNorm")
+    assert worst_ulp(grads.dx, exact.dx, largest) <= DX_ULP[dtype.name] + own
 
     for gradient, want, summands in ((grads.dweight, exact.dweight, dy * xhat), (grads.dbias, exact.dbias, 1.0 * dy)):
         magnitudes = np.sum(np.abs(summands.astype(np.longdouble)), axis=0)
         assert gradient.dtype == dtype
         error = np.abs(gradient.astype(np.longdouble) - want)
-        assert np.all(error <= parameter_tolerance(want, magnitudes, 64, dtype, dtype))
+        assert np.all(error <= parameter_tolerance(want, magnitudes, 64, dtype, dtype) + own * spacing(want, dtype))
 
 
 def naive_rms_norm(x, weight, eps):

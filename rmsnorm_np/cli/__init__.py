@@ -15,12 +15,12 @@ DEFAULT_SHAPES = ((1, 4096), (512, 768), (8192, 4096))
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the result is the exit code, 1 if a check failed."""
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(arguments, argparse.Namespace(json=False))
     # Imported here, as each loads rich and one of them the whole CPU engine: --help must not wait for that.
     if options.command == "bench":
         from rmsnorm_np.cli.bench import bench
 
-        return bench(options.shapes, options.dtype, options.backend, options.rounds, options.json)
+        return bench(options.shapes, options.dtype, options.backend, options.rounds, options.json, options.plot)
     if options.command == "info":
         from rmsnorm_np.cli.info import info
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """What the command line understands."""
     json = argparse.ArgumentParser(add_help=False)
-    # Accepted before and after the command; a default here would let the command's reset what came before it.
+    # Accepted before and after the command; with a default, the command would reset what came before it.
     json.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, nothing else, on stdout"
     )
@@ -47,7 +47,6 @@ def parser() -> argparse.ArgumentParser:
         description="Check the norms on activations of a real language model, then time them. "
         "Exit code 1 if a check fails.",
     )
-    top.set_defaults(json=False)
     commands = top.add_subparsers(dest="command", metavar="command", title="instead of all that")
     commands.add_parser("check", parents=[json], help="only check")
     bench = commands.add_parser("bench", parents=[json], help="time against torch, jax and onnxruntime")
@@ -62,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", choices=DTYPES, default="float32")
     bench.add_argument("--backend", choices=("cpu", "reference"), default="cpu")
     bench.add_argument("--rounds", type=_positive, default=7, help="how often each is timed (default: 7)")
+    bench.add_argument("--plot", metavar="FILE", help="draw bandwidth against size, as .png, .svg or .pdf (matplotlib)")
     commands.add_parser("info", parents=[json], help="versions, processor, threads, cache folder, engines")
     warmup = commands.add_parser("warmup", parents=[json], help="compile everything now and keep it")
     warmup.add_argument("dtypes", nargs="*", type=_dtype, metavar="DTYPE", help="only these: " + ", ".join(DTYPES))

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rmsnorm_np.cli import console, peers
 from rmsnorm_np.cli.checks import Step, ulp_error
-from rmsnorm_np.cli.inputs import LAYER_NORM, RMS_NORM, Array, Norm
+from rmsnorm_np.cli.inputs import LAYER_NORM, RMS_NORM, Array, Norm, dtype_named
 from rmsnorm_np.cli.peers import Problem
 from rmsnorm_np.cli.timing import Call, Ratio, Timing, interleave, ratio
 
@@ -21,6 +21,7 @@ EPS = 1e-6
 ROWS_COMPARED = 16  # for the error of y; enough to show a library's rounding
 OURS = "rmsnorm_np"
 OURS_INTO = "rmsnorm_np, out="
+LIMIT = "limit"  # the same bytes moved by a loop that hardly computes
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Entry:
     median: float
     bandwidth: float  # bytes a second of those that the operation has to read and write
     against_ours: Ratio  # its time over the time of rmsnorm_np, which allocates its results as peers do
-    ulp: float | None  # the worst error of y; None where only gradients are returned
+    # The worst error of y; None where y is not returned. In ULP at |y| or |weight|, whichever is larger: where a mean
+    # was subtracted, |y| alone can be next to nothing, and any library's error huge beside it.
+    ulp: float | None
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,20 @@ class Case:
     entries: tuple[Entry, ...]
 
 
-def bench(shapes: Sequence[tuple[int, int]], dtype: str, backend: str, rounds: int, as_json: bool) -> int:
-    """Measure and print; always 0, a benchmark has no wrong answer."""
+def bench(
+    shapes: Sequence[tuple[int, int]], dtype: str, backend: str, rounds: int, as_json: bool, plot: str | None
+) -> int:
+    """Measure, print and draw; always 0, a benchmark has no wrong answer."""
     with console.progress(len(shapes) * len(NORMS) * len(ARRAYS_MOVED)) as step:
-        cases = list(measure(shapes, np.dtype(_dtype(dtype)), backend, rounds, step))
+        cases = list(measure(shapes, dtype_named(dtype), backend, rounds, step))
     if as_json:
         console.print_json({"backend": backend, "peers": peers.versions(), "cases": cases})
     else:
         render(Console(highlight=False), cases, backend)
+    if plot is not None:
+        from rmsnorm_np.cli.plot import draw
+
+        draw(cases, plot)
     return 0
 
 
@@ -73,7 +82,10 @@ def measure(
 
 
 def _measure_case(norm: Norm, problem: Problem, backend: str, rounds: int) -> Case:
+    from rmsnorm_np.cli import limit  # loads the CPU engine
+
     contenders = _our_calls(norm, problem, backend)
+    contenders[LIMIT] = limit.calls(problem.x.nbytes)[problem.direction]
     contenders.update(peers.calls(problem, _threads()))
     timings = interleave(contenders, rounds=rounds)
     exact = _exact_rows(norm, problem)
@@ -104,9 +116,9 @@ def _our_calls(norm: Norm, problem: Problem, backend: str) -> dict[str, Call]:
 
 def _entry(name: str, timing: Timing, ours: Timing, problem: Problem, exact: Array, call: Call) -> Entry:
     ulp = None
-    if problem.direction == "forward":
+    if problem.direction == "forward" and name != LIMIT:
         y = peers.as_numpy(call())[: len(exact)].astype(problem.x.dtype)
-        ulp = ulp_error(y, exact)
+        ulp = ulp_error(y, exact, scale=np.abs(problem.weight.astype(np.float64)))
     bandwidth = ARRAYS_MOVED[problem.direction] * problem.x.nbytes / timing.median
     return Entry(name, timing.seconds, timing.median, bandwidth, ratio(timing, ours), ulp)
 
@@ -120,14 +132,6 @@ def _threads() -> int:
     import numba
 
     return int(numba.get_num_threads())
-
-
-def _dtype(name: str) -> Any:
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return ml_dtypes.bfloat16
-    return name
 
 
 def render(out: Console, cases: Sequence[Case], backend: str) -> None:
@@ -150,6 +154,7 @@ def render(out: Console, cases: Sequence[Case], backend: str) -> None:
             out,
             f"{norm}, {direction}, {chosen[0].dtype}, {backend} engine",
             "Slower: than rmsnorm_np, median of the rounds and their extremes. GB/s: of the bytes that have to be read "
-            "and written. ULP: worst error of y.",
+            "and written. Limit: a loop that only moves them. ULP: worst error of y, at |y| or "
+            "|weight|, whichever is larger.",
             drawn,
         )

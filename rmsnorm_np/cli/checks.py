@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rmsnorm_np.cli import ahead
-from rmsnorm_np.cli.inputs import LAYERS, NORMS, Activation, Array, Norm, activations
+from rmsnorm_np.cli.inputs import LAYERS, NORMS, Activation, Array, Norm, activations, dtype_named
 
 Step = Callable[[str], None]
 
@@ -97,12 +97,10 @@ class LayerCheck:
 
 def dtypes() -> list[np.dtype[Any]]:
     """The types to check. float64 only where the reference has something wider to compute in."""
-    import ml_dtypes
-
-    names: list[Any] = [np.float32, np.float16, ml_dtypes.bfloat16]
+    names = ["float32", "float16", "bfloat16"]
     if np.finfo(np.longdouble).eps < np.finfo(np.float64).eps:
-        names.append(np.float64)
-    return [np.dtype(name) for name in names]
+        names.append("float64")
+    return [dtype_named(name) for name in names]
 
 
 def count_steps() -> int:
@@ -200,7 +198,7 @@ def check_naive(activation: Activation, dtype: np.dtype[Any]) -> Naive:
 def ulp_error(got: Array, exact: Array, scale: Array | float = 0.0, forgiven: Array | float = 0.0) -> float:
     """The worst of |got − exact| − forgiven, in units in the last place of got's dtype at max(|exact|, scale)."""
     eps, smallest = (float(np.spacing(number)) for number in np.array([1, 0], got.dtype))
-    _, exponent = np.frexp(np.maximum(np.abs(exact), scale))
+    _, exponent = np.frexp(np.maximum(np.maximum(np.abs(exact), scale), smallest))
     unit = np.maximum(np.ldexp(eps, exponent - 1), smallest)
     error = np.maximum(np.abs(got.astype(np.float64) - exact) - forgiven, 0.0)
     return float(np.max(error / unit, initial=0.0))

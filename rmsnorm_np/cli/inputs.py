@@ -66,3 +66,13 @@ def activations() -> list[Activation]:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         eps = float(arrays["eps"])
         return [Activation(layer, arrays[f"{layer}_x"], arrays[f"{layer}_weight"], eps) for layer in LAYERS]
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    """The dtype of that name, bfloat16 included."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16

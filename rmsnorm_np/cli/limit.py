@@ -1,0 +1,71 @@
+"""The machine's limit: the traffic of a norm with next to no arithmetic, measured in the same run as the norms.
+
+Forward reads one array and writes one (copy); backward reads two and writes one (triad). Stores go past the cache
+where the engine's would. Nothing that moves the same bytes with the same processor can be much faster.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from rmsnorm_np.cli.timing import Call
+from rmsnorm_np.cpu import memory, threads
+from rmsnorm_np.cpu.jit import Kernel, piece
+from rmsnorm_np.cpu.simd import LANES, data, float64, load, store, stream
+
+PIECE = 1 << 15  # elements that a thread takes at a time
+
+
+def calls(nbytes: int) -> dict[str, Call]:
+    """The copy and the copy followed by the triad, on arrays of about `nbytes`; by the direction they are limits of."""
+    count = -(-nbytes // (4 * LANES)) * LANES  # whole vectors
+    x, z, y = (memory.empty((1, count), np.dtype(np.float32)) for _ in range(3))
+    for array in (x, z, y):
+        array[...] = 1.0
+    streaming = memory.streams(y)
+
+    def forward() -> None:
+        threads.launch(copy, count, x[0], y[0], streaming)
+
+    def both() -> None:
+        forward()
+        threads.launch(triad, count, x[0], z[0], y[0], streaming)
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def _copy(x: Any, y: Any, streaming: int) -> None:
+    for p in prange((len(x) + PIECE - 1) // PIECE):
+        _copy_piece(data(x), data(y), p * PIECE, min(p * PIECE + PIECE, len(x)), streaming)
+
+
+@piece
+def _copy_piece(x: Any, y: Any, start: int, stop: int, streaming: int) -> None:
+    if streaming:
+        for i in range(start, stop, LANES):
+            stream(y, i, load(x, i, float64))
+    else:
+        for i in range(start, stop, LANES):
+            store(y, i, load(x, i, float64))
+
+
+def _triad(x: Any, z: Any, y: Any, streaming: int) -> None:
+    for p in prange((len(x) + PIECE - 1) // PIECE):
+        _triad_piece(data(x), data(z), data(y), p * PIECE, min(p * PIECE + PIECE, len(x)), streaming)
+
+
+@piece
+def _triad_piece(x: Any, z: Any, y: Any, start: int, stop: int, streaming: int) -> None:
+    if streaming:
+        for i in range(start, stop, LANES):
+            stream(y, i, load(x, i, float64) + load(z, i, float64))
+    else:
+        for i in range(start, stop, LANES):
+            store(y, i, load(x, i, float64) + load(z, i, float64))
+
+
+copy = Kernel(_copy)
+triad = Kernel(_triad)

@@ -1,0 +1,131 @@
+"""How a call is cut into blocks, threads and vectors, from its shape and dtypes alone, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rmsnorm_np.cuda.reduce import WARP
+from rmsnorm_np.cuda.vector import BYTES, ITEMSIZE, WORD, words_of
+
+# Limits of the heuristic. The simulator's tests make them small, so that small arrays cross every border.
+MAX_TEAM = 1024  # threads, the most that a block can have
+BLOCK = 128  # threads at least: teams smaller than this share a block
+PIECE_TEAM = 256  # threads for a piece of a split row
+
+# Vectors of x per thread. More of them are more bytes in flight and fewer threads to sum over, at four registers each.
+FORWARD_TRIPS = 4
+FORWARD_WARP_TRIPS = 8  # one warp needs no barrier: worth more vectors per thread
+FORWARD_LONG_TRIPS = 8  # 1024 threads have 64 registers each; 32 of them for the row
+BACKWARD_TRIPS = 2  # a vector of half floats is 4 registers of x, 4 of dy, 4 of weight, 8 of dweight, 8 of dbias
+
+# dweight and dbias: so many partial sums, four for each of an H100's 132 multiprocessors, each over enough rows that
+# writing and reading it again is little against reading the rows. A constant, so that no result depends on the GPU.
+CHUNKS = 528
+ROWS_PER_CHUNK = 16
+
+# Rows of a split call that are taken together: read for their sums, they are still in L2 (40 to 50 MB) for the output.
+L2_BYTES = 20 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a kernel is compiled for: the types of its arrays, what it computes, and its shape in threads."""
+
+    x: str
+    dy: str | None  # None: forward
+    weight: str | None
+    bias: str | None
+    centred: bool  # LayerNorm
+    partial: bool  # RMS over fewer than n elements
+    offset: bool  # weight_offset is not zero
+    aligned: bool  # all vectors begin at multiples of their size
+    native_bfloat16: bool  # the GPU rounds to bfloat16 by itself
+    split: bool  # a team has a piece of a row, not all of it
+    team: int  # threads that share a row or a piece
+    teams: int  # per block
+    trips: int  # vectors of x per thread
+    full: bool  # the vectors are exactly as many as the row has: nothing to check
+
+    @property
+    def lanes(self) -> int:
+        """Elements of a vector."""
+        return BYTES // ITEMSIZE[self.x]
+
+    @property
+    def work(self) -> Any:
+        """The type inside: float32, unless an array is of float64."""
+        return np.float64 if "float64" in (self.x, self.dy, self.weight, self.bias) else np.float32
+
+    @property
+    def block(self) -> int:
+        """Threads of a block."""
+        return self.team * self.teams
+
+    @property
+    def warps(self) -> int:
+        """Warps of a team, 1 for a part of a warp too."""
+        return max(1, self.team // WARP)
+
+    @property
+    def length(self) -> int:
+        """Elements that a team has room for."""
+        return self.team * self.trips * self.lanes
+
+    @property
+    def row_words(self) -> int:
+        """Words of x that a thread holds."""
+        return self.trips * BYTES // WORD
+
+    @property
+    def registers(self) -> int:
+        """Registers that a thread may have: two blocks of a large team to a multiprocessor, but never fewer than 64."""
+        return min(255, max(64, 65536 // (self.block * 2) // 8 * 8))
+
+
+def team_shape(vectors: int, trips: int, warp_trips: int, long_trips: int) -> tuple[int, int] | None:
+    """(team, trips) for a row of this many vectors, None for a row that one team cannot hold.
+
+    The smallest team that holds the row in `trips` vectors per thread: a power of two within a warp, so that teams
+    fill the warp; else as many warps as the row needs.
+    """
+    for team in (1, 2, 4, 8, 16, WARP):
+        for count in range(1, (warp_trips if team == WARP else trips) + 1):
+            if vectors <= team * count:
+                return team, count
+    for most in range(trips, long_trips + 1):
+        warps = -(-vectors // (most * WARP))
+        if warps * WARP <= MAX_TEAM:
+            team = warps * WARP
+            return team, -(-vectors // team)
+    return None
+
+
+def plan_for(
+    n: int, x: str, dy: str | None, weight: str | None, bias: str | None, *, centred: bool, partial: bool,
+    offset: bool, aligned: bool, native_bfloat16: bool,
+) -> Plan:  # fmt: skip
+    """The plan for rows of n elements. It does not depend on the number of rows: a row has the same bits in any batch."""
+    lanes = BYTES // ITEMSIZE[x]
+    vectors = -(-n // lanes)
+    if dy is None:
+        shape = team_shape(vectors, FORWARD_TRIPS, FORWARD_WARP_TRIPS, FORWARD_LONG_TRIPS)
+    else:
+        # Wider dy, weights and sums than usual take more registers: fewer vectors then.
+        words = words_of(dy, lanes) + (0 if weight is None else words_of(weight, lanes))
+        wide = "float64" in (dy, weight, bias) and x != "float64"
+        trips = 1 if wide or words > 2 * BYTES // WORD else BACKWARD_TRIPS
+        shape = team_shape(vectors, trips, trips, trips)
+        if shape is not None and shape[0] > MAX_TEAM // 2 and shape[1] == 1 and wide:
+            shape = None
+    split = shape is None
+    team, trips = (PIECE_TEAM, FORWARD_TRIPS if dy is None else BACKWARD_TRIPS) if shape is None else shape
+    if split and dy is not None and "float64" in (dy, weight, bias) and x != "float64":
+        trips = 1
+    teams = 1 if split else max(1, BLOCK // team)
+    return Plan(
+        x, dy, weight, bias, centred, partial, offset, aligned, native_bfloat16, split, team, teams, trips,
+        full=n % (team * trips * lanes) == 0,
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""Sums over the threads that share a row: its team. A sum is an unevaluated pair, right to twice the type's digits.
+
+A team is part of a warp, a warp, or a whole block. The order of additions follows from the team's size alone.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from rmsnorm_np.cuda.vector import inlined
+
+WARP = 32
+
+
+@inlined
+def add_to_pair(sums: Any, j: int, value: Any) -> None:
+    """sums[j] + sums[j + 1], a pair, plus value: what the sum in sums[j] rounds off goes to sums[j + 1].
+
+    Knuth's TwoSum (The Art of Computer Programming, vol. 2, 4.2.2), exact for any two numbers.
+    """
+    head = sums[j]
+    total = head + value
+    added = total - head
+    sums[j + 1] += (head - (total - added)) + (value - added)
+    sums[j] = total
+
+
+@inlined
+def pair_total(sums: Any, j: int) -> Any:
+    """The pair as a float64. A head of infinity leaves NaN in the tail, which must not hide it."""
+    head = np.float64(sums[j])
+    total = head + np.float64(sums[j + 1])
+    return total if total == total else head
+
+
+@lru_cache
+def adder(team: int, count: int, work: Any) -> Any:
+    """add_up(sums, scratch): `count` pairs of each thread become the team's, in all threads that `leads` names.
+
+    scratch: for teams of more than one warp, shared memory of (warps, 2 * count), free again at the next barrier.
+    """
+    warps = (team + WARP - 1) // WARP
+    first = min(team, WARP) // 2
+    steps = tuple(first >> s for s in range(6) if first >> s)
+    last = 1 if warps == 1 else 1 << (warps - 1).bit_length()
+    warp_steps = tuple(last >> (s + 1) for s in range(6) if last >> (s + 1))
+    zero = work(0)
+
+    @inlined
+    def across(sums: Any, mask: Any, step: int) -> None:
+        for c in range(count):
+            head = cuda.shfl_xor_sync(mask, sums[2 * c], step)
+            tail = cuda.shfl_xor_sync(mask, sums[2 * c + 1], step)
+            add_to_pair(sums, 2 * c, head)
+            sums[2 * c + 1] += tail
+
+    if warps == 1:
+
+        @inlined
+        def add_up(sums: Any, scratch: Any) -> None:
+            mask = team_mask(team)
+            for step in steps:
+                across(sums, mask, step)
+
+    else:
+
+        @inlined
+        def add_up(sums: Any, scratch: Any) -> None:
+            thread = cuda.threadIdx.x
+            for step in steps:
+                across(sums, 0xFFFFFFFF, step)
+            if thread % WARP == 0:
+                for j in range(2 * count):
+                    scratch[thread // WARP, j] = sums[j]
+            cuda.syncthreads()
+            if thread < WARP:
+                for j in range(2 * count):
+                    sums[j] = scratch[thread, j] if thread < warps else zero
+                for step in warp_steps:
+                    across(sums, 0xFFFFFFFF, step)
+
+    return add_up
+
+
+@inlined
+def team_mask(team: int) -> Any:
+    """The lanes of this thread's warp that share its row."""
+    if team >= WARP:
+        return 0xFFFFFFFF
+    lane = cuda.threadIdx.x % WARP
+    return ((1 << team) - 1) << (lane - lane % team)
+
+
+@inlined
+def leads(team: int) -> bool:
+    """Whether this thread has the sums: all of a team within a warp, the first warp of a larger one."""
+    return team <= WARP or cuda.threadIdx.x < WARP

@@ -1,0 +1,328 @@
+"""What happens to one row: its moments, the numbers that follow from them, and the elements it gives.
+
+Each function is made for a `Plan`; what the plan leaves out is not compiled. A team holds a row, or a piece of a long
+one, as 32-bit words in registers. Trip t of thread `lane` is the vector at element (t * team + lane) * lanes.
+
+Moments, in float64: the sum of x as a pair, the sum of squares (from the mean), the sums of g and of g · x (from the
+mean), and the powers of two by which x and dy were multiplied so that all of these are in range. They are 1 but for
+rows at the ends of the range. Numbers are what the elements need, in the type inside.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from rmsnorm_np import _formulas
+from rmsnorm_np.cuda.launch import Plan
+from rmsnorm_np.cuda.reduce import WARP, add_to_pair, adder, leads, pair_total, team_mask
+from rmsnorm_np.cuda.vector import (
+    bits_of_float64,
+    decoder,
+    encoder,
+    float64_of_bits,
+    inlined,
+    reader,
+    words_of,
+    writer,
+)
+
+reciprocal_root = inlined(_formulas.reciprocal_root)
+rms_gradient = inlined(_formulas.rms_gradient)
+outside_gradient = inlined(_formulas.outside_gradient)
+layer_gradient = inlined(_formulas.layer_gradient)
+
+# Places of the moments, and of the numbers.
+SUM, SUM_TAIL, SQUARES, G_SUM, PRODUCTS, X_SCALE, DY_SCALE, MOMENTS = range(8)
+MEAN, MEAN_TAIL, RSTD, RSTD_TAIL, B, C, X_TIMES, DY_TIMES, DY_UNDO, UNDO, UNDO_AGAIN, NUMBERS = range(12)
+
+PAIRS = 3  # the most that are summed at once
+
+# Sums are ordinary within these bounds: no square or product of note was lost below, none overflowed above.
+_LEAST = {np.float32: 2.0**-80, np.float64: 2.0**-900}
+_MOST = {np.float32: 2.0**90, np.float64: 2.0**900}
+_MOST_SCALE = {np.float32: 120, np.float64: 1000}  # exponent
+_TARGET = 20  # the largest of a rescaled row is about 2**20: the smallest, far below, still have all their digits
+
+_LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
+
+
+@inlined
+def exponent_of(value: Any) -> Any:
+    """The e of value = 1.… · 2**e, for a normal float64 > 0."""
+    return np.int64((bits_of_float64(value) >> np.uint64(52)) & np.uint64(0x7FF)) - 1023
+
+
+@inlined
+def power_of_two(exponent: Any) -> Any:
+    """2**exponent, for -1023 < exponent < 1024."""
+    return float64_of_bits(np.uint64(exponent + 1023) << np.uint64(52))
+
+
+@inlined
+def times_pair(value: Any, head: Any, tail: Any) -> Any:
+    """value · (head + tail), with one rounding that counts."""
+    return cuda.fma(value, head, value * tail)
+
+
+@lru_cache
+def scale_for(work: Any) -> Any:
+    """power(largest): the power of two that brings a row with this largest magnitude into range."""
+    most = _MOST_SCALE[work]
+
+    @inlined
+    def power(largest: Any) -> Any:
+        if not largest <= _LARGEST_FLOAT64:
+            return 1.0
+        exponent = _TARGET - exponent_of(largest) if largest > 0.0 else most
+        return power_of_two(min(max(exponent, -most), most))
+
+    return power
+
+
+@lru_cache
+def sharer(team: int, count: int) -> Any:
+    """share(values, shared): the first `count` values of those that lead go to the whole team."""
+
+    @inlined
+    def share(values: Any, shared: Any) -> None:
+        if team > WARP:
+            if cuda.threadIdx.x == 0:
+                for j in range(count):
+                    shared[j] = values[j]
+            cuda.syncthreads()
+            for j in range(count):
+                values[j] = shared[j]
+
+    return share
+
+
+@lru_cache
+def team_maximum(team: int) -> Any:
+    """maximum(value, shared): the largest of the team's values, in all its threads; NaN is passed over."""
+    first = min(team, WARP) // 2
+    steps = tuple(first >> s for s in range(6) if first >> s)
+    warps = max(1, team // WARP)
+
+    @inlined
+    def maximum(value: Any, shared: Any) -> Any:
+        for step in steps:
+            value = max(value, cuda.shfl_xor_sync(team_mask(team), value, step))
+        if warps > 1:
+            cuda.syncthreads()
+            if cuda.threadIdx.x % WARP == 0:
+                shared[cuda.threadIdx.x // WARP] = value
+            cuda.syncthreads()
+            for warp in range(warps):
+                value = max(value, shared[warp])
+            cuda.syncthreads()
+        return value
+
+    return maximum
+
+
+@lru_cache
+def row_reader(plan: Plan, name: str) -> Any:
+    """read_row(array, start, lane, stop, words): this thread's vectors of array[start : start + stop]."""
+    read = reader(name, plan.lanes, plan.aligned)
+    words_per_vector, team, trips, lanes = words_of(name, plan.lanes), plan.team, plan.trips, plan.lanes
+
+    @inlined
+    def read_row(array: Any, start: Any, lane: Any, stop: Any, words: Any) -> None:
+        for t in range(trips):
+            read(array, start + (t * team + lane) * lanes, start + stop, words, t * words_per_vector)
+
+    return read_row
+
+
+@lru_cache
+def factor(plan: Plan) -> Any:
+    """scaled(value, words, at, e, offset): value · (weight_offset + weight[e])."""
+    if plan.weight is None:
+
+        @inlined
+        def scaled(value: Any, words: Any, at: int, e: int, offset: Any) -> Any:
+            return value
+
+        return scaled
+    element = decoder(plan.weight, plan.work)
+    has_offset = plan.offset
+
+    @inlined
+    def scaled(value: Any, words: Any, at: int, e: int, offset: Any) -> Any:
+        weight = element(words, at, e)
+        return value * (offset + weight if has_offset else weight)
+
+    return scaled
+
+
+@lru_cache
+def rescaler(plan: Plan, name: str) -> Any:
+    """rescale(words, scale): every element times a power of two, in place."""
+    element, put = decoder(name, plan.work), encoder(name, plan.native_bfloat16)
+    trips, lanes, per_vector = plan.trips, plan.lanes, words_of(name, plan.lanes)
+
+    @inlined
+    def rescale(words: Any, scale: Any) -> None:
+        vector = cuda.local.array(per_vector, np.uint32)
+        for t in range(trips):
+            for e in range(lanes):
+                put(vector, 0, e, element(words, t * per_vector, e) * scale)
+            for j in range(per_vector):
+                words[t * per_vector + j] = vector[j]
+
+    return rescale
+
+
+@lru_cache
+def measurer(plan: Plan) -> Any:
+    """measure(x, dy, weight, lane, stop, count, k, k_row, eps, offset, moments, scratch, shared), the moments of a team.
+
+    x, dy, weight: words; `stop` elements are there, `count` of the row, k of them in the RMS, k_row in that of the
+    whole row. The moments are in the threads that lead.
+    """
+    work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
+    backward, centred, partial = plan.dy is not None, plan.centred, plan.partial
+    x_element = decoder(plan.x, work)
+    dy_element = decoder(plan.dy or "float32", work)
+    dy_words, weight_words = words_of(plan.dy or "float32", lanes), words_of(plan.weight or "float32", lanes)
+    scaled, weighed = factor(plan), factor(plan)
+    pairs = (3 if centred else 2) if backward else 1
+    add_up, add_up_x = adder(team, pairs, work), adder(team, 1, work)
+    share_flag, share_mean = sharer(team, 1), sharer(team, 2)
+    maximum, power = team_maximum(team), scale_for(work)
+    # float16 cannot leave the range, and would not take the scale either
+    x_scalable, dy_scalable = plan.x != "float16", backward and plan.dy != "float16"
+    scalable = x_scalable or dy_scalable
+    rescale_x, rescale_dy = rescaler(plan, plan.x), rescaler(plan, plan.dy or "float32")
+    least, most = _LEAST[work], _MOST[work]
+    checked = not plan.full or plan.split
+    per_element = 0 if plan.aligned else 1
+    zero, one = work(0), work(1)
+
+    @inlined
+    def add_x(x: Any, sums: Any) -> None:
+        for t in range(trips):
+            total = zero
+            for e in range(lanes):
+                total += x_element(x, 4 * t, e)
+            add_to_pair(sums, 0, total)
+
+    @inlined
+    def add_products(
+        x: Any, dy: Any, weight: Any, lane: Any, stop: Any, k: Any, offset: Any, mean: Any, sums: Any
+    ) -> None:
+        for t in range(trips):
+            i = (t * team + lane) * lanes
+            squares, products, g_sum = zero, zero, zero
+            for e in range(lanes):
+                value = x_element(x, 4 * t, e)
+                if centred:
+                    value = (value - mean[0]) - mean[1]
+                    if checked and i + e * per_element >= stop:
+                        value = zero
+                squares += value * value if not partial or i + e < k else zero
+                if backward:
+                    g = scaled(dy_element(dy, t * dy_words, e), weight, t * weight_words, e, offset)
+                    products += g * value
+                    g_sum += g
+            add_to_pair(sums, 0, squares)
+            if backward:
+                add_to_pair(sums, 2, products)
+                if centred:
+                    add_to_pair(sums, 4, g_sum)
+
+    @inlined
+    def largest_x(x: Any, lane: Any, k: Any) -> Any:
+        largest = 0.0
+        for t in range(trips):
+            i = (t * team + lane) * lanes
+            for e in range(lanes):
+                if not partial or i + e < k:
+                    largest = max(largest, abs(np.float64(x_element(x, 4 * t, e))))
+        return largest
+
+    @inlined
+    def largest_g(dy: Any, weight: Any, offset: Any) -> Any:
+        largest = 0.0
+        for t in range(trips):
+            for e in range(lanes):
+                d = np.float64(dy_element(dy, t * dy_words, e))
+                largest = max(largest, abs(weighed(d, weight, t * weight_words, e, offset)))
+        return largest
+
+    @inlined
+    def measure(
+        x: Any, dy: Any, weight: Any, lane: Any, stop: Any, count: Any, k: Any, k_row: Any, eps: Any, offset: Any,
+        moments: Any, scratch: Any, shared: Any,
+    ) -> None:  # fmt: skip
+        sums = cuda.local.array(2 * PAIRS, work)
+        mean = cuda.local.array(2, work)
+        flag = cuda.local.array(1, work)
+        x_scale, dy_scale = 1.0, 1.0
+        again = True
+        while again:
+            again = False
+            moments[SUM], moments[SUM_TAIL], moments[G_SUM], moments[PRODUCTS] = 0.0, 0.0, 0.0, 0.0
+            if centred:
+                sums[0], sums[1] = zero, zero
+                add_x(x, sums)
+                add_up_x(sums, scratch)
+                if leads(team):
+                    moments[SUM], moments[SUM_TAIL] = np.float64(sums[0]), np.float64(sums[1])
+                    store_pair(mean, 0, moments[SUM], moments[SUM_TAIL], count)
+                share_mean(mean, shared)
+            for j in range(2 * pairs):
+                sums[j] = zero
+            add_products(x, dy, weight, lane, stop, k, offset, mean, sums)
+            add_up(sums, scratch)
+            if leads(team):
+                moments[SQUARES] = pair_total(sums, 0)
+                mean_square = moments[SQUARES] / k_row + eps * x_scale * x_scale
+                ordinary = least < mean_square < most
+                if backward:
+                    moments[PRODUCTS] = pair_total(sums, 2)
+                    ordinary = ordinary and least < abs(moments[PRODUCTS]) < most
+                    if centred:
+                        moments[G_SUM] = pair_total(sums, 4)
+                        ordinary = ordinary and abs(moments[G_SUM]) < most
+                flag[0] = one if ordinary else zero
+            if scalable and x_scale == 1.0 and dy_scale == 1.0:
+                share_flag(flag, shared)
+                if flag[0] == zero:
+                    if x_scalable:
+                        x_scale = power(maximum(max(largest_x(x, lane, k), math.sqrt(eps)), shared))
+                        rescale_x(x, work(x_scale))
+                    if dy_scalable:
+                        dy_scale = power(maximum(largest_g(dy, weight, offset), shared))
+                        rescale_dy(dy, work(dy_scale))
+                    again = x_scale != 1.0 or dy_scale != 1.0
+        moments[X_SCALE], moments[DY_SCALE] = x_scale, dy_scale
+
+    return measure
+
+
+@lru_cache
+def pair_storer(work: Any) -> Any:
+    """store(pair, j, head, tail, count): (head + tail) / count, all float64, as a pair of the type inside."""
+    if work is np.float32:
+
+        @inlined
+        def store(pair: Any, j: int, head: Any, tail: Any, count: Any) -> None:
+            quotient = (head + tail) / count
+            pair[j] = np.float32(quotient)
+            pair[j + 1] = finite_or_zero(np.float32(quotient - np.float64(pair[j])))
+
+    else:
+
+        @inlined
+        def store(pair: Any, j: int, head: Any, tail: Any, count: Any) -> None:
+            quotient = head / count
+            pair[j] = quotient
+            pair[j + 1] = finite_or_zero((cuda.fma(-quotient, np.float64(count), head) + tail) / count)
+
+    return store

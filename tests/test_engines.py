@@ -1,0 +1,273 @@
+"""Every engine, op and dtype against the exact value, at every border of the kernels; and the same bits everywhere.
+
+The exact value is the formula in longdouble. It is computed here for whole arrays, and checked against the naive one of
+`test_reference` there, through the reference.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numba
+import numpy as np
+import pytest
+from conftest import BACKENDS, DTYPES
+from tolerances import DX_ULP, LONGDOUBLE_IS_WIDER, Y_ULP, dx_terms, parameter_tolerance, worst_ulp
+
+import rmsnorm_np as rn
+
+L = np.longdouble
+
+pytestmark = pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by")
+
+# The CPU engine works in vectors of 32 numbers, cuts sums into segments of 2048, takes blocks of 4096 // n (forward) or
+# 16384 // n (backward) rows but at most 64, splits the rows for dweight into parts of 16 or more, and goes parallel
+# from 16384 elements on.
+N = [
+    1,  # no lane but one; LayerNorm's variance is zero
+    2, 3,  # fewer than a vector of any processor
+    7, 8,  # below and at 8 float32, an AVX2 vector
+    31, 32, 33,  # around one vector of the engine: masked, full, full and masked
+    127,  # three full vectors, and all lanes but one of the last
+    576,  # SmolLM2's width, whole vectors
+    1000,  # rows that do not begin on a cache line
+    4099,  # three segments, a prime: everything at once
+]  # fmt: skip
+ROWS = [
+    0,  # nothing to do, dweight is zero
+    1,  # one row
+    2,  # the second row begins where the first ends
+    63, 64, 65,  # around the largest block
+    1000,  # many blocks, parts of unequal length, parallel
+]  # fmt: skip
+
+# The plain-Python twins of the vectors are slow: there, the shapes that still cross every border of a vector.
+JIT_OFF = bool(numba.config.DISABLE_JIT)
+LARGEST = 2_000 if JIT_OFF else 600_000
+SHAPES = [(rows, n) for rows in ROWS for n in N if rows * n <= LARGEST] + ([(3, 2081)] if JIT_OFF else [])
+
+OPS = ["rms", "partial", "layer"]
+
+
+def arrays(rng, shape, dtype):
+    """x, weight, bias, dy, with a mean that LayerNorm has to take off."""
+    x = (rng.standard_normal(shape) + 0.5).astype(dtype)
+    weight, bias = (rng.standard_normal(shape[-1:]).astype(dtype) for _ in range(2))
+    return x, weight, bias, rng.standard_normal(shape).astype(dtype)
+
+
+class Exact:
+    """Both norms and their gradients in longdouble, and the magnitudes of the terms that make them up."""
+
+    def __init__(self, op, x, weight, bias, dy, eps, k):
+        x, weight, bias, dy = (a.astype(L) for a in (x, weight, bias, dy))
+        n = x.shape[1]
+        mean_of = lambda a: a.sum(axis=1, keepdims=True) / n  # noqa: E731
+        centred = op == "layer"
+        if centred:
+            x = x - mean_of(x)
+            x = x - mean_of(x)  # the first mean was rounded
+        rstd = 1 / np.sqrt((x[:, :k] ** 2).sum(axis=1, keepdims=True) / k + L(eps))
+        xhat, g = x * rstd, dy * weight
+        self.y = xhat * weight + bias
+        self.y_terms = np.maximum(np.abs(xhat * weight), np.abs(bias))
+        c = (g * xhat).sum(axis=1, keepdims=True) / k
+        self.dx = rstd * (g - (mean_of(g) if centred else 0) - xhat * c * (np.arange(n) < k))
+        self.dx_terms = dx_terms(g, xhat, rstd, k, centred=centred)
+        self.dweight, self.dweight_terms = (dy * xhat).sum(axis=0), np.abs(dy * xhat).sum(axis=0)
+        self.dbias, self.dbias_terms = dy.sum(axis=0), np.abs(dy).sum(axis=0)
+
+
+def call(op, x, weight, bias, dy, eps, backend, **out):
+    """y, dx, dweight, dbias."""
+    if op == "layer":
+        y = rn.layer_norm(x, weight, bias, eps=eps, backend=backend, **out)
+        return y, *rn.layer_norm_backward(dy, x, weight, bias, eps=eps, backend=backend)
+    p = 0.3 if op == "partial" else 1.0
+    y = rn.rms_norm(x, weight, bias, eps=eps, p=p, backend=backend, **out)
+    return y, *rn.rms_norm_backward(dy, x, weight, bias, eps=eps, p=p, backend=backend)
+
+
+def k_of(op, n):
+    return -(-3 * n // 10) if op == "partial" else n
+
+
+def assert_exact(op, x, weight, bias, dy, eps, backend):
+    name = x.dtype.name
+    with np.errstate(all="ignore"):
+        exact = Exact(op, x, weight, bias, dy, eps, k_of(op, x.shape[1]))
+    y, dx, dweight, dbias = call(op, x, weight, bias, dy, eps, backend)
+    assert worst_ulp(y, exact.y, exact.y_terms) <= Y_ULP[name]
+    assert worst_ulp(dx, exact.dx, exact.dx_terms) <= DX_ULP[name]
+    for got, want, terms in ((dweight, exact.dweight, exact.dweight_terms), (dbias, exact.dbias, exact.dbias_terms)):
+        tolerance = parameter_tolerance(want, terms, len(x), x.dtype, got.dtype)
+        assert np.all(np.abs(got.astype(L) - want) <= tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_engine_is_exact(op, shape, dtype, backend, rng):
+    inputs = arrays(rng, shape, dtype)
+    copies = [a.copy() for a in inputs]
+    assert_exact(op, *inputs, 1e-6, backend)
+    for before, after in zip(copies, inputs, strict=True):
+        assert before.tobytes() == after.tobytes()
+
+
+# x · scale, dy · dy_scale: rows at both ends of each type's range. Without eps, or with one of their size.
+EXTREMES = [
+    (np.float16, 1e4, 1.0, 0.0), (np.float16, 1e-6, 1e-6, 0.0),
+    (ml_dtypes.bfloat16, 1e38, 1.0, 0.0), (ml_dtypes.bfloat16, 1e-38, 1e-35, 0.0), (ml_dtypes.bfloat16, 1e-39, 1e-35, 0.0),
+    (np.float32, 1e38, 1.0, 0.0), (np.float32, 1e-40, 1e-36, 0.0), (np.float32, 1e-40, 1.0, 1e-6),
+    (np.float64, 1e300, 1.0, 0.0), (np.float64, 1e307, 1e300, 0.0), (np.float64, 1e-300, 1e-280, 0.0),
+    (np.float64, 1e-310, 1e-290, 0.0), (np.float64, 1e-200, 1e-170, 1e-300), (np.float64, 1.0, 1e-300, 1e-6),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [7, 100] if JIT_OFF else [7, 100, 5000, 70001])
+@pytest.mark.parametrize(
+    ("kind", "scale", "dy_scale", "eps"), EXTREMES, ids=lambda value: getattr(value, "__name__", str(value))
+)
+@pytest.mark.parametrize("op", OPS)
+def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backend, rng):
+    dtype = np.dtype(kind)
+    x, weight, bias, dy = arrays(rng, (3, n), np.float64)
+    # bounded, so that scale · x stays finite
+    x, dy = np.clip(x, -1.7, 1.7) * scale, np.clip(dy, -1.7, 1.7) * dy_scale
+    assert_exact(op, x.astype(dtype), weight.astype(dtype), bias.astype(dtype), dy.astype(dtype), eps, backend)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_special_values_follow_the_formula_and_stay_in_their_row(op, dtype, backend, rng):
+    x, weight, bias, dy = arrays(rng, (6, 70), dtype)
+    clean = call(op, x, weight, bias, dy, 1e-6, backend)
+    x[1, 3], x[2, 3], x[3, 60] = np.nan, np.inf, -np.inf
+    y, dx, dweight, dbias = call(op, x, weight, bias, dy, 1e-6, backend)
+    for row in (0, 4, 5):
+        assert y[row].tobytes() == clean[0][row].tobytes()
+        assert dx[row].tobytes() == clean[1][row].tobytes()
+    assert np.isnan(y[1].astype(np.float64)).all()
+    # an infinite root mean square: finite elements become the bias, infinite ones NaN (LayerNorm: all NaN)
+    infinite = y[2].astype(np.float64)
+    assert np.isnan(infinite[3])
+    if op == "layer":
+        assert np.isnan(infinite).all()
+    else:
+        assert np.array_equal(np.delete(infinite, 3), np.delete(bias.astype(np.float64), 3))
+    if op == "partial":  # element 60 is not in the root mean square
+        assert np.isinf(y[3, 60].astype(np.float64)) and np.isfinite(np.delete(y[3], 60).astype(np.float64)).all()
+    assert dbias.tobytes() == clean[3].tobytes()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_zero_rows(op, dtype, backend, rng):
+    x, weight, bias, dy = arrays(rng, (3, 40), dtype)
+    x[1] = 0
+    y, *_ = call(op, x, weight, bias, dy, 1e-6, backend)
+    assert np.array_equal(y[1], bias)
+    y, *_ = call(op, x, weight, bias, dy, 0.0, backend)
+    assert np.isnan(y[1].astype(np.float64)).all()
+    assert np.isfinite(y[[0, 2]].astype(np.float64)).all()
+
+
+# ------------------------------------------------------------------------------------------------------- same bits
+
+
+@pytest.fixture
+def problem(rng):
+    """A problem for each dtype, of a shape that goes parallel and has blocks, parts and a tail."""
+    rows, n = (5, 70) if JIT_OFF else (77, 1003)
+    return lambda dtype: arrays(rng, (rows, n), dtype)
+
+
+def same(a, b):
+    return all(one.dtype == two.dtype and one.tobytes() == two.tobytes() for one, two in zip(a, b, strict=True))
+
+
+@pytest.mark.skipif(JIT_OFF, reason="without the JIT there is one thread")
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_on_one_and_two_threads(op, dtype, problem):
+    inputs = problem(dtype)
+    before = numba.get_num_threads()
+    results = []
+    try:
+        for threads in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
+            numba.set_num_threads(threads)
+            results.append(call(op, *inputs, 1e-6, "cpu"))
+    finally:
+        numba.set_num_threads(before)
+    assert same(*results)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_row_alone_and_in_a_batch(op, dtype, problem):
+    x, weight, bias, dy = problem(dtype)
+    y, dx, *_ = call(op, x, weight, bias, dy, 1e-6, "cpu")
+    for row in (0, len(x) // 2, len(x) - 1):
+        one = slice(row, row + 1)
+        alone = call(op, x[one], weight, bias, dy[one], 1e-6, "cpu")
+        assert same(alone[:2], (y[one], dx[one]))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_long_row_is_cut_without_changing_a_bit(op, dtype, rng, monkeypatch):
+    """The kernels for long rows against those for blocks, on the same rows."""
+    from rmsnorm_np.cpu import kernels
+
+    inputs = arrays(rng, (2, 300) if JIT_OFF else (3, 70001), dtype)
+    results = []
+    for border in (1, 10**9):
+        monkeypatch.setattr(kernels, "LONG_ROW", border)
+        results.append(call(op, *inputs, 1e-6, "cpu"))
+    assert same(results[0][:2], results[1][:2])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_alignment_and_streaming_do_not_change_a_bit(op, dtype, rng, monkeypatch):
+    """Outputs at every address modulo 64, written through the cache and past it."""
+    from rmsnorm_np.cpu import memory
+
+    inputs = arrays(rng, (5, 100), dtype)
+    want = call(op, *inputs, 1e-6, "cpu")
+    for streaming in (0, 1):
+        monkeypatch.setattr(memory, "streams", lambda y, on=streaming: on)
+        for offset in range(0, 64, dtype.itemsize):
+            room = np.zeros(500 * dtype.itemsize + 192, np.uint8)
+            start = -room.ctypes.data % 64 + 64 + offset
+            y = room[start : start + 500 * dtype.itemsize].view(dtype).reshape(5, 100)
+            got = call(op, *inputs, 1e-6, "cpu", out=y)
+            assert same(got, want)
+            assert not room[:start].any() and not room[start + y.nbytes :].any()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_streamed_gradients(op, dtype, rng, monkeypatch):
+    """dx written past the cache, in rows of whole cache lines and in rows that are not."""
+    from rmsnorm_np.cpu import memory
+
+    for n in (64, 100):
+        inputs = arrays(rng, (5, n), dtype)
+        monkeypatch.setattr(memory, "streams", lambda y: 0)
+        want = call(op, *inputs, 1e-6, "cpu")
+        monkeypatch.setattr(memory, "streams", lambda y: 1)
+        assert same(call(op, *inputs, 1e-6, "cpu"), want)
+
+
+@pytest.mark.parametrize("weight_rows", [1, 3])
+@pytest.mark.parametrize("bias_rows", [1, 6])
+@pytest.mark.parametrize("n", [40] if JIT_OFF else [40, 70001])
+@pytest.mark.parametrize("op", OPS)
+def test_parameters_per_head(op, weight_rows, bias_rows, n, rng):
+    """dweight and dbias of different shapes, each summed over the rows that share it; short rows and long ones."""
+    shape = (2, 2, 3, n)
+    x, dy = rng.standard_normal(shape), rng.standard_normal(shape)
+    weight = rng.standard_normal((3, n) if weight_rows == 3 else (n,))
+    bias = rng.standard_normal((2, 3, n) if bias_rows == 6 else (n,))
+    got = call(op, x, weight, bias, dy, 1e-6, "cpu")
+    want = call(op, x, weight, bias, dy, 1e-6, "reference")
+    for one, two in zip(got, want, strict=True):
+        assert one.shape == two.shape
+        np.testing.assert_allclose(one, two, rtol=1e-13, atol=1e-13)
+
+
+def test_backends_are_the_ones_that_are_tested():
+    assert set(BACKENDS) == {"reference", "cpu"} and len(DTYPES) == 4
