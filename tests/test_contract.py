@@ -339,11 +339,11 @@ def test_trailing_axes_are_not_copied(rng):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("axis", [-1, 0, (0, 2)])
-def test_engines_get_rows_in_the_plainest_layout(layout, axis, rng):
+@pytest.mark.parametrize(("axis", "parameter_shape"), [(-1, (6,)), (-1, (3, 6)), (0, (4,)), ((0, 2), (4, 6))], ids=str)
+def test_engines_get_rows_in_the_plainest_layout(layout, axis, parameter_shape, rng):
     """Compiled kernels read one type of array each: (rows, n), C-contiguous, aligned, native and not read-only."""
     x, dy = (LAYOUTS[layout](rng.normal(size=(4, 3, 6))) for _ in range(2))
-    parameter = LAYOUTS[layout](rng.normal(size={-1: (3, 6), 0: (4,), (0, 2): (4, 6)}[axis]))
+    parameter = LAYOUTS[layout](rng.normal(size=parameter_shape))
     for rows in engine_arguments(x, dy, parameter, parameter, axis=axis)[:4]:
         assert type(rows) is np.ndarray
         assert rows.ndim == 2
@@ -396,6 +396,7 @@ def test_the_short_cut_leads_where_the_full_check_leads(options, shape, dtype, m
 NOT_ORDINARY = {
     "axis is a float": {"axis": -1.0},
     "dy is longer": {"dy": np.ones((5, 6))},
+    "dy is turned": {"dy": np.ones((6, 4))},
     "weight is shorter": {"weight": np.ones(5)},
     "bias is longer": {"bias": np.ones(7)},
     "out is longer": {"out": np.ones((5, 6))},
@@ -479,6 +480,7 @@ def test_in_place_with_dy_being_x(op, backend, rng):
 def test_in_place_along_another_axis(op, backend, rng):
     x = rng.normal(size=(4, 6))
     want = FORWARD[op](x, axis=0, backend=backend)
+    assert engine_arguments(x, axis=0, out=x)[7] is None
     assert np.array_equal(FORWARD[op](x, axis=0, out=x, backend=backend), want)
 
 
@@ -520,6 +522,8 @@ def test_any_overlap_of_out_is_handled(op, ndim, overlap, backend, rng):
     FORWARD[op](x, weight, out=out, backend=backend)
     assert np.array_equal(out, y)
     dy, x, weight, out = views(memory.copy())
+    for parameters in [(weight, None), (None, weight)]:
+        assert engine_arguments(x, dy, *parameters, out=out)[7] is None  # no engine meets an overlap
     got = BACKWARD[op](dy, x, weight, weight, out=out, backend=backend)
     assert np.array_equal(out, grads.dx)
     assert same_bits(got.dweight, grads.dweight)

@@ -214,7 +214,7 @@ def halved(x):
         # Analytic in all but a small part of it.
         (lambda x: np.exp(x) + 1e-6 * np.conj(x), lambda x: np.exp(x) + 1e-6, ValueError),
     ],
-    ids=["abs", "cast warns", "float()", "no complex loop", "real part", "conj", "small conj"],
+    ids=["abs", "cast that warns", "float()", "no complex loop", "real part", "conj", "small conj"],
 )
 def test_a_function_that_is_not_analytic_is_measured_by_differences(function, derivative, error):
     if derivative is None:
@@ -382,8 +382,9 @@ def test_a_kernel_may_reuse_its_buffers_and_overwrite_its_arguments():
 
     x = problem()[0]
     before = x.copy()
-    report = check_gradient(function, gradient, x)
+    report = check_gradient(function, gradient, x, method="finite-difference")
     assert report.ok, report
+    assert report == check_gradient(np.exp, lambda dy, x: dy * np.exp(x), x, method="finite-difference")
     np.testing.assert_array_equal(x, before)
 
 
@@ -438,7 +439,8 @@ def test_the_worst_input_speaks_for_the_report():
 def test_more_directions_find_no_smaller_error():
     x = problem()[0]
     errors = [check_gradient(np.sin, lambda dy, x: 1.01 * dy * np.cos(x), x, directions=d).error for d in (1, 3, 30)]
-    assert errors[0] < errors[1] < errors[2]  # the first directions are the same ones
+    assert errors[0] <= errors[1] <= errors[2]  # the first directions are the same ones
+    assert errors[0] < errors[2]
 
 
 def test_the_seed_decides():

@@ -28,11 +28,11 @@ def calls(nbytes: int) -> dict[str, Call]:
     streaming = memory.streams(y)
 
     def forward() -> None:
-        threads.launch(copy, count, x[0], y[0], streaming)
+        threads.choose(copy, count)(x[0], y[0], streaming)
 
     def both() -> None:
         forward()
-        threads.launch(triad, count, x[0], z[0], y[0], streaming)
+        threads.choose(triad, count)(x[0], z[0], y[0], streaming)
 
     return {"forward": forward, "forward+backward": both}
 

@@ -29,12 +29,12 @@ ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is f
 
 
 def rms_forward(x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any) -> Any:
-    """y = x · rstd · (weight_offset + weight) + bias for each row of x, see :func:`rmsnorm_np.rms_norm`."""
+    """Y = x · rstd · (weight_offset + weight) + bias for each row of x, see :func:`rmsnorm_np.rms_norm`."""
     return _forward(x, weight, bias, k, eps, weight_offset, out, None)
 
 
 def layer_forward(x: Any, weight: Any, bias: Any, eps: float, weight_offset: float, out: Any) -> Any:
-    """y = (x - mean) · rstd · (weight_offset + weight) + bias for each row, see :func:`rmsnorm_np.layer_norm`."""
+    """Y = (x - mean) · rstd · (weight_offset + weight) + bias for each row, see :func:`rmsnorm_np.layer_norm`."""
     return _forward(x, weight, bias, x.shape[1], eps, weight_offset, out, 1)
 
 
@@ -51,26 +51,28 @@ def layer_backward(dy: Any, x: Any, weight: Any, bias: Any, eps: float, weight_o
 def _forward(
     x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: int | None
 ) -> Any:
-    y = memory.empty(x.shape, x.dtype) if out is None else out
-    if weight is not None and len(x) >= SCALED_ROWS:
-        weight, weight_offset = _scale(x, weight, weight_offset, centred is None)
-    kernel = kernels.long_forward if x.shape[1] > kernels.LONG_ROW else kernels.forward
-    threads.launch(
-        kernel,
-        x.size,
-        _stored(x),
-        _stored(weight),
-        _stored(bias),
-        k,
-        1 if weight is None else weight.shape[0],
-        1 if bias is None else bias.shape[0],
-        weight_offset or None,
-        eps,
-        memory.streams(y),
-        centred,
-        _wide(x, centred is None),
-        _stored(y),
-    )
+    rows, n = x.shape
+    if rows * n < threads.PARALLEL_ELEMENTS and n <= kernels.LONG_ROW:
+        # a small call: the kernel takes about a microsecond, so each question that is not asked here counts
+        y = np.empty((rows, n), x.dtype) if out is None else out
+        kernel, streaming = kernels.forward.serial, 0
+    else:
+        y = memory.empty((rows, n), x.dtype) if out is None else out
+        kernel = threads.choose(kernels.long_forward if n > kernels.LONG_ROW else kernels.forward, rows * n)
+        streaming = memory.streams(y)
+        if weight is not None and rows >= SCALED_ROWS:
+            weight, weight_offset = _scale(x, weight, weight_offset, centred is None)
+    m = 1 if weight is None else weight.shape[0]
+    bias_m = 1 if bias is None else bias.shape[0]
+    wide = None
+    x_stored, y_stored = x, y
+    if x.itemsize != 4:
+        wide = _WIDE_DOUBLE if x.itemsize == 8 else _WIDE_HALF if centred is None else None
+        x_stored, y_stored = _stored(x), _stored(y)
+    kernel(
+        x_stored, _stored(weight), _stored(bias), k, m, bias_m, weight_offset or None, eps,
+        streaming, centred, wide, y_stored,
+    )  # fmt: skip
     return y
 
 
@@ -97,13 +99,13 @@ def _backward(
         chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
         partials = (None if total is None else np.empty((chunks * m, n)) for total in (dweight, dbias))
         results = (_stored(dweight), _stored(dbias))
-        threads.launch(kernels.backward, x.size, *before, chunks, *after, *partials, *results)
+        threads.choose(kernels.backward, x.size)(*before, chunks, *after, *partials, *results)
     else:
         # each column is added up over the rows at once; only a parameter with fewer rows than the other needs more
         sums = [None if t is None else t if len(t) == m else np.empty((m, n)) for t in (dweight, dbias)]
-        threads.launch(kernels.long_backward, x.size, *before, *after, *map(_stored, sums))
+        threads.choose(kernels.long_backward, x.size)(*before, *after, *map(_stored, sums))
         for total, sum_ in zip((dweight, dbias), sums, strict=True):
-            if total is not sum_:
+            if total is not None and sum_ is not None and total is not sum_:
                 total[...] = sum_.reshape(-1, len(total), n).sum(axis=0)
     return dx, dweight, dbias
 
@@ -125,15 +127,15 @@ def _scale(x: Any, weight: Any, weight_offset: float, half_in_float32: bool) -> 
 
 def _stored(array: Any) -> Any:
     """The array as the kernels see it."""
-    if array is None or array.dtype.kind == "f" and array.itemsize > 2:
+    if array is None or array.itemsize > 2:
         return array
     return array.view(_STORED[array.dtype.name])
 
 
 def _wide(x: Any, half_in_float32: bool) -> Any:
-    if x.itemsize == 8:
-        return _WIDE_DOUBLE
-    return _WIDE_HALF if x.itemsize == 2 and half_in_float32 else None
+    if x.itemsize == 4:
+        return None
+    return _WIDE_DOUBLE if x.itemsize == 8 else _WIDE_HALF if half_in_float32 else None
 
 
 def warmup(

@@ -1,11 +1,11 @@
 """Compiled kernels on disk, so that a process compiles only what none has compiled before.
 
-Numba's own cache looks at the file of the kernel alone: it would keep machine code after a change of a function that the
-kernel calls in another module, and it cannot tell a serial kernel from a parallel one of the same text. Here the name
-of a cached file is a digest of everything the machine code depends on: all sources of this package, the versions of
-Numba, llvmlite and Python, the processor, the signature. So a file is right or not looked at; it is written whole, under
-another name first, so processes that compile at once do not disturb each other; and it carries its checksum, so a
-damaged file is compiled anew. Where no folder can be written, kernels are compiled in each process.
+Numba's own cache looks at the file of the kernel alone: it would keep machine code after a change of a function that
+the kernel calls in another module, and it cannot tell a serial kernel from a parallel one of the same text. Here the
+name of a cached file is a digest of everything the machine code depends on: all sources of this package, the versions
+of Numba, llvmlite and Python, the processor, the signature. So a file is right or not looked at; it is written whole,
+under another name first, so processes that compile at once do not disturb each other; and it carries its checksum, so
+a damaged file is compiled anew. Where no folder can be written, kernels are compiled in each process.
 
 The folder: ``NUMBA_CACHE_DIR`` where that is set; else ``__pycache__`` beside this file, else the user's cache folder.
 """
@@ -50,13 +50,13 @@ def folder() -> Path | None:
 @functools.cache
 def _sources() -> bytes:
     """A digest of this package's sources and of what compiles them."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version} {config.BOUNDSCHECK}".encode())
     package = Path(__file__).parent.parent
     for path in (*sorted(package.glob("*.py")), *sorted(package.glob("cpu/*.py"))):
         try:
             digest.update(path.read_bytes())
         except OSError:  # inside a zip file: its modification time stands for all
-            digest.update(str(os.stat(package.parent).st_mtime_ns).encode())
+            digest.update(str(package.parent.stat().st_mtime_ns).encode())
             break
     return digest.digest()
 
@@ -70,10 +70,12 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
 
     @property
     def cache_path(self) -> str | None:
+        """The folder, as Numba asks for it."""
         path = folder()
         return None if path is None else str(path)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled kernel for a signature, or None."""
         path = self._path(sig, target_context.codegen())
         if path is None:
             return None
@@ -90,6 +92,7 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         return numba.core.compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a compiled kernel, if there is a place for it."""
         path = self._path(sig, data.codegen)
         if path is None or data.library.has_dynamic_globals:
             return
@@ -97,7 +100,7 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         try:
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 file.write(hashlib.sha256(payload).digest() + payload)
-            os.replace(file.name, path)
+            Path(file.name).replace(path)
         except OSError:  # a full or vanished disk costs the next process a compilation, not this one its result
             return
 

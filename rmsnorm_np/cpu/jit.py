@@ -13,7 +13,7 @@ from typing import Any
 import numba
 import numba.extending
 
-from rmsnorm_np.cpu import lowering  # noqa: F401  (registers how simd compiles)
+from rmsnorm_np.cpu import arithmetic, lowering  # noqa: F401  (registers how simd compiles)
 from rmsnorm_np.cpu.cache import cached
 
 _OPTIONS: dict[str, Any] = {

@@ -26,17 +26,28 @@ from rmsnorm_np.cpu.rows import (
     forward_precision,
     keep_statistics,
     kept_mean,
-    mean_of,
     products_of,
     reciprocal_root,
     segment_products,
     segment_squares,
     segment_sum,
-    squares_of,
     write_gradient,
     write_output,
 )
-from rmsnorm_np.cpu.simd import BLOCK, LANES, SEGMENT, data, float32, float64, keep, kept, load, rounded, scratch, store, zeros
+from rmsnorm_np.cpu.simd import (
+    BLOCK,
+    LANES,
+    SEGMENT,
+    data,
+    float64,
+    keep,
+    kept,
+    load,
+    rounded,
+    scratch,
+    store,
+    zeros,
+)
 
 # Elements in a block of rows. Forward: x and y in float32 fill a 32 KiB first-level cache. Backward: x, dy and dx in
 # the second level; more rows together read and write the sums of dweight less often.

@@ -10,6 +10,7 @@ switches it off. When the pool is full, memory goes back to the operating system
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import threading
@@ -111,9 +112,7 @@ def set_limit(limit: int) -> int:
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     """An array with unset elements, C-contiguous; aligned to a cache line if it is large."""
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
+    size = math.prod(shape) * dtype.itemsize
     if size < RECYCLE_BYTES or _pool.limit == 0:
         return np.empty(shape, dtype)
     return np.asarray(_Lease(_pool, _pool.take(size), size)).view(dtype).reshape(shape)

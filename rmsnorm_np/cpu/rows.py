@@ -6,10 +6,7 @@ Arguments are pointers (:func:`simd.data`), flat offsets and numbers; `_formulas
 
 from __future__ import annotations
 
-import math
 from typing import Any
-
-import numpy as np
 
 from rmsnorm_np import _formulas
 from rmsnorm_np.cpu.jit import inlined, optional, piece
@@ -73,7 +70,7 @@ def forward_precision(centred: Any) -> Any:
 
 @optional("mean", lambda total, lanes, mean, count: add_exact_square(total, lanes))
 def add_square(total: Any, lanes: Any, mean: Any, count: Any) -> Any:
-    """total + (lanes - mean)², where lanes from `count` on stay out of it."""
+    """Total + (lanes - mean)², where lanes from `count` on stay out of it."""
     difference = first_lanes(lanes - mean, count)
     return total + difference * difference
 
@@ -115,7 +112,7 @@ def segment_squares(x: Any, start: int, stop: int, mean: Any, work: Any) -> Any:
 def segment_products(
     dy: Any, x: Any, weight: Any, start: int, stop: int, shift: int, offset: Any, mean: Any, work: Any
 ) -> Any:
-    """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean), g = dy · (weight_offset + weight[shift + i])."""
+    """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean); weight of element i is at shift + i."""
     like = zeros(x, work)
     sums = zeros(x, work)
     products = zeros(x, work)
@@ -149,9 +146,7 @@ def squares_of(x: Any, start: int, k: int, mean: Any, work: Any) -> Any:
 
 
 @inlined
-def products_of(
-    dy: Any, x: Any, weight: Any, start: int, n: int, shift: int, offset: Any, mean: Any, work: Any
-) -> Any:
+def products_of(dy: Any, x: Any, weight: Any, start: int, n: int, shift: int, offset: Any, mean: Any, work: Any) -> Any:
     sums = products = across(zeros(x, work))
     for first in range(start, start + n, SEGMENT):
         stop = min(first + SEGMENT, start + n)
@@ -187,7 +182,7 @@ def output_lanes(
     x: Any, weight: Any, bias: Any, i: int, shift: int, bias_shift: int, offset: Any, mean: Any, rstd: Any,
     work: Any, count: Any,
 ) -> Any:  # fmt: skip
-    """y of the elements from i on; weight and bias of element i are at shift + i and bias_shift + i."""
+    """Y of the elements from i on; weight and bias of element i are at shift + i and bias_shift + i."""
     lanes = load(x, i, work, count)
     xhat = minus(lanes, mean) * rstd
     y = times(xhat, scale_of(weight, offset, shift + i, lanes, count))
@@ -199,7 +194,7 @@ def write_output(
     x: Any, weight: Any, bias: Any, y: Any, start: int, stop: int, shift: int, bias_shift: int, offset: Any,
     mean: Any, rstd: Any, streaming: int, ahead: int, work: Any,
 ) -> None:  # fmt: skip
-    """y from start to stop, and a prefetch of what lies `ahead` of x (0: none)."""
+    """Y from start to stop, and a prefetch of what lies `ahead` of x (0: none)."""
     head = start
     if streaming:
         head = min(start + until_aligned(y, start), stop)
@@ -227,7 +222,7 @@ def gradient_lanes(
     shift: int, out_shift: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, inside: int, streaming: int,
     fresh: int, centred: Any, work: Any, count: Any,
 ) -> None:  # fmt: skip
-    """dx in columns i, i + 1, … of `rows` rows, which start at base, base + step, …; their share of dweight, dbias.
+    """Dx in columns i, i + 1, … of `rows` rows, which start at base, base + step, …; their share of dweight, dbias.
 
     The shares stay in registers over the rows; they begin at zero when `fresh`, else with what stands there.
     """

@@ -13,9 +13,8 @@ if TYPE_CHECKING:
 PARALLEL_ELEMENTS = 16384
 
 
-def launch(kernel: Kernel, elements: int, *arguments: Any) -> None:
-    """Run the kernel on all of Numba's threads, or serially where that is sooner done."""
+def choose(kernel: Kernel, elements: int) -> Any:
+    """The kernel compiled for all of Numba's threads, or the serial one where that is sooner done."""
     if elements < PARALLEL_ELEMENTS or numba.get_num_threads() == 1:
-        kernel.serial(*arguments)
-    else:
-        kernel.parallel(*arguments)
+        return kernel.serial
+    return kernel.parallel

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ from rmsnorm_np.cuda.vector import (
     writer,
 )
 
-reciprocal_root = inlined(_formulas.reciprocal_root)
+# numba-cuda knows math.sqrt, not np.sqrt: the same code, with another module for np.
+reciprocal_root = inlined(FunctionType(_formulas.reciprocal_root.__code__, {"np": math}))
 rms_gradient = inlined(_formulas.rms_gradient)
 outside_gradient = inlined(_formulas.outside_gradient)
 layer_gradient = inlined(_formulas.layer_gradient)
@@ -39,6 +41,7 @@ layer_gradient = inlined(_formulas.layer_gradient)
 # Places of the moments, and of the numbers.
 SUM, SUM_TAIL, SQUARES, G_SUM, PRODUCTS, X_SCALE, DY_SCALE, MOMENTS = range(8)
 MEAN, MEAN_TAIL, RSTD, RSTD_TAIL, B, C, X_TIMES, DY_TIMES, DY_UNDO, UNDO, UNDO_AGAIN, NUMBERS = range(12)
+FLAG = NUMBERS  # behind the numbers, in shared memory
 
 PAIRS = 3  # the most that are summed at once
 
@@ -85,40 +88,43 @@ def scale_for(work: Any) -> Any:
 
 
 @lru_cache
-def sharer(team: int, count: int) -> Any:
-    """share(values, shared): the first `count` values of those that lead go to the whole team."""
+def sharer(team: int, count: int, place: int) -> Any:
+    """share(values, shared): the first `count` values of those that lead go to the whole team, by way of shared[place].
+
+    The place is free again after the next barrier.
+    """
 
     @inlined
     def share(values: Any, shared: Any) -> None:
         if team > WARP:
             if cuda.threadIdx.x == 0:
                 for j in range(count):
-                    shared[j] = values[j]
+                    shared[place + j] = values[j]
             cuda.syncthreads()
             for j in range(count):
-                values[j] = shared[j]
+                values[j] = shared[place + j]
 
     return share
 
 
 @lru_cache
 def team_maximum(team: int) -> Any:
-    """maximum(value, shared): the largest of the team's values, in all its threads; NaN is passed over."""
+    """maximum(value, maxima): the largest of the team's values, in all its threads; NaN is passed over."""
     first = min(team, WARP) // 2
     steps = tuple(first >> s for s in range(6) if first >> s)
     warps = max(1, team // WARP)
 
     @inlined
-    def maximum(value: Any, shared: Any) -> Any:
+    def maximum(value: Any, maxima: Any) -> Any:
         for step in steps:
             value = max(value, cuda.shfl_xor_sync(team_mask(team), value, step))
         if warps > 1:
             cuda.syncthreads()
             if cuda.threadIdx.x % WARP == 0:
-                shared[cuda.threadIdx.x // WARP] = value
+                maxima[cuda.threadIdx.x // WARP] = value
             cuda.syncthreads()
             for warp in range(warps):
-                value = max(value, shared[warp])
+                value = max(value, maxima[warp])
             cuda.syncthreads()
         return value
 
@@ -179,8 +185,43 @@ def rescaler(plan: Plan, name: str) -> Any:
 
 
 @lru_cache
+def tail_of(work: Any) -> Any:
+    """tail(value): the value, or zero for the NaN that an infinite head leaves; it would turn infinity into NaN."""
+    zero = work(0)
+
+    @inlined
+    def tail(value: Any) -> Any:
+        return work(value) if value == value else zero
+
+    return tail
+
+
+@lru_cache
+def pair_storer(work: Any) -> Any:
+    """store(pair, j, head, tail, count): (head + tail) / count, all float64, as a pair of the type inside."""
+    tail_or_zero = tail_of(work)
+    if work is np.float32:
+
+        @inlined
+        def store(pair: Any, j: int, head: Any, tail: Any, count: Any) -> None:
+            quotient = (head + tail) / count
+            pair[j] = np.float32(quotient)
+            pair[j + 1] = tail_or_zero(quotient - np.float64(pair[j]))
+
+    else:
+
+        @inlined
+        def store(pair: Any, j: int, head: Any, tail: Any, count: Any) -> None:
+            quotient = head / count
+            pair[j] = quotient
+            pair[j + 1] = tail_or_zero((cuda.fma(-quotient, np.float64(count), head) + tail) / count)
+
+    return store
+
+
+@lru_cache
 def measurer(plan: Plan) -> Any:
-    """measure(x, dy, weight, lane, stop, count, k, k_row, eps, offset, moments, scratch, shared), the moments of a team.
+    """measure(x, dy, weight, lane, stop, count, k, k_row, eps, offset, moments, scratch, shared, maxima), the moments of a team.
 
     x, dy, weight: words; `stop` elements are there, `count` of the row, k of them in the RMS, k_row in that of the
     whole row. The moments are in the threads that lead.
@@ -193,8 +234,8 @@ def measurer(plan: Plan) -> Any:
     scaled, weighed = factor(plan), factor(plan)
     pairs = (3 if centred else 2) if backward else 1
     add_up, add_up_x = adder(team, pairs, work), adder(team, 1, work)
-    share_flag, share_mean = sharer(team, 1), sharer(team, 2)
-    maximum, power = team_maximum(team), scale_for(work)
+    share_flag, share_mean = sharer(team, 1, FLAG), sharer(team, 2, MEAN)
+    maximum, power, store_pair = team_maximum(team), scale_for(work), pair_storer(work)
     # float16 cannot leave the range, and would not take the scale either
     x_scalable, dy_scalable = plan.x != "float16", backward and plan.dy != "float16"
     scalable = x_scalable or dy_scalable
@@ -202,15 +243,22 @@ def measurer(plan: Plan) -> Any:
     least, most = _LEAST[work], _MOST[work]
     checked = not plan.full or plan.split
     per_element = 0 if plan.aligned else 1
-    zero, one = work(0), work(1)
+    # A mean far from zero needs every digit of the sum. Half types have few digits themselves: the sum of a vector is
+    # right to a small part of the distance between two of them.
+    wide = plan.x in ("float32", "float64")
+    zero, one, places = work(0), work(1), 2 * PAIRS
 
     @inlined
     def add_x(x: Any, sums: Any) -> None:
         for t in range(trips):
-            total = zero
-            for e in range(lanes):
-                total += x_element(x, 4 * t, e)
-            add_to_pair(sums, 0, total)
+            if wide:
+                for e in range(lanes):
+                    add_to_pair(sums, 0, x_element(x, 4 * t, e))
+            else:
+                total = zero
+                for e in range(lanes):
+                    total += x_element(x, 4 * t, e)
+                add_to_pair(sums, 0, total)
 
     @inlined
     def add_products(
@@ -258,9 +306,9 @@ def measurer(plan: Plan) -> Any:
     @inlined
     def measure(
         x: Any, dy: Any, weight: Any, lane: Any, stop: Any, count: Any, k: Any, k_row: Any, eps: Any, offset: Any,
-        moments: Any, scratch: Any, shared: Any,
+        moments: Any, scratch: Any, shared: Any, maxima: Any,
     ) -> None:  # fmt: skip
-        sums = cuda.local.array(2 * PAIRS, work)
+        sums = cuda.local.array(places, work)
         mean = cuda.local.array(2, work)
         flag = cuda.local.array(1, work)
         x_scale, dy_scale = 1.0, 1.0
@@ -295,10 +343,10 @@ def measurer(plan: Plan) -> Any:
                 share_flag(flag, shared)
                 if flag[0] == zero:
                     if x_scalable:
-                        x_scale = power(maximum(max(largest_x(x, lane, k), math.sqrt(eps)), shared))
+                        x_scale = power(maximum(max(largest_x(x, lane, k), math.sqrt(eps)), maxima))
                         rescale_x(x, work(x_scale))
                     if dy_scalable:
-                        dy_scale = power(maximum(largest_g(dy, weight, offset), shared))
+                        dy_scale = power(maximum(largest_g(dy, weight, offset), maxima))
                         rescale_dy(dy, work(dy_scale))
                     again = x_scale != 1.0 or dy_scale != 1.0
         moments[X_SCALE], moments[DY_SCALE] = x_scale, dy_scale
@@ -306,23 +354,156 @@ def measurer(plan: Plan) -> Any:
     return measure
 
 
+
+
 @lru_cache
-def pair_storer(work: Any) -> Any:
-    """store(pair, j, head, tail, count): (head + tail) / count, all float64, as a pair of the type inside."""
-    if work is np.float32:
+def finisher(plan: Plan) -> Any:
+    """finish(moments, n, k, eps, numbers): the moments of a whole row become the numbers its elements need."""
+    work, backward, centred = plan.work, plan.dy is not None, plan.centred
+    store_pair, tail_or_zero = pair_storer(work), tail_of(work)
+
+    @inlined
+    def finish(moments: Any, n: Any, k: Any, eps: Any, numbers: Any) -> None:
+        x_scale, dy_scale = moments[X_SCALE], moments[DY_SCALE]
+        eps = eps * x_scale * x_scale  # not x_scale * x_scale, which can overflow
+        rstd = reciprocal_root(moments[SQUARES], k, eps)
+        numbers[RSTD] = work(rstd)
+        if work is np.float32:
+            numbers[RSTD_TAIL] = tail_or_zero(rstd - np.float64(numbers[RSTD]))
+        else:
+            numbers[RSTD_TAIL] = tail_or_zero(root_correction(rstd, moments[SQUARES], np.float64(k), eps))
+        numbers[X_TIMES] = work(x_scale)
+        if centred:
+            store_pair(numbers, MEAN, moments[SUM], moments[SUM_TAIL], n)
+        if backward:
+            numbers[B] = work(moments[G_SUM] / k)
+            numbers[C] = work(moments[PRODUCTS] * rstd / k)
+            exponent = exponent_of(x_scale) - exponent_of(dy_scale)
+            numbers[DY_TIMES] = work(dy_scale)
+            numbers[DY_UNDO] = work(power_of_two(-exponent_of(dy_scale)))
+            numbers[UNDO] = work(power_of_two(exponent >> 1))
+            numbers[UNDO_AGAIN] = work(power_of_two(exponent - (exponent >> 1)))
+
+    return finish
+
+
+@inlined
+def root_correction(rstd: Any, total: Any, k: Any, eps: Any) -> Any:
+    """What rstd lacks to 1 / sqrt(total / k + eps): one step of Newton's method, its residual without cancellation."""
+    mean = total / k
+    mean_tail = cuda.fma(-mean, k, total) / k
+    argument = mean + eps
+    added = argument - mean
+    argument_tail = (mean - (argument - added)) + (eps - added) + mean_tail
+    square = rstd * rstd
+    square_tail = cuda.fma(rstd, rstd, -square)
+    residual = cuda.fma(-argument, square, 1.0) - argument * square_tail - argument_tail * square
+    return 0.5 * rstd * residual
+
+
+@lru_cache
+def standardiser(plan: Plan) -> Any:
+    """standardised(value, numbers): xhat, with one rounding for RMSNorm, two for LayerNorm."""
+    if plan.centred:
 
         @inlined
-        def store(pair: Any, j: int, head: Any, tail: Any, count: Any) -> None:
-            quotient = (head + tail) / count
-            pair[j] = np.float32(quotient)
-            pair[j + 1] = finite_or_zero(np.float32(quotient - np.float64(pair[j])))
+        def standardised(value: Any, numbers: Any) -> Any:
+            distance = value - numbers[MEAN]
+            rest = distance * numbers[RSTD_TAIL] - numbers[MEAN_TAIL] * numbers[RSTD]
+            return cuda.fma(distance, numbers[RSTD], rest)
 
     else:
 
         @inlined
-        def store(pair: Any, j: int, head: Any, tail: Any, count: Any) -> None:
-            quotient = head / count
-            pair[j] = quotient
-            pair[j + 1] = finite_or_zero((cuda.fma(-quotient, np.float64(count), head) + tail) / count)
+        def standardised(value: Any, numbers: Any) -> Any:
+            return times_pair(value, numbers[RSTD], numbers[RSTD_TAIL])
 
-    return store
+    return standardised
+
+
+@lru_cache
+def row_writer(plan: Plan) -> Any:
+    """write_row(x, weight, bias, y, start, weight_start, bias_start, lane, n, stop, offset, numbers): y of one row.
+
+    x: words; weight, bias, y: arrays. Element e of the piece is at start + e of y, at weight_start + e of weight.
+    """
+    work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
+    x_element, put = decoder(plan.x, work), encoder(plan.x, plan.native_bfloat16)
+    has_weight, has_bias = plan.weight is not None, plan.bias is not None
+    weight_name, bias_name = plan.weight or "float32", plan.bias or "float32"
+    read_weight, read_bias = (reader(name, lanes, plan.aligned) for name in (weight_name, bias_name))
+    weight_words, bias_words = words_of(weight_name, lanes), words_of(bias_name, lanes)
+    scaled, bias_element = factor(plan), decoder(bias_name, work)
+    write = writer(plan.x, lanes, plan.aligned)
+    standardised = standardiser(plan)
+
+    @inlined
+    def write_row(
+        x: Any, weight: Any, bias: Any, y: Any, start: Any, weight_start: Any, bias_start: Any, lane: Any, stop: Any,
+        offset: Any, numbers: Any,
+    ) -> None:  # fmt: skip
+        w = cuda.local.array(weight_words, np.uint32)
+        b = cuda.local.array(bias_words, np.uint32)
+        result = cuda.local.array(4, np.uint32)
+        for t in range(trips):
+            i = (t * team + lane) * lanes
+            if has_weight:
+                read_weight(weight, weight_start + i, weight_start + stop, w, 0)
+            if has_bias:
+                read_bias(bias, bias_start + i, bias_start + stop, b, 0)
+            for e in range(lanes):
+                value = scaled(standardised(x_element(x, 4 * t, e), numbers), w, 0, e, offset)
+                if has_bias:
+                    value += bias_element(b, 0, e)
+                put(result, 0, e, value)
+            write(y, start + i, start + stop, result)
+
+    return write_row
+
+
+@lru_cache
+def gradient_writer(plan: Plan) -> Any:
+    """write_gradient(x, dy, weight, dx, start, lane, stop, k, offset, numbers, dweight, dbias): dx of one row.
+
+    x, dy, weight: words, the same elements of each. dweight and dbias, sums of this thread's elements, take their share.
+    """
+    work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
+    centred, partial = plan.centred, plan.partial
+    has_weight, has_bias = plan.weight is not None, plan.bias is not None
+    dy_name = plan.dy or "float32"
+    x_element, dy_element, put = decoder(plan.x, work), decoder(dy_name, work), encoder(plan.x, plan.native_bfloat16)
+    dy_words, weight_words = words_of(dy_name, lanes), words_of(plan.weight or "float32", lanes)
+    scaled, standardised = factor(plan), standardiser(plan)
+    write = writer(plan.x, lanes, plan.aligned)
+    one = work(1)
+
+    @inlined
+    def write_gradient(
+        x: Any, dy: Any, weight: Any, dx: Any, start: Any, lane: Any, stop: Any, k: Any, offset: Any, numbers: Any,
+        dweight: Any, dbias: Any,
+    ) -> None:  # fmt: skip
+        result = cuda.local.array(4, np.uint32)
+        for t in range(trips):
+            i = (t * team + lane) * lanes
+            for e in range(lanes):
+                xhat = standardised(x_element(x, 4 * t, e), numbers)
+                d = dy_element(dy, t * dy_words, e)
+                g = scaled(d, weight, t * weight_words, e, offset)
+                # rstd is a pair: the formulas get 1 for it, and their result is multiplied by the pair
+                if centred:
+                    gradient = layer_gradient(g, xhat, numbers[B], numbers[C], one)
+                elif partial and i + e >= k:
+                    gradient = outside_gradient(g, one)
+                else:
+                    gradient = rms_gradient(g, xhat, numbers[C], one)
+                gradient = times_pair(gradient, numbers[RSTD], numbers[RSTD_TAIL])
+                put(result, 0, e, gradient * numbers[UNDO] * numbers[UNDO_AGAIN])
+                if has_weight or has_bias:
+                    d *= numbers[DY_UNDO]
+                if has_weight:
+                    dweight[t * lanes + e] += d * xhat
+                if has_bias:
+                    dbias[t * lanes + e] += d
+            write(dx, start + i, start + stop, result)
+
+    return write_gradient

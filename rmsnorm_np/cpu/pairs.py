@@ -1,0 +1,80 @@
+"""LLVM code for pairs: the unevaluated sum of two float64, high and low, about 106 bits.
+
+The classic error-free kind: Knuth's two-sum, and the error of a product by fused multiply-add (Ogita, Rump and Oishi,
+"Accurate sum and dot product", 2005). Operands are (high, low); low is None where it is zero by construction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from rmsnorm_np.cpu.llvm import FLOAT, constant, intrinsic
+
+
+def parts(kind: str, value: Any, builder: Any) -> tuple[Any, Any]:
+    """High and low part; the low part is None where it is zero by construction."""
+    if kind == "pair":
+        return builder.extract_value(value, 0), builder.extract_value(value, 1)
+    return value, None
+
+
+def pair(builder: Any, high: Any, low: Any) -> Any:
+    """High and low part as one value."""
+    value = ir.Constant(ir.LiteralStructType([high.type, low.type]), ir.Undefined)
+    return builder.insert_value(builder.insert_value(value, high, 0), low, 1)
+
+
+def collapse(builder: Any, value: Any) -> Any:
+    """The pair as one float64; where an error term met an infinity, the high part alone is the result."""
+    high, low = parts("pair", value, builder)
+    total = builder.fadd(high, low)
+    size = high.type.count
+    magnitude = intrinsic(builder, f"llvm.fabs.v{size}f64", high.type, [total])
+    finite = builder.fcmp_ordered("<", magnitude, constant(high.type, float("inf")))
+    return builder.select(finite, total, high)
+
+
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c, rounded once."""
+    suffix = "f32" if a.type.element == FLOAT else "f64"
+    return intrinsic(builder, f"llvm.fma.v{a.type.count}{suffix}", a.type, [a, b, c])
+
+
+def add_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
+    """Knuth's two-sum of the high parts; its error and the low parts are the new low part."""
+    total = builder.fadd(a[0], b[0])
+    second = builder.fsub(total, a[0])
+    low = builder.fadd(builder.fsub(a[0], builder.fsub(total, second)), builder.fsub(b[0], second))
+    for part in (a[1], b[1]):
+        if part is not None:
+            low = builder.fadd(low, part)
+    return pair(builder, total, low)
+
+
+def negate_parts(builder: Any, a: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Minus a, exact."""
+    return builder.fneg(a[0]), None if a[1] is None else builder.fneg(a[1])
+
+
+def multiply_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
+    """The product of the high parts and its error; the low parts add to the error."""
+    product = builder.fmul(a[0], b[0])
+    low = fma(builder, a[0], b[0], builder.fneg(product))
+    if a[1] is not None:
+        low = fma(builder, a[1], b[0], low)
+    if b[1] is not None:
+        low = fma(builder, a[0], b[1], low)
+    return pair(builder, product, low)
+
+
+def divide_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
+    """The quotient of the high parts; what is left of a, divided, is the low part."""
+    quotient = builder.fdiv(a[0], b[0])
+    rest = fma(builder, builder.fneg(quotient), b[0], a[0])
+    if a[1] is not None:
+        rest = builder.fadd(rest, a[1])
+    if b[1] is not None:
+        rest = fma(builder, builder.fneg(quotient), b[1], rest)
+    return pair(builder, quotient, builder.fdiv(rest, b[0]))
