@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rmsnorm_np import _arguments, _backends, reference
+from rmsnorm_np import _backends, reference
 from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def rms_norm(
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.rms_norm(x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out)
-    rows, _, w, b, k, eps, weight_offset, rows_out, restore = _arguments.engine_arguments(
+    rows, _, w, b, k, eps, weight_offset, rows_out, restore = engine.arguments.engine_arguments(
         x, None, weight, bias, eps, p, axis, weight_offset, out
     )
     y: Array = engine.rms_forward(rows, w, b, k, eps, weight_offset, rows_out)
@@ -195,14 +195,14 @@ def rms_norm_backward(
         return reference.rms_norm_backward(
             dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out
         )
-    rows, drows, w, b, k, eps, weight_offset, rows_out, restore = _arguments.engine_arguments(
+    rows, drows, w, b, k, eps, weight_offset, rows_out, restore = engine.arguments.engine_arguments(
         x, dy, weight, bias, eps, p, axis, weight_offset, out
     )
     dx, dweight, dbias = engine.rms_backward(drows, rows, w, b, k, eps, weight_offset, rows_out)
     return RMSNormGrads(
         dx if restore is None else restore(dx),
-        _arguments.restore_parameter(dweight, weight),
-        _arguments.restore_parameter(dbias, bias),
+        engine.arguments.restore_parameter(dweight, weight),
+        engine.arguments.restore_parameter(dbias, bias),
     )
 
 
@@ -267,7 +267,7 @@ def layer_norm(
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.layer_norm(x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out)
-    rows, _, w, b, _, eps, weight_offset, rows_out, restore = _arguments.engine_arguments(
+    rows, _, w, b, _, eps, weight_offset, rows_out, restore = engine.arguments.engine_arguments(
         x, None, weight, bias, eps, 1.0, axis, weight_offset, out
     )
     y: Array = engine.layer_forward(rows, w, b, eps, weight_offset, rows_out)
@@ -337,12 +337,12 @@ def layer_norm_backward(
         return reference.layer_norm_backward(
             dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out
         )
-    rows, drows, w, b, _, eps, weight_offset, rows_out, restore = _arguments.engine_arguments(
+    rows, drows, w, b, _, eps, weight_offset, rows_out, restore = engine.arguments.engine_arguments(
         x, dy, weight, bias, eps, 1.0, axis, weight_offset, out
     )
     dx, dweight, dbias = engine.layer_backward(drows, rows, w, b, eps, weight_offset, rows_out)
     return LayerNormGrads(
         dx if restore is None else restore(dx),
-        _arguments.restore_parameter(dweight, weight),
-        _arguments.restore_parameter(dbias, bias),
+        engine.arguments.restore_parameter(dweight, weight),
+        engine.arguments.restore_parameter(dbias, bias),
     )

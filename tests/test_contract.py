@@ -549,6 +549,8 @@ def test_the_reference_has_the_same_signatures(name):
 class Spy:
     """An engine that tells its name."""
 
+    arguments = _arguments
+
     def __init__(self, name):
         self.name = name
 

@@ -215,9 +215,9 @@ def test_a_shift_law_6(backend):
 
 
 @pytest.mark.parametrize("norm", ["RMSNorm", "pRMSNorm", "LayerNorm", "none"])
-def test_the_backward_by_hand_is_the_gradient_of_the_loss(norm):
+def test_the_backward_by_hand_is_the_gradient_of_the_loss(norm, backend):
     """The laws speak of true gradients: a backward that is wrong in the same way on both sides would obey some."""
-    layer = Layer(norm, "reference")
+    layer = Layer(norm, backend)
     report = check_gradient(
         lambda *args: layer.loss(*args),
         lambda dy, *args: [dy * gradient for gradient in layer.gradients(*args)],

@@ -82,7 +82,7 @@ def measure(
 
 
 def _measure_case(norm: Norm, problem: Problem, backend: str, rounds: int) -> Case:
-    from rmsnorm_np.cli import limit  # loads the CPU engine
+    from rmsnorm_np.cpu import limit
 
     contenders = _our_calls(norm, problem, backend)
     contenders[LIMIT] = limit.calls(problem.x.nbytes)[problem.direction]

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rmsnorm_np import _arguments as arguments
 from rmsnorm_np.cpu import cache, kernels, memory, threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["describe", "layer_backward", "layer_forward", "rms_backward", "rms_forward", "warmup"]
+__all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_backward", "rms_forward", "warmup"]
 
 # Numba has no 16-bit floats on CPUs: the kernels see their bits, and tell the two formats apart by this type.
 _STORED = {"float16": np.uint16, "bfloat16": np.int16}
@@ -24,7 +25,8 @@ _WIDE_HALF = np.array([2.0**90], np.float32)
 _WIDE_DOUBLE = np.array([2.0**900], np.float64)
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
-SCALED_ROWS = 16  # from so many rows on, weight is converted once for all of them
+SCALED_ROWS = 16  # from so many rows on, weight is converted once for all of them,
+SCALE_BYTES = 1 << 14  # if that takes no more than half of a first-level cache
 ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
 
 
@@ -57,7 +59,7 @@ def _forward(
         y = np.empty((rows, n), x.dtype) if out is None else out
         kernel, streaming = kernels.forward.serial, 0
     else:
-        y = memory.empty((rows, n), x.dtype) if out is None else out
+        y = memory.empty((rows, n), x.dtype, x) if out is None else out
         kernel = threads.choose(kernels.long_forward if n > kernels.LONG_ROW else kernels.forward, rows * n)
         streaming = memory.streams(y)
         if weight is not None and rows >= SCALED_ROWS:
@@ -80,7 +82,7 @@ def _backward(
     dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: int | None
 ) -> Any:
     rows, n = x.shape
-    dx = memory.empty(x.shape, x.dtype) if out is None else out
+    dx = memory.empty(x.shape, x.dtype, x, dy) if out is None else out
     dweight = None if weight is None else np.empty_like(weight)
     dbias = None if bias is None else np.empty_like(bias)
     if rows == 0:
@@ -113,12 +115,13 @@ def _backward(
 def _scale(x: Any, weight: Any, weight_offset: float, half_in_float32: bool) -> tuple[Any, float]:
     """weight_offset + weight in the precision that rows of x are computed in, and an offset of zero.
 
-    Done once here, it spares each row a conversion and an addition: a quarter of the forward pass in cache. The long
-    kernels read it only once or twice, and float64 keeps the rounding error of its sum: they take weight as it is.
+    Done once here, it spares each row a conversion and an addition: a quarter of the forward pass in cache. Where it
+    would crowd the row out of the first-level cache, weight is taken as it is; and for float64, which keeps the
+    rounding error of that sum.
     """
-    if x.shape[1] > kernels.LONG_ROW or x.itemsize == 8:
-        return weight, weight_offset
     dtype = np.float32 if x.itemsize == 2 and half_in_float32 and weight.dtype != np.float64 else np.float64
+    if x.itemsize == 8 or x.shape[1] * np.dtype(dtype).itemsize > SCALE_BYTES:
+        return weight, weight_offset
     scale = weight.astype(dtype)
     if weight_offset != 0.0:
         scale += dtype(weight_offset)
@@ -177,8 +180,9 @@ def describe() -> dict[str, Any]:
     import llvmlite
     import llvmlite.binding as llvm
     import numba
+    from numba.np.ufunc.parallel import _launch_threads
 
-    numba.njit(parallel=True)(_touch_threads)(2)  # the threading layer is known once it has run
+    _launch_threads()  # which threading layer it is, is settled when the first kernel runs, or here
     return {
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,
@@ -189,12 +193,3 @@ def describe() -> dict[str, Any]:
         "cache": None if cache.folder() is None else str(cache.folder()),
         "recycled_memory_limit": memory.limit(),
     }
-
-
-def _touch_threads(n: int) -> int:
-    import numba
-
-    total = 0
-    for i in numba.prange(n):
-        total += i
-    return total

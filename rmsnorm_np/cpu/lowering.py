@@ -149,21 +149,24 @@ def _stream(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
-@type_callable(simd.prefetch)
-def _type_prefetch(context: Any) -> Any:
-    return lambda array, start: types.none
+def _prefetch(function: Any, level: int) -> None:
+    """Locality 3 is LLVM's name for the first-level cache, 2 for the second."""
+    type_callable(function)(lambda context: lambda source, start: types.none)
+
+    @lower_builtin(function, types.CPointer, types.Integer)
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        source = sig.args[0]
+        byte = ir.IntType(8).as_pointer()
+        pointer = builder.bitcast(_pointer(context, builder, source, args, _stored_type(source.dtype)), byte)
+        read, locality, data = (ir.Constant(I32, value) for value in (0, 4 - level, 1))
+        for line in range(0, LANES * source.dtype.bitwidth // 8, CACHE_LINE):
+            address = builder.gep(pointer, [ir.Constant(I64, line)])
+            intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, locality, data])
+        return context.get_dummy_value()
 
 
-@lower_builtin(simd.prefetch, types.CPointer, types.Integer)
-def _prefetch(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    source = sig.args[0]
-    byte = ir.IntType(8).as_pointer()
-    pointer = builder.bitcast(_pointer(context, builder, source, args, _stored_type(source.dtype)), byte)
-    read, most_local, data = (ir.Constant(I32, value) for value in (0, 3, 1))
-    for line in range(0, LANES * source.dtype.bitwidth // 8, CACHE_LINE):
-        address = builder.gep(pointer, [ir.Constant(I64, line)])
-        intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, most_local, data])
-    return context.get_dummy_value()
+_prefetch(simd.prefetch, 1)
+_prefetch(simd.prefetch_second, 2)
 
 
 @type_callable(simd.until_aligned)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 LINE = 64  # bytes of a cache line, and of the widest vector
+PAGE = 4096  # bytes; the sets of a first-level cache repeat with it
 STREAM_BYTES = 8 << 20  # outputs larger than this are written past the cache: they would not stay in it
 RECYCLE_BYTES = 1 << 20  # smaller arrays are NumPy's: the C library recycles those itself
 DEFAULT_LIMIT_MB = 512
@@ -66,11 +67,11 @@ class _Lease:
 
     __slots__ = ("__array_interface__", "_buffer", "_pool")
 
-    def __init__(self, pool: _Pool, buffer: mmap.mmap, size: int) -> None:
+    def __init__(self, pool: _Pool, buffer: mmap.mmap) -> None:
         self._pool = pool
         self._buffer = buffer
         address = np.frombuffer(buffer, np.uint8).ctypes.data
-        self.__array_interface__ = {"version": 3, "shape": (size,), "typestr": "|u1", "data": (address, False)}
+        self.__array_interface__ = {"version": 3, "shape": (len(buffer),), "typestr": "|u1", "data": (address, False)}
 
     def __del__(self) -> None:
         self._pool.give(self._buffer)
@@ -110,12 +111,28 @@ def set_limit(limit: int) -> int:
     return before
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-    """An array with unset elements, C-contiguous; aligned to a cache line if it is large."""
+def empty(shape: tuple[int, ...], dtype: Any, *beside: Any) -> Any:
+    """An array with unset elements, C-contiguous; a large one aligned to a cache line, far from `beside` in a page.
+
+    Element i of x and element i of y are worked on together. Where their addresses agree modulo a page, they fall
+    into the same set of the first-level cache: a large forward pass is 1.2 to 1.35 times slower then.
+    """
     size = math.prod(shape) * dtype.itemsize
     if size < RECYCLE_BYTES or _pool.limit == 0:
         return np.empty(shape, dtype)
-    return np.asarray(_Lease(_pool, _pool.take(size), size)).view(dtype).reshape(shape)
+    offset = _offset_in_page(*(array.ctypes.data % PAGE for array in beside))
+    lease = np.asarray(_Lease(_pool, _pool.take(size + PAGE)))
+    return lease[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _offset_in_page(*taken: int) -> int:
+    """The middle of the largest gap between offsets that are taken, on a cache line."""
+    if not taken:
+        return 0
+    around = sorted(taken)
+    nexts = (*around[1:], around[0] + PAGE)
+    gap, start = max((after - before, before) for before, after in zip(around, nexts, strict=True))
+    return (start + gap // 2) % PAGE // LINE * LINE
 
 
 def streams(y: Any) -> int:

@@ -23,6 +23,7 @@ from rmsnorm_np.cpu.simd import (
     kept,
     load,
     prefetch,
+    prefetch_second,
     rounded,
     store,
     stream,
@@ -253,6 +254,8 @@ def gradient_lanes(
             lanes = outside_gradient(g, rstd)
         if streaming:
             stream(dx, here, lanes)
+            prefetch_second(x, here + rows * step)
+            prefetch_second(dy, here + rows * step)
         else:
             store(dx, here, lanes, count)
     if dweight is not None:

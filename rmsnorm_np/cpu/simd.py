@@ -89,7 +89,11 @@ def stream(target: Any, start: int, lanes: Lanes) -> None:
 
 
 def prefetch(source: Any, start: int) -> None:
-    """Ask for the LANES elements from ``start`` on; harmless where there are none."""
+    """Ask for the LANES elements from ``start`` on, into the first-level cache; harmless where there are none."""
+
+
+def prefetch_second(source: Any, start: int) -> None:
+    """`prefetch` into the second-level cache, for more than the first holds."""
 
 
 def until_aligned(target: Any, start: int) -> int:
@@ -138,7 +142,7 @@ def keep(room: Any, j: int, number: Any) -> None:
     """Put a number from `across`, or one computed from it, in place ``j``; a pair takes two float64."""
     if isinstance(number, np.longdouble):
         room[2 * j] = np.float64(number)
-        room[2 * j + 1] = np.float64(number - room[2 * j])
+        room[2 * j + 1] = np.float64(number - room[2 * j]) if np.isfinite(number) else 0.0
     else:
         room[j] = number
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numba_cuda  # without it Numba has an older numba.cuda of its own, which will not do
 import numpy as np
 from numba import cuda
 from numba.core.errors import NumbaPerformanceWarning
 
-from rmsnorm_np.cuda import arrays, kernels, launch
-from rmsnorm_np.cuda.arrays import engine_arguments, restore_parameter, use_stream
+from rmsnorm_np.cuda import arrays, kernels, launch, vector
+from rmsnorm_np.cuda import arrays as arguments
+from rmsnorm_np.cuda.arrays import use_stream
 from rmsnorm_np.cuda.rows import MOMENTS
 
-__all__ = [
-    "describe", "engine_arguments", "layer_backward", "layer_forward", "restore_parameter", "rms_backward",
-    "rms_forward", "use_stream",
-]  # fmt: skip
+__all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_backward", "rms_forward", "use_stream"]
 
 _NUMBA_WARNS_BELOW = 128  # blocks
 
@@ -47,7 +46,7 @@ def layer_backward(dy: Any, x: Any, weight: Any, bias: Any, eps: float, weight_o
 
 def _plan(x: Any, dy: Any, weight: Any, bias: Any, k: int, weight_offset: float, y: Any, centred: bool) -> launch.Plan:
     n = x.shape[1]
-    lanes = launch.BYTES // x.dtype.itemsize
+    lanes = vector.BYTES // x.dtype.itemsize
     names = (None if a is None else a.dtype.name for a in (dy, weight, bias))
     return launch.plan_for(
         n, x.dtype.name, *names, centred=centred, partial=k < n, offset=weight_offset != 0.0,
@@ -55,9 +54,7 @@ def _plan(x: Any, dy: Any, weight: Any, bias: Any, k: int, weight_offset: float,
     )  # fmt: skip
 
 
-def _forward(
-    x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: bool
-) -> Any:
+def _forward(x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: bool) -> Any:
     rows, n = x.shape
     stream = arrays.stream_for((x, weight, bias, out))
     y = arrays.empty((rows, n), x.dtype, stream) if out is None else out
@@ -100,11 +97,11 @@ def _backward(
     weight_rows, bias_rows = (1 if a is None else a.shape[0] for a in (weight, bias))
     m = max(weight_rows, bias_rows)
     tasks = 0
-    partials = {}
+    partials: dict[str, Any] = {}
     if rows > 0:
         run = _split_backward if plan.split else _whole_backward
         tasks, partials = run(plan, dy, x, weight, bias, k, eps, weight_offset, dx, m, stream)
-    totals = []
+    totals: list[Any] = []
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             totals.append(None)
@@ -196,8 +193,6 @@ def _rounds_to_bfloat16() -> bool:
 
 def describe() -> dict[str, Any]:
     """What the engine runs on: versions and the device."""
-    import numba_cuda
-
     device = cuda.get_current_device()
     return {
         "numba-cuda": numba_cuda.__version__,

@@ -13,7 +13,7 @@ import numpy as np
 from numba import cuda
 
 from rmsnorm_np.cuda.launch import Plan
-from rmsnorm_np.cuda.reduce import WARP, add_to_pair, adder, leads, pair_total
+from rmsnorm_np.cuda.reduce import WARP, WARP_LEVELS, add_to_pair, adder, lane_of, leads, levels_of, pair_total
 from rmsnorm_np.cuda.rows import (
     DY_SCALE,
     DY_TIMES,
@@ -36,7 +36,7 @@ from rmsnorm_np.cuda.rows import (
     sharer,
     team_maximum,
 )
-from rmsnorm_np.cuda.vector import encoder, inlined, words_of, writer
+from rmsnorm_np.cuda.vector import encoder, forget, inlined, words_of, writer
 
 COLUMNS = WARP  # of a block that adds up partial sums
 SLICES = 8  # of the partial sums, added side by side
@@ -55,7 +55,7 @@ def _jit(plan: Plan) -> Any:
 def forward(plan: Plan) -> Any:
     """One row per team."""
     team, teams, work = plan.team, plan.teams, plan.work
-    row_words, warps = plan.row_words, plan.warps
+    row_words, warps, levels = plan.row_words, plan.warps, levels_of(team)
     scratch_shape = (warps, 2 * PAIRS)
     read_row, measure, finish = row_reader(plan, plan.x), measurer(plan), finisher(plan)
     share, write_row = sharer(team, NUMBERS, 0), row_writer(plan)
@@ -71,17 +71,16 @@ def forward(plan: Plan) -> Any:
         scratch = cuda.shared.array(scratch_shape, work)
         shared = cuda.shared.array(SHARED, work)
         maxima = cuda.shared.array(warps, np.float64)
-        row = np.int64(cuda.blockIdx.x) * teams + cuda.threadIdx.x // team
-        lane = np.int64(cuda.threadIdx.x % team)
+        row = np.int64(cuda.blockIdx.x) * teams + (cuda.threadIdx.x >> levels)
+        lane = np.int64(lane_of(team) if teams > 1 else cuda.threadIdx.x)
         start = row * n
         stop = n if row < rows else 0  # teams without a row do the same steps, on zeros
         read_row(x, start, lane, stop, words)
-        measure(
-            words, words, words, lane, stop, n, k, k, eps, work(offset), moments, scratch, shared, maxima
-        )
+        measure(words, words, words, lane, stop, n, k, k, eps, work(offset), moments, scratch, shared, maxima)
         if leads(team):
             finish(moments, n, k, eps, numbers)
         share(numbers, shared)
+        forget(words, row_words)
         write_row(
             words, weight, bias, y, start, row % weight_rows * n, row % bias_rows * n, lane, stop, work(offset), numbers
         )
@@ -96,7 +95,7 @@ def backward(plan: Plan) -> Any:
     Its sums for dweight and dbias are row `chunk * m + h` of the partial sums.
     """
     team, teams, work, lanes, trips = plan.team, plan.teams, plan.work, plan.lanes, plan.trips
-    row_words, warps = plan.row_words, plan.warps
+    row_words, warps, levels = plan.row_words, plan.warps, levels_of(team)
     scratch_shape = (warps, 2 * PAIRS)
     dy_name, weight_name = plan.dy or "float32", plan.weight or "float32"
     dy_words, weight_words = trips * words_of(dy_name, lanes), trips * words_of(weight_name, lanes)
@@ -123,7 +122,7 @@ def backward(plan: Plan) -> Any:
         shared = cuda.shared.array(SHARED, work)
         maxima = cuda.shared.array(warps, np.float64)
         task = np.int64(cuda.blockIdx.x)
-        lane = np.int64(cuda.threadIdx.x % team)
+        lane = np.int64(lane_of(team) if teams > 1 else cuda.threadIdx.x)
         h, chunk, groups = task % m, task // m, rows // m
         first, last = groups * chunk // chunks, groups * (chunk + 1) // chunks
         for j in range(elements):
@@ -132,17 +131,18 @@ def backward(plan: Plan) -> Any:
         if has_weight:
             read_weight(weight, h % weight_rows * n, lane, n, w_words)
         for base in range(first, last, teams):
-            group = base + cuda.threadIdx.x // team
+            group = base + (cuda.threadIdx.x >> levels)
             start = (group * m + h) * n
             stop = n if group < last else 0  # teams without a row do the same steps, on zeros
             read_x(x, start, lane, stop, x_words)
             read_dy(dy, start, lane, stop, d_words)
-            measure(
-                x_words, d_words, w_words, lane, stop, n, k, k, eps, work(offset), moments, scratch, shared, maxima
-            )
+            measure(x_words, d_words, w_words, lane, stop, n, k, k, eps, work(offset), moments, scratch, shared, maxima)
             if leads(team):
                 finish(moments, n, k, eps, numbers)
             share(numbers, shared)
+            forget(x_words, row_words)
+            forget(d_words, dy_words)
+            forget(w_words, weight_words)
             if teams == 1 or stop > 0:
                 write_gradient(
                     x_words, d_words, w_words, dx, start, lane, stop, k, work(offset), numbers, weight_sums, bias_sums
@@ -159,7 +159,7 @@ def backward(plan: Plan) -> Any:
 def partial_writer(plan: Plan) -> Any:
     """write_sums(sums, start, n, lane, partial): the block's sums to partial[start : start + n]."""
     team, teams, work, lanes, trips = plan.team, plan.teams, plan.work, plan.lanes, plan.trips
-    block, length = plan.block, plan.length
+    block, length, levels = plan.block, plan.length, levels_of(team)
     name = np.dtype(work).name
     count = words_of(name, lanes)
     put, write = encoder(name, plan.native_bfloat16), writer(name, lanes, plan.aligned)
@@ -187,7 +187,7 @@ def partial_writer(plan: Plan) -> Any:
             for t in range(trips):
                 i = (t * team + lane) * lanes
                 for e in range(lanes):
-                    table[cuda.threadIdx.x // team, i + e] = sums[t * lanes + e]
+                    table[cuda.threadIdx.x >> levels, i + e] = sums[t * lanes + e]
             cuda.syncthreads()
             for i in range(cuda.threadIdx.x, stop, block):
                 total = table[0, i]
@@ -209,7 +209,7 @@ def add_partials(work: Any, name: str, native_bfloat16: bool) -> Any:
     def add_partials_kernel(partial: Any, tasks: Any, m: Any, n: Any, total: Any) -> None:
         table = cuda.shared.array(TABLE, np.float64)
         vector = cuda.local.array(words, np.uint32)
-        column, slice_ = cuda.threadIdx.x % COLUMNS, cuda.threadIdx.x // COLUMNS
+        column, slice_ = lane_of(COLUMNS), cuda.threadIdx.x >> WARP_LEVELS
         pieces = (n + COLUMNS - 1) // COLUMNS
         h = np.int64(cuda.blockIdx.x) // pieces
         i = np.int64(cuda.blockIdx.x) % pieces * COLUMNS + column

@@ -11,14 +11,14 @@ from rmsnorm_np.cuda.reduce import WARP
 from rmsnorm_np.cuda.vector import BYTES, ITEMSIZE, WORD, words_of
 
 # Limits of the heuristic. The simulator's tests make them small, so that small arrays cross every border.
-MAX_TEAM = 1024  # threads, the most that a block can have
+MAX_TEAM = 512  # threads: they may have 128 registers each; 1024 have 64, and spill
 BLOCK = 128  # threads at least: teams smaller than this share a block
 PIECE_TEAM = 256  # threads for a piece of a split row
 
 # Vectors of x per thread. More of them are more bytes in flight and fewer threads to sum over, at four registers each.
 FORWARD_TRIPS = 4
 FORWARD_WARP_TRIPS = 8  # one warp needs no barrier: worth more vectors per thread
-FORWARD_LONG_TRIPS = 8  # 1024 threads have 64 registers each; 32 of them for the row
+FORWARD_LONG_TRIPS = 8  # 32 registers for the row; 64 KB of it in a block
 BACKWARD_TRIPS = 2  # a vector of half floats is 4 registers of x, 4 of dy, 4 of weight, 8 of dweight, 8 of dbias
 
 # dweight and dbias: so many partial sums, four for each of an H100's 132 multiprocessors, each over enough rows that
@@ -81,8 +81,8 @@ class Plan:
 
     @property
     def registers(self) -> int:
-        """Registers that a thread may have: two blocks of a large team to a multiprocessor, but never fewer than 64."""
-        return min(255, max(64, 65536 // (self.block * 2) // 8 * 8))
+        """Registers that a thread may have if the largest block is to fit a multiprocessor, 255 for small ones."""
+        return min(255, 65536 // self.block)
 
 
 def team_shape(vectors: int, trips: int, warp_trips: int, long_trips: int) -> tuple[int, int] | None:
@@ -118,8 +118,6 @@ def plan_for(
         wide = "float64" in (dy, weight, bias) and x != "float64"
         trips = 1 if wide or words > 2 * BYTES // WORD else BACKWARD_TRIPS
         shape = team_shape(vectors, trips, trips, trips)
-        if shape is not None and shape[0] > MAX_TEAM // 2 and shape[1] == 1 and wide:
-            shape = None
     split = shape is None
     team, trips = (PIECE_TEAM, FORWARD_TRIPS if dy is None else BACKWARD_TRIPS) if shape is None else shape
     if split and dy is not None and "float64" in (dy, weight, bias) and x != "float64":

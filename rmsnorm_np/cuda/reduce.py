@@ -14,6 +14,8 @@ from numba import cuda
 from rmsnorm_np.cuda.vector import inlined
 
 WARP = 32
+WARP_LEVELS = 5
+ALL_LANES = 0xFFFFFFFF
 
 
 @inlined
@@ -43,18 +45,15 @@ def adder(team: int, count: int, work: Any) -> Any:
 
     scratch: for teams of more than one warp, shared memory of (warps, 2 * count), free again at the next barrier.
     """
-    warps = (team + WARP - 1) // WARP
-    first = min(team, WARP) // 2
-    steps = tuple(first >> s for s in range(6) if first >> s)
-    last = 1 if warps == 1 else 1 << (warps - 1).bit_length()
-    warp_steps = tuple(last >> (s + 1) for s in range(6) if last >> (s + 1))
+    warps, levels = max(1, team // WARP), levels_of(min(team, WARP))
+    warp_levels = levels_of(warps)
     zero = work(0)
 
     @inlined
-    def across(sums: Any, mask: Any, step: int) -> None:
+    def across(sums: Any, mask: Any, level: int) -> None:
         for c in range(count):
-            head = cuda.shfl_xor_sync(mask, sums[2 * c], step)
-            tail = cuda.shfl_xor_sync(mask, sums[2 * c + 1], step)
+            head = cuda.shfl_xor_sync(mask, sums[2 * c], 1 << level)
+            tail = cuda.shfl_xor_sync(mask, sums[2 * c + 1], 1 << level)
             add_to_pair(sums, 2 * c, head)
             sums[2 * c + 1] += tail
 
@@ -63,36 +62,47 @@ def adder(team: int, count: int, work: Any) -> Any:
         @inlined
         def add_up(sums: Any, scratch: Any) -> None:
             mask = team_mask(team)
-            for step in steps:
-                across(sums, mask, step)
+            for level in range(levels):
+                across(sums, mask, level)
 
     else:
 
         @inlined
         def add_up(sums: Any, scratch: Any) -> None:
             thread = cuda.threadIdx.x
-            for step in steps:
-                across(sums, 0xFFFFFFFF, step)
-            if thread % WARP == 0:
+            for level in range(levels):
+                across(sums, ALL_LANES, level)
+            if lane_of(WARP) == 0:
                 for j in range(2 * count):
-                    scratch[thread // WARP, j] = sums[j]
+                    scratch[thread >> WARP_LEVELS, j] = sums[j]
             cuda.syncthreads()
             if thread < WARP:
                 for j in range(2 * count):
                     sums[j] = scratch[thread, j] if thread < warps else zero
-                for step in warp_steps:
-                    across(sums, 0xFFFFFFFF, step)
+                for level in range(warp_levels):
+                    across(sums, ALL_LANES, level)
 
     return add_up
+
+
+def levels_of(threads: int) -> int:
+    """Shuffles that bring the values of so many threads together."""
+    return (threads - 1).bit_length()
+
+
+@inlined
+def lane_of(team: int) -> Any:
+    """This thread's place in its team: a power of two in a block of several teams."""
+    return cuda.threadIdx.x & (team - 1)
 
 
 @inlined
 def team_mask(team: int) -> Any:
     """The lanes of this thread's warp that share its row."""
     if team >= WARP:
-        return 0xFFFFFFFF
-    lane = cuda.threadIdx.x % WARP
-    return ((1 << team) - 1) << (lane - lane % team)
+        return ALL_LANES
+    lane = lane_of(WARP)
+    return ((1 << team) - 1) << (lane - lane_of(team))
 
 
 @inlined

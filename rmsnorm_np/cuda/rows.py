@@ -20,12 +20,23 @@ from numba import cuda
 
 from rmsnorm_np import _formulas
 from rmsnorm_np.cuda.launch import Plan
-from rmsnorm_np.cuda.reduce import WARP, add_to_pair, adder, leads, pair_total, team_mask
+from rmsnorm_np.cuda.reduce import (
+    WARP,
+    WARP_LEVELS,
+    add_to_pair,
+    adder,
+    lane_of,
+    leads,
+    levels_of,
+    pair_total,
+    team_mask,
+)
 from rmsnorm_np.cuda.vector import (
     bits_of_float64,
     decoder,
     encoder,
     float64_of_bits,
+    forget,
     inlined,
     reader,
     words_of,
@@ -110,18 +121,16 @@ def sharer(team: int, count: int, place: int) -> Any:
 @lru_cache
 def team_maximum(team: int) -> Any:
     """maximum(value, maxima): the largest of the team's values, in all its threads; NaN is passed over."""
-    first = min(team, WARP) // 2
-    steps = tuple(first >> s for s in range(6) if first >> s)
-    warps = max(1, team // WARP)
+    warps, levels = max(1, team // WARP), levels_of(min(team, WARP))
 
     @inlined
     def maximum(value: Any, maxima: Any) -> Any:
-        for step in steps:
-            value = max(value, cuda.shfl_xor_sync(team_mask(team), value, step))
+        for level in range(levels):
+            value = max(value, cuda.shfl_xor_sync(team_mask(team), value, 1 << level))
         if warps > 1:
             cuda.syncthreads()
-            if cuda.threadIdx.x % WARP == 0:
-                maxima[cuda.threadIdx.x // WARP] = value
+            if lane_of(WARP) == 0:
+                maxima[cuda.threadIdx.x >> WARP_LEVELS] = value
             cuda.syncthreads()
             for warp in range(warps):
                 value = max(value, maxima[warp])
@@ -228,6 +237,7 @@ def measurer(plan: Plan) -> Any:
     """
     work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
     backward, centred, partial = plan.dy is not None, plan.centred, plan.partial
+    has_weight = plan.weight is not None
     x_element = decoder(plan.x, work)
     dy_element = decoder(plan.dy or "float32", work)
     dy_words, weight_words = words_of(plan.dy or "float32", lanes), words_of(plan.weight or "float32", lanes)
@@ -342,6 +352,11 @@ def measurer(plan: Plan) -> Any:
             if scalable and x_scale == 1.0 and dy_scale == 1.0:
                 share_flag(flag, shared)
                 if flag[0] == zero:
+                    forget(x, 4 * trips)
+                    if backward:
+                        forget(dy, trips * dy_words)
+                        if has_weight:
+                            forget(weight, trips * weight_words)
                     if x_scalable:
                         x_scale = power(maximum(max(largest_x(x, lane, k), math.sqrt(eps)), maxima))
                         rescale_x(x, work(x_scale))
@@ -352,8 +367,6 @@ def measurer(plan: Plan) -> Any:
         moments[X_SCALE], moments[DY_SCALE] = x_scale, dy_scale
 
     return measure
-
-
 
 
 @lru_cache

@@ -6,12 +6,12 @@ where the engine's would. Nothing that moves the same bytes with the same proces
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import prange
 
-from rmsnorm_np.cli.timing import Call
 from rmsnorm_np.cpu import memory, threads
 from rmsnorm_np.cpu.jit import Kernel, piece
 from rmsnorm_np.cpu.simd import LANES, data, float64, load, store, stream
@@ -19,7 +19,7 @@ from rmsnorm_np.cpu.simd import LANES, data, float64, load, store, stream
 PIECE = 1 << 15  # elements that a thread takes at a time
 
 
-def calls(nbytes: int) -> dict[str, Call]:
+def calls(nbytes: int) -> dict[str, Callable[[], None]]:
     """The copy and the copy followed by the triad, on arrays of about `nbytes`; by the direction they are limits of."""
     count = -(-nbytes // (4 * LANES)) * LANES  # whole vectors
     x, z, y = (memory.empty((1, count), np.dtype(np.float32)) for _ in range(3))

@@ -1,0 +1,61 @@
+"""How far a result of the CUDA engine may be from the exact one: the units and terms of `tolerances`, other bounds.
+
+float16, bfloat16: as on the CPU. float32 is computed in float32 on a GPU: half an ULP for the last rounding, one for that of
+xhat, the rest for those of weight_offset + weight and of x - mean; the sums, kept as pairs, add nothing that counts. In float64
+likewise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from tolerances import dx_terms, spacing
+
+ULP = {"float16": 0.51, "bfloat16": 0.51, "float32": 2.0, "float64": 2.0}
+
+# dx: g, g - mean(g), what xhat · c takes off it, and the result round to half an ULP each; c and xhat once more.
+DX_ULP = {"float16": 0.51, "bfloat16": 0.51, "float32": 2.5, "float64": 2.5}
+
+
+def exact_forward(op, x, weight, bias, k, eps, offset):
+    """y in longdouble, and the magnitude of the largest of its terms; x (rows, n), weight and bias (m, n)."""
+    xhat, _ = _standardised(op, x, k, eps)
+    scaled = xhat if weight is None else xhat * (offset + _over_rows(weight, x))
+    if bias is None:
+        return scaled, np.abs(scaled)
+    shift = _over_rows(bias, x)
+    y = scaled + shift
+    return y, np.maximum(np.maximum(np.abs(scaled), np.abs(shift)), np.abs(y))
+
+
+def exact_backward(op, dy, x, weight, bias, k, eps, offset):
+    """dx, the magnitude of its terms, and (sum, sum of magnitudes) for dweight and dbias, all in longdouble."""
+    xhat, rstd = _standardised(op, x, k, eps)
+    dy = dy.astype(np.longdouble)
+    g = dy if weight is None else dy * (offset + _over_rows(weight, x))
+    correction = xhat * (np.sum(g * xhat, axis=-1, keepdims=True) / k)
+    correction[:, k:] = 0
+    if op == "layer":
+        correction = correction + np.mean(g, axis=-1, keepdims=True)
+    dx = (g - correction) * rstd
+    sums = []
+    for parameter, terms in ((weight, dy * xhat), (bias, dy)):
+        shape = None if parameter is None else (-1, *parameter.shape)
+        sums.append(None if shape is None else tuple(t.reshape(shape).sum(axis=0) for t in (terms, np.abs(terms))))
+    return dx, dx_terms(g, xhat, rstd, k, centred=op == "layer"), *sums
+
+
+def _standardised(op, x, k, eps):
+    x = x.astype(np.longdouble)
+    centred = x - np.mean(x, axis=-1, keepdims=True) if op == "layer" else x
+    rstd = 1 / np.sqrt(np.sum(centred[:, :k] ** 2, axis=-1, keepdims=True) / k + np.longdouble(eps))
+    return centred * rstd, rstd
+
+
+def _over_rows(parameter, x):
+    return np.tile(parameter.astype(np.longdouble), (len(x) // len(parameter), 1))
+
+
+def parameter_tolerance(exact, magnitudes, rows, work, dtype):
+    """Half an ULP for the last rounding; each term and each addition of a block's rows round to the type inside."""
+    inside = 2.0**-53 if work == np.float64 else 2.0**-24
+    return 0.5 * spacing(exact, dtype) + (4 + rows) * inside * magnitudes

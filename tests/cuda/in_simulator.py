@@ -1,0 +1,235 @@
+"""The CUDA engine in numba's simulator. `test_simulator` runs this file in a process of its own."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import simulated
+from bounds import DX_ULP, ULP, exact_backward, exact_forward, parameter_tolerance
+from tolerances import worst_ulp
+
+import rmsnorm_np as rn
+
+# A block is two warps, a thread has two vectors at most: small rows cross every border.
+simulated.install({
+    "MAX_TEAM": 64, "BLOCK": 32, "PIECE_TEAM": 64, "FORWARD_TRIPS": 2, "FORWARD_WARP_TRIPS": 2, "FORWARD_LONG_TRIPS": 2,
+    "BACKWARD_TRIPS": 2, "CHUNKS": 3, "ROWS_PER_CHUNK": 2, "L2_BYTES": 2**13,
+})  # fmt: skip
+
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name) for name in ULP}
+FORWARD = {"rms": rn.rms_norm, "layer": rn.layer_norm}
+BACKWARD = {"rms": rn.rms_norm_backward, "layer": rn.layer_norm_backward}
+
+# (vectors, elements more): the row's length
+LENGTHS = {
+    "one element": (0, 1),
+    "a thread, not full": (0, 3),
+    "a thread": (2, 0),
+    "part of a warp, not aligned": (5, 1),
+    "part of a warp": (16, 0),
+    "a warp": (64, 0),
+    "a block, not full": (65, 0),
+    "a block": (128, 0),
+    "pieces, not aligned": (128, 1),
+    "pieces": (200, 0),
+}
+
+
+def numbers(rng, shape, dtype, scale=1.0, shift=0.0):
+    return (rng.standard_normal(shape) * scale + shift).astype(dtype)
+
+
+def host(array):
+    return None if array is None else array.copy_to_host()
+
+
+def check(op, x, dy, weight, bias, k=None, eps=1e-6, offset=0.0):
+    """All results of both functions, in public form, against the exact ones."""
+    n = x.shape[1]
+    options = {"eps": eps, "weight_offset": offset, "backend": "cuda"}
+    if k is not None:
+        options["p"] = k / n
+    k = k or n
+    flat = [x, *(None if a is None else a[0] for a in (weight, bias))]  # (n,), as a user has them
+    arrays = [None if a is None else simulated.to_device(a) for a in flat]
+    y = host(FORWARD[op](*arrays, **options))
+    exact, magnitude = exact_forward(op, x, weight, bias, k, eps, offset)
+    assert y.dtype == x.dtype
+    assert worst_ulp(y, exact, magnitude) <= ULP[x.dtype.name]
+
+    grads = [host(a) for a in BACKWARD[op](simulated.to_device(dy), *arrays, **options)]
+    exact, magnitude, *sums = exact_backward(op, dy, x, weight, bias, k, eps, offset)
+    assert worst_ulp(grads[0], exact, magnitude) <= DX_ULP[x.dtype.name]
+    work = np.result_type(*(np.float64 for a in (x, dy, weight, bias) if a is not None and a.itemsize == 8), np.float32)
+    for gradient, parameter, sum_ in zip(grads[1:], flat[1:], sums, strict=True):
+        assert (gradient is None) == (parameter is None)
+        if gradient is not None:
+            assert gradient.dtype == parameter.dtype
+            limit = parameter_tolerance(*sum_, len(x), work, parameter.dtype)
+            assert np.all(np.abs(gradient - sum_[0]) <= limit)
+
+    for device, given in zip(arrays, flat, strict=True):
+        assert device is None or device.copy_to_host().tobytes() == given.tobytes(), "an input was written"
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(4)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("op", FORWARD)
+def test_every_border(op, dtype, length, rng):
+    vectors, more = LENGTHS[length]
+    n = vectors * 16 // dtype.itemsize + more
+    x, dy = numbers(rng, (3, n), dtype, shift=0.5), numbers(rng, (3, n), dtype)
+    weight = numbers(rng, (1, n), dtype)
+    bias = numbers(rng, (1, n), dtype) if op == "layer" else None
+    check(op, x, dy, weight, bias, eps=1e-6 if n > 1 else 1.0)
+
+
+@pytest.mark.parametrize("length", ["a thread, not full", "part of a warp", "pieces"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_partial_rms_and_offset(dtype, length, rng):
+    vectors, more = LENGTHS[length]
+    dtype = DTYPES[dtype]
+    n = vectors * 16 // dtype.itemsize + more
+    x, dy, weight = numbers(rng, (3, n), dtype), numbers(rng, (3, n), dtype), numbers(rng, (1, n), dtype)
+    check("rms", x, dy, weight, None, k=n // 3, offset=1.0)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "other"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float64")]
+)
+@pytest.mark.parametrize("n", [24, 1200])
+def test_mixed_dtypes(x_dtype, other, n, rng):
+    x, dy = numbers(rng, (4, n), DTYPES[x_dtype]), numbers(rng, (4, n), DTYPES[other])
+    weight, bias = numbers(rng, (1, n), DTYPES[other]), numbers(rng, (1, n), DTYPES[x_dtype])
+    check("layer", x, dy, weight, bias)
+    check("rms", x, dy, None, bias)
+
+
+@pytest.mark.parametrize(("rows", "m", "bias_m", "n"), [(12, 3, 1, 8), (12, 2, 6, 20), (6, 6, 2, 528), (7, 7, 7, 5)])
+def test_parameters_per_head(rows, m, bias_m, n, rng):
+    """Rows with a weight of their own, more partial sums than blocks, a parameter with fewer rows than the other."""
+    x, dy = numbers(rng, (rows, n), np.float32), numbers(rng, (rows, n), np.float32)
+    device = [simulated.to_device(a) for a in (dy, x)]
+    from rmsnorm_np import cuda as engine
+
+    weight, bias = numbers(rng, (m, n), np.float32), numbers(rng, (bias_m, n), np.float32)
+    y = engine.rms_forward(device[1], *map(simulated.to_device, (weight, bias)), n, 1e-6, 0.0, None)
+    assert worst_ulp(host(y), *exact_forward("rms", x, weight, bias, n, 1e-6, 0.0)) <= ULP["float32"]
+    dx, *grads = engine.rms_backward(*device, *map(simulated.to_device, (weight, bias)), n, 1e-6, 0.0, None)
+    exact, magnitude, *sums = exact_backward("rms", dy, x, weight, bias, n, 1e-6, 0.0)
+    assert worst_ulp(host(dx), exact, magnitude) <= DX_ULP["float32"]
+    for gradient, sum_ in zip(grads, sums, strict=True):
+        limit = parameter_tolerance(*sum_, rows, np.float32, np.float32)
+        assert np.all(np.abs(host(gradient) - sum_[0]) <= limit)
+
+
+@pytest.mark.parametrize("n", [16, 300, 1200])
+@pytest.mark.parametrize("op", FORWARD)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_ends_of_the_range(op, dtype, n, rng):
+    """Rows whose squares overflow or vanish in the type inside, next to ordinary ones in the same warp."""
+    far = 200.0 if dtype == "float64" else 25.0
+    scales = 10.0 ** np.array([[0.0], [far], [-far], [0.0]])
+    x = numbers(rng, (4, n), np.float64, shift=0.1) * scales
+    dy = numbers(rng, (4, n), np.float64) * scales[[0, 1, 2, 2]]
+    dtype = DTYPES[dtype]
+    check(op, x.astype(dtype), dy.astype(dtype), numbers(rng, (1, n), dtype), None, eps=0.0)
+
+
+@pytest.mark.parametrize("n", [16, 1200])
+def test_nan_and_infinity_stay_in_their_row(n, rng):
+    x = numbers(rng, (5, n), np.float32)
+    x[1, 3], x[3, n - 1] = np.nan, np.inf
+    y = host(rn.rms_norm(simulated.to_device(x), backend="cuda"))
+    assert np.isnan(y[1]).all()
+    expected = np.zeros(n)
+    expected[n - 1] = np.nan
+    np.testing.assert_array_equal(np.abs(y[3]), expected)
+    ordinary = [0, 2, 4]
+    again = host(rn.rms_norm(simulated.to_device(x[ordinary]), backend="cuda"))
+    assert y[ordinary].tobytes() == again.tobytes()
+
+
+@pytest.mark.parametrize("n", [8, 264, 1200])
+def test_same_bits_in_any_batch_and_at_any_address(n, rng):
+    x, dy, weight = (numbers(rng, shape, np.float32) for shape in ((5, n), (5, n), (n,)))
+    y = host(rn.rms_norm(*map(simulated.to_device, (x, weight)), backend="cuda"))
+    assert host(rn.rms_norm(*map(simulated.to_device, (x[3:4], weight)), backend="cuda")).tobytes() == y[3:4].tobytes()
+    room = simulated.to_device(np.zeros(5 * n + 1, np.float32))
+    shifted = simulated.view_of(room[1:], (5, n), (4 * n, 4), np.float32)
+    shifted._ary[...] = x
+    assert host(rn.rms_norm(shifted, simulated.to_device(weight), backend="cuda")).tobytes() == y.tobytes()
+    aligned, at_odd_address = (
+        rn.rms_norm_backward(simulated.to_device(dy), a, simulated.to_device(weight), backend="cuda")
+        for a in (simulated.to_device(x), shifted)
+    )
+    for one, other in zip(aligned[:2], at_odd_address[:2], strict=True):
+        assert host(one).tobytes() == host(other).tobytes()
+
+
+@pytest.mark.parametrize("n", [40, 1200])
+def test_out(n, rng):
+    """Into x itself, into dy itself, into memory that overlaps x elsewhere, and into a strided array."""
+    x, dy = numbers(rng, (4, n), np.float32), numbers(rng, (4, n), np.float32)
+    expected = host(rn.layer_norm(simulated.to_device(x), backend="cuda"))
+    device = simulated.to_device(x)
+    assert rn.layer_norm(device, out=device, backend="cuda") is device
+    assert host(device).tobytes() == expected.tobytes()
+
+    room = simulated.to_device(np.concatenate([x, x[:1]]))
+    first, second = (simulated.view_of(room[i:], (4, n), (4 * n, 4), np.float32) for i in (0, 1))
+    rn.layer_norm(first, out=second, backend="cuda")
+    assert host(second).tobytes() == expected.tobytes()
+
+    wide = simulated.to_device(np.zeros((4, 2 * n), np.float32))
+    strided = simulated.view_of(wide, (4, n), (8 * n, 8), np.float32)
+    assert rn.layer_norm(simulated.to_device(x), out=strided, backend="cuda") is strided
+    assert host(strided).tobytes() == expected.tobytes()
+
+    expected = host(rn.layer_norm_backward(*map(simulated.to_device, (dy, x)), backend="cuda").dx)
+    device = simulated.to_device(dy)
+    assert rn.layer_norm_backward(device, simulated.to_device(x), out=device, backend="cuda").dx is device
+    assert host(device).tobytes() == expected.tobytes()
+
+
+def test_axes_and_layouts(rng):
+    x = numbers(rng, (3, 4, 5), np.float64)
+    device = simulated.to_device(x)
+    for axis in (0, 1, (0, 2), (1, 2)):
+        shape = [x.shape[i] for i in (axis if isinstance(axis, tuple) else (axis,))]
+        weight = numbers(rng, shape, np.float64)
+        y = host(rn.rms_norm(device, simulated.to_device(weight), axis=axis, backend="cuda"))
+        np.testing.assert_allclose(y, rn.reference.rms_norm(x, weight, axis=axis), rtol=1e-15)
+    backwards = simulated.view_of(device[2:, 3:, 4:], (3, 4, 5), (-160, -40, -8), np.float64)
+    np.testing.assert_allclose(
+        host(rn.layer_norm(backwards, backend="cuda")), rn.reference.layer_norm(x[::-1, ::-1, ::-1]), atol=1e-15
+    )
+
+
+def test_no_rows():
+    x, weight = simulated.to_device(np.zeros((0, 6), np.float32)), simulated.to_device(np.ones(6, np.float32))
+    assert host(rn.rms_norm(x, weight, backend="cuda")).shape == (0, 6)
+    grads = rn.rms_norm_backward(x, x, weight, weight, backend="cuda")
+    assert host(grads.dx).shape == (0, 6)
+    assert (host(grads.dweight) == 0).all()
+    assert (host(grads.dbias) == 0).all()
+
+
+def test_errors():
+    device = simulated.to_device(np.ones((2, 4), np.float32))
+    with pytest.raises(TypeError, match=r"x is a host array .* numba.cuda.to_device"):
+        rn.rms_norm(np.ones(4, np.float32), backend="cuda")
+    with pytest.raises(TypeError, match=r"weight is a host array \(ndarray\), expected a device array like x"):
+        rn.rms_norm(device, np.ones(4, np.float32), backend="cuda")
+    with pytest.raises(ValueError, match=r"weight has shape \(3,\), expected a trailing part of x.shape \(2, 4\)"):
+        rn.rms_norm(device, simulated.to_device(np.ones(3, np.float32)), backend="cuda")
+    with pytest.raises(TypeError, match="x has dtype int64"):
+        rn.rms_norm(simulated.to_device(np.ones((2, 4), np.int64)), backend="cuda")
+    with pytest.raises(TypeError, match="out has dtype float64, expected float32"):
+        rn.rms_norm(device, out=simulated.to_device(np.ones((2, 4))), backend="cuda")

@@ -1,0 +1,223 @@
+"""What numba's CUDA simulator lacks, for the tests only: shuffles, intrinsics, one array per `shared.array`, views.
+
+`install` puts these in place of what the engine uses. The engine's own code has no second path.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from fractions import Fraction
+
+import numpy as np
+from numba import cuda
+from numba.cuda.simulator import kernel, kernelapi
+from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+from rmsnorm_np import _formulas
+
+PATIENCE = 60  # seconds that lanes wait for each other before the test fails
+_lock = threading.Lock()
+
+
+# Threads and warps. The simulator's own manager polls its threads all the time and takes ten times as long.
+
+
+class Meeting:
+    """A barrier for a fixed number of threads: the last to come lets the others go."""
+
+    def __init__(self, count):
+        self.count, self.gates, self.lock, self.broken = count, [], threading.Lock(), False
+
+    def wait(self):
+        gate = threading.Lock()
+        gate.acquire()
+        with self.lock:
+            self.gates.append(gate)
+            gates, self.gates = (self.gates, []) if len(self.gates) == self.count else ((), self.gates)
+        for other in gates:
+            other.release()
+        if not gate.acquire(timeout=PATIENCE) or self.broken:
+            raise threading.BrokenBarrierError("not every thread came to the barrier or the shuffle")
+
+    def abort(self):
+        self.broken = True
+        for gate in self.gates:
+            gate.release()
+
+
+def run_block(self, grid_point, *args):
+    threads = [
+        kernel.BlockThread(lambda: self._f(*args), self, grid_point, point, self._debug)
+        for point in np.ndindex(*self._block_dim)
+    ]
+    self.barrier, self.meetings = Meeting(len(threads)), {}
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    failures = [thread.exception for thread in threads if thread.exception]
+    for error, trace in sorted(failures, key=lambda failure: isinstance(failure[0], threading.BrokenBarrierError)):
+        raise error.with_traceback(trace)
+
+
+def run_thread(self):
+    try:
+        threading.Thread.run(self)
+    except Exception as error:  # noqa: BLE001: of any kind, it is raised again by `run_block`
+        self.exception = (error, error.__traceback__)
+        for meeting in (self._manager.barrier, *(meeting for meeting, _ in self._manager.meetings.values())):
+            meeting.abort()
+
+
+def syncthreads(self):
+    """Every thread of the block must come, also one that has returned: stricter than a GPU."""
+    self._manager.barrier.wait()
+
+
+def shfl_xor_sync(self, mask, value, lane_mask):
+    """All lanes that the mask names put their value down, meet, and read.
+
+    The next shuffle uses the other of two tables, and nobody passes it who has not read from this one.
+    """
+    thread = threading.current_thread()
+    warp, lane = divmod(thread.thread_id, 32)
+    threads = int(np.prod(thread._manager._block_dim)) - 32 * warp
+    lanes = {i for i in range(min(32, threads)) if mask >> i & 1}
+    assert {lane, lane ^ lane_mask} <= lanes, "a shuffle with a lane that its mask does not name, or that is not there"
+    with _lock:
+        meeting, tables = thread._manager.meetings.setdefault((warp, mask), (Meeting(len(lanes)), ({}, {})))
+    thread.shuffles = getattr(thread, "shuffles", 0) + 1
+    table = tables[thread.shuffles % 2]
+    table[lane] = value
+    meeting.wait()
+    return table[lane ^ lane_mask]
+
+
+def fma(self, a, b, c):
+    if not (np.isfinite(a) and np.isfinite(b) and np.isfinite(c)):
+        return a * b + c
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    return type(a)(float(exact))
+
+
+def shared_array(self, shape, dtype, alignment=None):
+    """The simulator's, which looks up the caller's line: two threads must not do that at once."""
+    key = (sys._getframe(1).f_code.co_filename, sys._getframe(1).f_lineno)
+    with _lock:
+        if key not in self._allocations:
+            self._allocations[key] = np.empty(shape, dtype)
+        return self._allocations[key]
+
+
+# Intrinsics.
+
+
+def _loader(count):
+    def load(array, i):
+        itemsize = array.dtype.itemsize
+        elements = np.array([array[i + j] for j in range(4 * count // itemsize)], array.dtype)
+        assert i * itemsize % (4 * count) == 0, "a vector that is not aligned"
+        return tuple(elements.view(np.uint32))
+
+    return load
+
+
+def _storer(count):
+    def store(array, i, words):
+        assert len(words) == count
+        assert i * array.dtype.itemsize % (4 * count) == 0, "a vector that is not aligned"
+        for j, element in enumerate(np.array(words, np.uint32).view(array.dtype)):
+            array[i + j] = element
+
+    return store
+
+
+def _bitcast(source, target):
+    return lambda value: source(value).view(target)
+
+
+INTRINSICS = {
+    **{f"load_{count}": _loader(count) for count in (1, 2, 4)},
+    **{f"store_{count}": _storer(count) for count in (1, 2, 4)},
+    "float32_of_bits": _bitcast(np.uint32, np.float32),
+    "bits_of_float32": _bitcast(np.float32, np.uint32),
+    "float64_of_bits": _bitcast(np.uint64, np.float64),
+    "bits_of_float64": _bitcast(np.float64, np.uint64),
+    "float16_to_float32": lambda bits: np.float32(np.uint16(bits).view(np.float16)),
+    "float32_to_float16": lambda value: np.float16(value).view(np.uint16),
+    "_opaque": lambda word: word,
+    "reciprocal_root": _formulas.reciprocal_root,  # NumPy's root and division know zero and infinity
+}
+
+
+# Arrays.
+
+
+def view_of(array, shape, strides, dtype):
+    host = array._ary
+    low, high = np.lib.array_utils.byte_bounds(host)
+    whole = np.asarray(_Span(host, low, max(high - low, 1)))
+    result = np.ndarray(tuple(shape), dtype, buffer=whole, offset=host.ctypes.data - low, strides=tuple(strides))
+    return FakeCUDAArray(result)
+
+
+class _Span:
+    def __init__(self, host, low, size):
+        self.host = host  # kept alive by the array made from this
+        self.__array_interface__ = {"shape": (size,), "typestr": "|u1", "version": 3, "data": (low, False)}
+
+
+def copy(source, target, stream):
+    target._ary[...] = source._ary
+
+
+def empty(shape, dtype, stream):
+    """At a multiple of 256 bytes, as on a device, and full of NaN: what a kernel does not write shows."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.full(size + 256, 0xFF, np.uint8)
+    start = -room.ctypes.data % 256
+    return FakeCUDAArray(room[start : start + size].view(dtype).reshape(shape))
+
+
+def to_device(host):
+    target = empty(host.shape, host.dtype, 0)
+    target._ary[...] = host
+    return target
+
+
+class _Cuda:
+    """numba.cuda outside a kernel, the simulator's threads and barriers inside."""
+
+    def __getattr__(self, name):
+        inside = kernel._get_kernel_context()
+        return getattr(cuda if inside is None else inside, name)
+
+    @staticmethod
+    def jit(launch_bounds):
+        return cuda.jit
+
+
+def install(limits):
+    """Make the engine run in the simulator, with these limits in place of those of `launch`."""
+    import rmsnorm_np.cuda as engine
+    from rmsnorm_np.cuda import arrays, kernels, launch, reduce, rows, vector
+
+    kernelapi.FakeCUDAModule.shfl_xor_sync = shfl_xor_sync
+    kernelapi.FakeCUDAModule.fma = fma
+    kernel.BlockManager.run, kernel.BlockThread.run, kernel.BlockThread.syncthreads = run_block, run_thread, syncthreads
+    kernelapi.FakeCUDAShared.array = shared_array
+    for module in (vector, reduce, rows, kernels):
+        for name, value in list(vars(module).items()):
+            if name in INTRINSICS:
+                setattr(module, name, INTRINSICS[name])
+            elif isinstance(value, kernel.FakeCUDAKernel):
+                setattr(module, name, value.fn)  # a device function is called as it is: hundreds of times faster
+        module.inlined = lambda function: function
+        module.cuda = _Cuda()
+    arrays.viewed, arrays.copy, arrays.empty = view_of, copy, empty
+    arrays.address = lambda array: array._ary.ctypes.data
+    engine._rounds_to_bfloat16 = lambda: False
+    for name, value in limits.items():
+        assert hasattr(launch, name), name
+        setattr(launch, name, value)
