@@ -36,7 +36,7 @@ from rmsnorm_np.cuda.rows import (
     sharer,
     team_maximum,
 )
-from rmsnorm_np.cuda.vector import encoder, forget, inlined, words_of, writer
+from rmsnorm_np.cuda.vector import encoder, inlined, words_of, writer
 
 COLUMNS = WARP  # of a block that adds up partial sums
 SLICES = 8  # of the partial sums, added side by side
@@ -80,7 +80,6 @@ def forward(plan: Plan) -> Any:
         if leads(team):
             finish(moments, n, k, eps, numbers)
         share(numbers, shared)
-        forget(words, row_words)
         write_row(
             words, weight, bias, y, start, row % weight_rows * n, row % bias_rows * n, lane, stop, work(offset), numbers
         )
@@ -140,9 +139,6 @@ def backward(plan: Plan) -> Any:
             if leads(team):
                 finish(moments, n, k, eps, numbers)
             share(numbers, shared)
-            forget(x_words, row_words)
-            forget(d_words, dy_words)
-            forget(w_words, weight_words)
             if teams == 1 or stop > 0:
                 write_gradient(
                     x_words, d_words, w_words, dx, start, lane, stop, k, work(offset), numbers, weight_sums, bias_sums
@@ -201,7 +197,7 @@ def partial_writer(plan: Plan) -> Any:
 
 @lru_cache
 def add_partials(work: Any, name: str, native_bfloat16: bool) -> Any:
-    """Rows h, h + m, … of the partial sums are added up to row h of the total; in float64, in an order fixed by shape."""
+    """Rows h, h + m, … of the partial sums, added in float64 in an order fixed by the shape, are row h of the total."""
     put, write = encoder(name, native_bfloat16), writer(name, 1, False)
     words = words_of(name, 1)
 
@@ -235,7 +231,7 @@ def add_partials(work: Any, name: str, native_bfloat16: bool) -> Any:
 @lru_cache
 def piece_moments(plan: Plan) -> Any:
     """Block `row * pieces + piece` leaves the moments of that piece of that row, in float64."""
-    team, work, lanes, trips = plan.team, plan.work, plan.lanes, plan.trips
+    work, lanes, trips = plan.work, plan.lanes, plan.trips
     row_words, warps, length, backward = plan.row_words, plan.warps, plan.length, plan.dy is not None
     scratch_shape = (warps, 2 * PAIRS)
     dy_name, weight_name = plan.dy or "float32", plan.weight or "float32"

@@ -107,7 +107,7 @@ def plan_for(
     n: int, x: str, dy: str | None, weight: str | None, bias: str | None, *, centred: bool, partial: bool,
     offset: bool, aligned: bool, native_bfloat16: bool,
 ) -> Plan:  # fmt: skip
-    """The plan for rows of n elements. It does not depend on the number of rows: a row has the same bits in any batch."""
+    """The plan for rows of n elements, however many: a row has the same bits in any batch."""
     lanes = BYTES // ITEMSIZE[x]
     vectors = -(-n // lanes)
     if dy is None:

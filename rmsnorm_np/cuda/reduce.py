@@ -92,7 +92,7 @@ def levels_of(threads: int) -> int:
 
 @inlined
 def lane_of(team: int) -> Any:
-    """This thread's place in its team: a power of two in a block of several teams."""
+    """Place of this thread in its team, which is a power of two in a block of several teams."""
     return cuda.threadIdx.x & (team - 1)
 
 

@@ -36,7 +36,6 @@ from rmsnorm_np.cuda.vector import (
     decoder,
     encoder,
     float64_of_bits,
-    forget,
     inlined,
     reader,
     words_of,
@@ -155,16 +154,16 @@ def row_reader(plan: Plan, name: str) -> Any:
 
 
 @lru_cache
-def factor(plan: Plan) -> Any:
+def factor(plan: Plan, again: bool = False) -> Any:
     """scaled(value, words, at, e, offset): value · (weight_offset + weight[e])."""
     if plan.weight is None:
 
         @inlined
-        def scaled(value: Any, words: Any, at: int, e: int, offset: Any) -> Any:
+        def unscaled(value: Any, words: Any, at: int, e: int, offset: Any) -> Any:
             return value
 
-        return scaled
-    element = decoder(plan.weight, plan.work)
+        return unscaled
+    element = decoder(plan.weight, plan.work, again)
     has_offset = plan.offset
 
     @inlined
@@ -178,7 +177,7 @@ def factor(plan: Plan) -> Any:
 @lru_cache
 def rescaler(plan: Plan, name: str) -> Any:
     """rescale(words, scale): every element times a power of two, in place."""
-    element, put = decoder(name, plan.work), encoder(name, plan.native_bfloat16)
+    element, put = decoder(name, plan.work, again=True), encoder(name, plan.native_bfloat16)
     trips, lanes, per_vector = plan.trips, plan.lanes, words_of(name, plan.lanes)
 
     @inlined
@@ -230,18 +229,18 @@ def pair_storer(work: Any) -> Any:
 
 @lru_cache
 def measurer(plan: Plan) -> Any:
-    """measure(x, dy, weight, lane, stop, count, k, k_row, eps, offset, moments, scratch, shared, maxima), the moments of a team.
+    """measure(x, dy, weight, lane, stop, count, k, k_row, eps, offset, moments, …): the moments of a team.
 
     x, dy, weight: words; `stop` elements are there, `count` of the row, k of them in the RMS, k_row in that of the
     whole row. The moments are in the threads that lead.
     """
     work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
     backward, centred, partial = plan.dy is not None, plan.centred, plan.partial
-    has_weight = plan.weight is not None
     x_element = decoder(plan.x, work)
     dy_element = decoder(plan.dy or "float32", work)
+    x_again, dy_again = decoder(plan.x, work, again=True), decoder(plan.dy or "float32", work, again=True)
     dy_words, weight_words = words_of(plan.dy or "float32", lanes), words_of(plan.weight or "float32", lanes)
-    scaled, weighed = factor(plan), factor(plan)
+    scaled, weighed = factor(plan), factor(plan, again=True)
     pairs = (3 if centred else 2) if backward else 1
     add_up, add_up_x = adder(team, pairs, work), adder(team, 1, work)
     share_flag, share_mean = sharer(team, 1, FLAG), sharer(team, 2, MEAN)
@@ -301,7 +300,7 @@ def measurer(plan: Plan) -> Any:
             i = (t * team + lane) * lanes
             for e in range(lanes):
                 if not partial or i + e < k:
-                    largest = max(largest, abs(np.float64(x_element(x, 4 * t, e))))
+                    largest = max(largest, abs(np.float64(x_again(x, 4 * t, e))))
         return largest
 
     @inlined
@@ -309,7 +308,7 @@ def measurer(plan: Plan) -> Any:
         largest = 0.0
         for t in range(trips):
             for e in range(lanes):
-                d = np.float64(dy_element(dy, t * dy_words, e))
+                d = np.float64(dy_again(dy, t * dy_words, e))
                 largest = max(largest, abs(weighed(d, weight, t * weight_words, e, offset)))
         return largest
 
@@ -352,11 +351,6 @@ def measurer(plan: Plan) -> Any:
             if scalable and x_scale == 1.0 and dy_scale == 1.0:
                 share_flag(flag, shared)
                 if flag[0] == zero:
-                    forget(x, 4 * trips)
-                    if backward:
-                        forget(dy, trips * dy_words)
-                        if has_weight:
-                            forget(weight, trips * weight_words)
                     if x_scalable:
                         x_scale = power(maximum(max(largest_x(x, lane, k), math.sqrt(eps)), maxima))
                         rescale_x(x, work(x_scale))
@@ -441,7 +435,7 @@ def row_writer(plan: Plan) -> Any:
     x: words; weight, bias, y: arrays. Element e of the piece is at start + e of y, at weight_start + e of weight.
     """
     work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
-    x_element, put = decoder(plan.x, work), encoder(plan.x, plan.native_bfloat16)
+    x_element, put = decoder(plan.x, work, again=True), encoder(plan.x, plan.native_bfloat16)
     has_weight, has_bias = plan.weight is not None, plan.bias is not None
     weight_name, bias_name = plan.weight or "float32", plan.bias or "float32"
     read_weight, read_bias = (reader(name, lanes, plan.aligned) for name in (weight_name, bias_name))
@@ -478,15 +472,16 @@ def row_writer(plan: Plan) -> Any:
 def gradient_writer(plan: Plan) -> Any:
     """write_gradient(x, dy, weight, dx, start, lane, stop, k, offset, numbers, dweight, dbias): dx of one row.
 
-    x, dy, weight: words, the same elements of each. dweight and dbias, sums of this thread's elements, take their share.
+    x, dy, weight: words, the same elements of each. dweight and dbias, this thread's sums, take their share.
     """
     work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
     centred, partial = plan.centred, plan.partial
     has_weight, has_bias = plan.weight is not None, plan.bias is not None
     dy_name = plan.dy or "float32"
-    x_element, dy_element, put = decoder(plan.x, work), decoder(dy_name, work), encoder(plan.x, plan.native_bfloat16)
+    x_element, dy_element = decoder(plan.x, work, again=True), decoder(dy_name, work, again=True)
+    put = encoder(plan.x, plan.native_bfloat16)
     dy_words, weight_words = words_of(dy_name, lanes), words_of(plan.weight or "float32", lanes)
-    scaled, standardised = factor(plan), standardiser(plan)
+    scaled, standardised = factor(plan, again=True), standardiser(plan)
     write = writer(plan.x, lanes, plan.aligned)
     one = work(1)
 

@@ -38,7 +38,7 @@ def words_of(name: str, lanes: int) -> int:
 # ------------------------------------------------------------------------------------------------------ intrinsics
 
 
-def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, pointee: Any) -> Any:
+def _address(context: Any, builder: Any, array_type: Any, pointee: Any, array: Any, index: Any) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     pointer = builder.gep(data, [index])
     return builder.addrspacecast(builder.bitcast(pointer, pointee.as_pointer()), pointee.as_pointer(_GLOBAL))
@@ -53,7 +53,7 @@ def _loader(count: int) -> Any:
         """`count` words from array[index] on, in one access."""
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            value = builder.load(_address(context, builder, array, *arguments, vector), align=WORD * count)
+            value = builder.load(_address(context, builder, array, vector, *arguments), align=WORD * count)
             parts = [value] if count == 1 else [builder.extract_element(value, word(j)) for j in range(count)]
             return context.make_tuple(builder, signature.return_type, parts)
 
@@ -77,7 +77,7 @@ def _storer(count: int) -> Any:
                 value = ir.Constant(vector, ir.Undefined)
                 for j in range(count):
                     value = builder.insert_element(value, builder.extract_value(words, j), word(j))
-            builder.store(value, _address(context, builder, array, target, index, vector), align=WORD * count)
+            builder.store(value, _address(context, builder, array, vector, target, index), align=WORD * count)
             return context.get_dummy_value()
 
         return types.void(array, types.int64, types.UniTuple(types.uint32, count)), codegen
@@ -136,7 +136,9 @@ def float32_to_bfloat16(typing_context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _opaque(typing_context: Any, word: Any) -> Any:
+def opaque(typing_context: Any, word: Any) -> Any:
+    """The same word, in no instruction: the compiler takes it for a new one."""
+
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
         return builder.asm(kind, "", "=r,0", arguments, side_effect=True)
@@ -148,13 +150,13 @@ def _opaque(typing_context: Any, word: Any) -> Any:
 
 
 @inlined
-def forget(words: Any, count: int) -> None:
-    """Costs no instruction: hides from the compiler that these words were decoded before.
+def fetched(words: Any, at: int) -> Any:
+    return words[at]
 
-    It would keep the numbers, in twice the registers, between the pass that sums them and the pass that uses them.
-    """
-    for j in range(count):
-        words[j] = _opaque(words[j])
+
+@inlined
+def again_fetched(words: Any, at: int) -> Any:
+    return opaque(words[at])
 
 
 @inlined
@@ -167,26 +169,31 @@ def rounded_to_bfloat16(value: Any) -> Any:
 
 
 @lru_cache
-def decoder(name: str, work: Any) -> Any:
-    """element(words, at, e): number e of the vector whose words start at `at`."""
+def decoder(name: str, work: Any, again: bool = False) -> Any:
+    """element(words, at, e): number e of the vector whose words start at `at`.
+
+    again: of words that were decoded before. Without it the compiler keeps the numbers of the pass that sums them for the
+    pass that uses them, in twice the registers that the words take.
+    """
+    fetch = again_fetched if again else fetched
     if name == "float64":
 
         @inlined
         def element(words: Any, at: int, e: int) -> Any:
-            low, high = np.uint64(words[at + 2 * e]), np.uint64(words[at + 2 * e + 1])
+            low, high = np.uint64(fetch(words, at + 2 * e)), np.uint64(fetch(words, at + 2 * e + 1))
             return work(float64_of_bits(low | (high << np.uint64(32))))
 
     elif name == "float32":
 
         @inlined
         def element(words: Any, at: int, e: int) -> Any:
-            return work(float32_of_bits(words[at + e]))
+            return work(float32_of_bits(fetch(words, at + e)))
 
     elif name == "bfloat16":
 
         @inlined
         def element(words: Any, at: int, e: int) -> Any:
-            pair = words[at + e // 2]
+            pair = fetch(words, at + e // 2)
             upper = pair & np.uint32(0xFFFF0000) if e % 2 else pair << np.uint32(16)
             return work(float32_of_bits(np.uint32(upper)))
 
@@ -194,7 +201,7 @@ def decoder(name: str, work: Any) -> Any:
 
         @inlined
         def element(words: Any, at: int, e: int) -> Any:
-            pair = words[at + e // 2]
+            pair = fetch(words, at + e // 2)
             return work(float16_to_float32(np.uint16(pair >> np.uint32(16) if e % 2 else pair & np.uint32(0xFFFF))))
 
     return element

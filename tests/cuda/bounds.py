@@ -1,8 +1,8 @@
 """How far a result of the CUDA engine may be from the exact one: the units and terms of `tolerances`, other bounds.
 
-float16, bfloat16: as on the CPU. float32 is computed in float32 on a GPU: half an ULP for the last rounding, one for that of
-xhat, the rest for those of weight_offset + weight and of x - mean; the sums, kept as pairs, add nothing that counts. In float64
-likewise.
+float16, bfloat16: as on the CPU. float32 is computed in float32 on a GPU: half an ULP for the last rounding, one for
+that of xhat, the rest for those of weight_offset + weight and of x - mean; the sums, kept as pairs, add
+nothing that counts. In float64 likewise.
 """
 
 from __future__ import annotations

@@ -62,9 +62,9 @@ def run_block(self, grid_point, *args):
 
 
 def run_thread(self):
-    try:
+    try:  # what it raises, of any kind, `run_block` raises again
         threading.Thread.run(self)
-    except Exception as error:  # noqa: BLE001: of any kind, it is raised again by `run_block`
+    except Exception as error:  # noqa: BLE001
         self.exception = (error, error.__traceback__)
         for meeting in (self._manager.barrier, *(meeting for meeting, _ in self._manager.meetings.values())):
             meeting.abort()
@@ -146,7 +146,7 @@ INTRINSICS = {
     "bits_of_float64": _bitcast(np.float64, np.uint64),
     "float16_to_float32": lambda bits: np.float32(np.uint16(bits).view(np.float16)),
     "float32_to_float16": lambda value: np.float16(value).view(np.uint16),
-    "_opaque": lambda word: word,
+    "opaque": lambda word: word,
     "reciprocal_root": _formulas.reciprocal_root,  # NumPy's root and division know zero and infinity
 }
 

@@ -1,0 +1,106 @@
+"""Compiled kernels on disk: found again, never wrong, never an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numba
+import pytest
+
+from rmsnorm_np.cpu import cache
+
+PROGRAM = """
+import numpy as np
+import rmsnorm_np as rn
+from rmsnorm_np.cpu import kernels
+y = rn.rms_norm(np.array([[3.0, 4.0]], np.float32), eps=0.0)
+assert abs(y - [[0.84852814, 1.13137085]]).max() < 1e-6
+stats = kernels.forward.serial.stats
+print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+"""
+
+compiled = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="nothing is compiled without the JIT")
+
+
+def run(folder):
+    """(hits, misses) of a process that compiles one kernel or finds it in the folder."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
+    )
+    assert out.returncode == 0, out.stderr
+    return tuple(map(int, out.stdout.split()))
+
+
+@compiled
+def test_a_second_process_finds_it_and_a_damaged_file_is_compiled_anew(tmp_path):
+    assert run(tmp_path) == (0, 1)
+    assert run(tmp_path) == (1, 0)
+    (file,) = (tmp_path / "rmsnorm_np").iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[:5000] + b"?" + content[5001:])
+    assert run(tmp_path) == (0, 1)
+    assert run(tmp_path) == (1, 0)
+
+
+@compiled
+def test_damage_of_any_kind_is_seen(tmp_path, monkeypatch):
+    from rmsnorm_np.cpu import kernels
+
+    class Codegen:
+        def codegen(self):
+            return self
+
+        def magic_tuple(self):
+            return ("a", "b")
+
+        def refresh(self):
+            pass
+
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    store = cache.KernelCache(kernels.forward.serial.py_func, "serial")
+    path = store._path("signature", Codegen())
+    for content in (b"", b"short", b"\0" * 32, b"\0" * 32 + b"a pickle that is none", os.urandom(1000)):
+        path.write_bytes(content)
+        assert store.load_overload("signature", Codegen()) is None
+
+
+@compiled
+def test_without_a_folder_kernels_are_compiled_in_each_process(tmp_path):
+    blocked = tmp_path / "a file, not a folder"
+    blocked.write_text("")
+    assert run(blocked) == (0, 1)
+    assert run(blocked) == (0, 1)
+
+
+def test_the_folder_is_numbas_or_beside_the_package_or_the_users(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "numba"))
+    assert cache.folder.__wrapped__() == tmp_path / "numba" / "rmsnorm_np"
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    assert cache.folder.__wrapped__().parent.name == "__pycache__"
+    unwritable = tmp_path / "unwritable"
+    unwritable.write_text("")
+    monkeypatch.setattr(cache, "__file__", str(unwritable / "cache.py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "home"))
+    assert cache.folder.__wrapped__() == tmp_path / "home" / "rmsnorm_np"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(unwritable))
+    monkeypatch.setenv("LOCALAPPDATA", str(unwritable))
+    assert cache.folder.__wrapped__() is None
+
+
+def test_serial_and_parallel_and_each_signature_have_files_of_their_own(tmp_path, monkeypatch):
+    class Codegen:
+        def magic_tuple(self):
+            return ("a", "b")
+
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    paths = {
+        cache.KernelCache(function, variant)._path(signature, Codegen())
+        for function in (run, test_damage_of_any_kind_is_seen)
+        for variant in ("serial", "parallel")
+        for signature in ("one", "two")
+    }
+    assert len(paths) == 8

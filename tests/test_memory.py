@@ -1,0 +1,173 @@
+"""Where large outputs live: memory is used again, and never while anything can still see it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from rmsnorm_np.cpu import memory
+
+SHAPE, DTYPE = (64, 8192), np.dtype(np.float32)  # 2 MiB: recycled
+NBYTES = 64 * 8192 * 4
+
+
+@pytest.fixture(autouse=True)
+def own_pool(monkeypatch):
+    """A pool of 32 MiB for one test."""
+    pool = memory._Pool(32 << 20)
+    monkeypatch.setattr(memory, "_pool", pool)
+    return pool
+
+
+def filled(value):
+    array = memory.empty(SHAPE, DTYPE)
+    array[...] = value
+    return array
+
+
+def test_memory_is_used_again():
+    array = filled(1.0)
+    address = array.ctypes.data
+    del array
+    assert memory.empty(SHAPE, DTYPE).ctypes.data == address
+
+
+@pytest.mark.parametrize(
+    "export",
+    [
+        lambda array: array[3:5, ::7],
+        lambda array: array.T,
+        lambda array: array.view(np.uint32).reshape(-1)[1:],
+        memoryview,
+        lambda array: memoryview(array)[1:],
+        np.from_dlpack,
+        lambda array: array.__dlpack__(),
+        lambda array: np.frombuffer(array, np.uint8),
+        lambda array: array.flat,
+        lambda array: array.ctypes,
+        lambda array: [array[0]],
+    ],
+    ids=[
+        "slice",
+        "transpose",
+        "view",
+        "memoryview",
+        "its part",
+        "dlpack",
+        "capsule",
+        "buffer",
+        "flat",
+        "ctypes",
+        "row",
+    ],
+)
+def test_memory_is_not_used_again_while_it_can_be_seen(export):
+    array = filled(1.0)
+    address = array.ctypes.data
+    kept = export(array)
+    del array
+    gc.collect()
+    others = [filled(2.0) for _ in range(4)]
+    assert address not in [other.ctypes.data for other in others]
+    del kept, others
+    gc.collect()
+    assert address in [one.ctypes.data for one in [memory.empty(SHAPE, DTYPE) for _ in range(6)]]
+
+
+def test_outputs_are_aligned_and_far_from_their_inputs():
+    for offset in (0, 16, 1024, 2048, 4032):
+        room = np.zeros(NBYTES + 8192, np.uint8)
+        start = -room.ctypes.data % memory.PAGE + offset
+        x = room[start : start + NBYTES].view(DTYPE).reshape(SHAPE)
+        y = memory.empty(SHAPE, DTYPE, x)
+        assert y.ctypes.data % memory.LINE == 0
+        assert y.flags.c_contiguous
+        assert y.flags.writeable
+        distance = (y.ctypes.data - x.ctypes.data) % memory.PAGE
+        assert min(distance, memory.PAGE - distance) >= 1984
+        z = memory.empty(SHAPE, DTYPE, x, y)
+        for other in (x, y):
+            distance = (z.ctypes.data - other.ctypes.data) % memory.PAGE
+            assert min(distance, memory.PAGE - distance) >= 896
+
+
+def test_small_outputs_are_numpys():
+    assert memory.empty((4, 8), DTYPE).base is None
+
+
+def test_the_pool_is_bounded(own_pool):
+    arrays = [filled(1.0) for _ in range(20)]
+    assert not own_pool.free
+    del arrays
+    assert 0 < sum(map(len, own_pool.free)) <= own_pool.limit
+
+
+def test_a_limit_of_zero_gives_everything_back_and_switches_off(own_pool):
+    del_me = filled(1.0)
+    del del_me
+    assert own_pool.free
+    assert memory.set_limit(0) == 32 << 20
+    assert not own_pool.free
+    assert memory.limit() == 0
+    assert memory.empty(SHAPE, DTYPE).base is None
+
+
+def test_memory_given_back_is_gone_from_the_process():
+    """By the operating system's own count."""
+    if not os.path.exists("/proc/self/statm"):  # noqa: PTH110
+        pytest.skip("the resident size is read from /proc")
+
+    def resident():
+        with open("/proc/self/statm") as file:  # noqa: PTH123
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    memory.set_limit(1 << 30)
+    before = resident()
+    big = memory.empty((64, 1 << 20), DTYPE)
+    big[...] = 1.0
+    used = resident() - before
+    assert used > 200 << 20
+    del big
+    assert resident() - before > 200 << 20  # kept for the next
+    memory.set_limit(0)
+    assert resident() - before < 60 << 20
+
+
+@pytest.mark.parametrize("limit", [-1, 1.5, True, "1", None])
+def test_a_limit_is_a_number_of_bytes(limit):
+    with pytest.raises(ValueError, match=r"^limit is .*, expected a number of bytes >= 0$"):
+        memory.set_limit(limit)
+
+
+def test_the_limit_comes_from_the_environment():
+    code = "from rmsnorm_np.cpu import memory; print(memory.limit())"
+    for text, limit in (("0", 0), ("7", 7 << 20), ("", 512 << 20)):
+        environment = {**os.environ, "RMSNORM_NP_RECYCLE_MB": text}
+        out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert int(out.stdout) == limit
+    environment = {**os.environ, "RMSNORM_NP_RECYCLE_MB": "lots"}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "RMSNORM_NP_RECYCLE_MB is 'lots', expected a whole number of megabytes" in out.stderr
+
+
+def test_threads_never_share_a_buffer():
+    errors = []
+
+    def work(value):
+        for _ in range(30):
+            array = filled(value)
+            if not (array == value).all():
+                errors.append(value)
+
+    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
