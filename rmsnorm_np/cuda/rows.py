@@ -410,14 +410,18 @@ def root_correction(rstd: Any, total: Any, k: Any, eps: Any) -> Any:
 
 @lru_cache
 def standardiser(plan: Plan) -> Any:
-    """standardised(value, numbers): xhat, with one rounding for RMSNorm, two for LayerNorm."""
+    """standardised(value, numbers): xhat, with one rounding that counts."""
+    wide = plan.x in ("float32", "float64")
     if plan.centred:
 
         @inlined
         def standardised(value: Any, numbers: Any) -> Any:
             distance = value - numbers[MEAN]
-            rest = distance * numbers[RSTD_TAIL] - numbers[MEAN_TAIL] * numbers[RSTD]
-            return cuda.fma(distance, numbers[RSTD], rest)
+            lost = numbers[MEAN_TAIL]
+            if wide:  # what the difference rounds off, as in `add_to_pair`; half types are far from needing it
+                taken = distance - value
+                lost -= (value - (distance - taken)) - (numbers[MEAN] + taken)
+            return cuda.fma(distance, numbers[RSTD], distance * numbers[RSTD_TAIL] - lost * numbers[RSTD])
 
     else:
 

@@ -172,8 +172,8 @@ def rounded_to_bfloat16(value: Any) -> Any:
 def decoder(name: str, work: Any, again: bool = False) -> Any:
     """element(words, at, e): number e of the vector whose words start at `at`.
 
-    again: of words that were decoded before. Without it the compiler keeps the numbers of the pass that sums them for the
-    pass that uses them, in twice the registers that the words take.
+    again: of words that were decoded before. Without it the compiler keeps the numbers of the pass that sums them for
+    the pass that uses them, in twice the registers that the words take.
     """
     fetch = again_fetched if again else fetched
     if name == "float64":

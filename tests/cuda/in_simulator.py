@@ -211,7 +211,7 @@ def test_axes_and_layouts(rng):
         weight = numbers(rng, shape, np.float64)
         y = host(rn.rms_norm(device, simulated.to_device(weight), axis=axis, backend="cuda"))
         np.testing.assert_allclose(y, rn.reference.rms_norm(x, weight, axis=axis), rtol=1e-15)
-    backwards = simulated.view_of(device[2:, 3:, 4:], (3, 4, 5), (-160, -40, -8), np.float64)
+    backwards = device[::-1, ::-1, ::-1]
     np.testing.assert_allclose(
         host(rn.layer_norm(backwards, backend="cuda")), rn.reference.layer_norm(x[::-1, ::-1, ::-1]), atol=1e-15
     )

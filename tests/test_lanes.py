@@ -1,0 +1,120 @@
+"""The vectors themselves: conversions of 16-bit floats, and the same bits on a processor without any extension."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import ml_dtypes
+import numba
+import numpy as np
+import pytest
+
+from rmsnorm_np import cpu
+from rmsnorm_np.cpu import jit, llvm, simd
+
+JIT_OFF = bool(numba.config.DISABLE_JIT)
+
+ALL_BITS = np.arange(65536, dtype=np.uint16)
+
+# float32 on both sides of every border of the narrower type: all its values, their neighbours, the middles between
+# them (ties) and the neighbours of those; and NaN with a payload that rounding must not carry away
+with np.errstate(all="ignore"):
+    _edges = [
+        kind.astype(np.float32)[np.isfinite(kind.astype(np.float32))]
+        for kind in (ALL_BITS.view(np.float16), ALL_BITS.view(ml_dtypes.bfloat16))
+    ]
+    _middles = [(np.sort(values)[1:] / 2 + np.sort(values)[:-1] / 2).astype(np.float32) for values in _edges]
+    _points = np.concatenate([*_edges, *_middles])
+    FLOATS = np.concatenate(
+        [_points, np.nextafter(_points, np.float32(np.inf)), np.nextafter(_points, np.float32(-np.inf))]
+    )
+SPECIAL = np.array([0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF, 0x7FFFFFFF, 0x7F800001, 1, 0x80000001], np.uint32)
+FLOATS = np.concatenate([FLOATS, SPECIAL.view(np.float32), np.zeros(-(len(FLOATS) + 8) % 32, np.float32)])
+
+
+def converter():
+    """A fresh compilation of: load each LANES elements, store them in the other type."""
+
+    def convert(source, target):
+        s, t = simd.data(source), simd.data(target)
+        for i in range(0, source.size, simd.LANES):
+            simd.store(t, i, simd.load(s, i, simd.float32))
+
+    return jit.piece(convert)
+
+
+@pytest.fixture(params=["instruction", "software"])
+def convert(request, monkeypatch):
+    """The conversion by an instruction of the processor, if it has one, and the one for processors that have none."""
+    if request.param == "software":
+        monkeypatch.setattr(llvm, "_has_float16_conversion", lambda context: False)
+    return converter()
+
+
+def same_numbers(got, want):
+    """The same bits, but for NaN, which has many."""
+    nan = np.isnan(want.astype(np.float32))
+    assert np.array_equal(np.isnan(got.astype(np.float32)), nan)
+    assert got[~nan].tobytes() == want[~nan].tobytes()
+
+
+@pytest.mark.parametrize(("kind", "stored"), [(np.float16, np.uint16), (ml_dtypes.bfloat16, np.int16)])
+def test_every_half_is_read_and_written_exactly(kind, stored, convert):
+    halves = ALL_BITS.view(kind)
+    wide = np.empty(65536, np.float32)
+    convert(ALL_BITS.view(stored), wide)
+    with np.errstate(invalid="ignore"):
+        same_numbers(wide, halves.astype(np.float32))
+    back = np.empty(65536, stored)
+    convert(wide, back)
+    same_numbers(back.view(kind), halves)
+
+
+@pytest.mark.parametrize(("kind", "stored"), [(np.float16, np.uint16), (ml_dtypes.bfloat16, np.int16)])
+def test_float32_is_rounded_to_half_with_ties_to_even(kind, stored, convert):
+    got = np.empty(len(FLOATS), stored)
+    convert(FLOATS, got)
+    with np.errstate(all="ignore"):
+        same_numbers(got.view(kind), FLOATS.astype(kind))
+
+
+@pytest.mark.skipif(not JIT_OFF, reason="compiles for minutes; the kernels it asks for are those of the other tests")
+def test_warmup_calls_everything():
+    steps = []
+    cpu.warmup(report=steps.append)
+    assert len(steps) == 4 * 2 * 3
+
+
+PROGRAM = """
+import hashlib
+import ml_dtypes
+import numpy as np
+import rmsnorm_np as rn
+
+rng = np.random.default_rng(0)
+x, w = rng.standard_normal((5, 3001)), rng.standard_normal(3001)
+for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
+    y = rn.rms_norm(x.astype(dtype), w.astype(dtype))
+    print(np.dtype(dtype).name, hashlib.sha256(y.tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.skipif(JIT_OFF, reason="nothing is compiled without the JIT")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the generic processor is an x86-64 without extensions")
+def test_a_processor_without_extensions_gives_the_same_bits(tmp_path):
+    """Forward, nothing but exact products is fused: no F16C, AVX or FMA is needed for the same result."""
+    results = []
+    for name in ("generic", None):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        if name is not None:
+            environment |= {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ""}
+        out = subprocess.run(
+            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
+        )
+        assert out.returncode == 0, out.stderr
+        results.append(out.stdout)
+    assert results[0] == results[1]
+    assert len(list((tmp_path / "rmsnorm_np").iterdir())) == 8  # each processor has code of its own
