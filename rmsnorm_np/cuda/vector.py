@@ -151,11 +151,13 @@ def opaque(typing_context: Any, word: Any) -> Any:
 
 @inlined
 def fetched(words: Any, at: int) -> Any:
+    """A word, as it is."""
     return words[at]
 
 
 @inlined
 def again_fetched(words: Any, at: int) -> Any:
+    """A word that the compiler takes for a new one."""
     return opaque(words[at])
 
 

@@ -102,7 +102,7 @@ def test_compiles_for(capability, name):
             assert f".target sm_{capability[0]}{capability[1]}" in ptx
             assert "ld.global.v4" in ptx
             assert "st.global.v4" in ptx
-            if capability < (10, 0):  # for Blackwell the compiler unrolls too late: rows go to local memory, which is slow
+            if capability < (10, 0):  # Blackwell's compiler unrolls too late: see docs/gpu.md
                 assert ".local" not in ptx
             assert ("cvt.rn.bf16.f32" in ptx) == (name == "bfloat16" and capability >= (8, 0))
 
