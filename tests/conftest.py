@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import importlib.util
+
 import ml_dtypes
 import numba
 import numpy as np
 import pytest
+
+# the CUDA engine's tests import numba-cuda, an extra of its own; doctest collection would import every file there
+collect_ignore = ["cuda"] if importlib.util.find_spec("numba_cuda") is None else []
 
 BACKENDS = ("reference", "cpu")
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64))
