@@ -36,7 +36,7 @@ FLOATS = np.concatenate([FLOATS, SPECIAL.view(np.float32), np.zeros(-(len(FLOATS
 
 
 def converter():
-    """A fresh compilation of: load each LANES elements, store them in the other type."""
+    """A fresh compilation of: load each vector of elements, store them in the other type."""
 
     def convert(source, target):
         s, t = simd.data(source), simd.data(target)

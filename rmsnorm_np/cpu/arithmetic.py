@@ -23,7 +23,6 @@ from rmsnorm_np.cpu.pairs import (
     pair,
     parts,
 )
-from rmsnorm_np.cpu.simd import LANES
 
 KINDS = ("single", "double", "exact", "pair")  # in the order of promotion
 
@@ -99,7 +98,7 @@ def _add_exact_square(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     kind = sig.args[1].kind
     if kind in ("single", "double"):
         suffix = "f32" if kind == "single" else "f64"
-        return intrinsic(builder, f"llvm.fmuladd.v{LANES}{suffix}", total.type, [lanes, lanes, total])
+        return intrinsic(builder, f"llvm.fmuladd.v{total.type.count}{suffix}", total.type, [lanes, lanes, total])
     value = parts(kind, lanes, builder)
     square = multiply_parts(builder, value, value)
     return add_parts(builder, parts("pair", total, builder), parts("pair", square, builder))
@@ -141,7 +140,7 @@ def _all_lanes(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 @lower_builtin(simd.first_lanes, LanesType, types.Integer)
 def _first_lanes(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     lanes, count = args
-    chosen = mask(builder, count)
+    chosen = mask(builder, count, sig.args[0].count)
     selected = [
         builder.select(chosen, part, ir.Constant(part.type, None))
         for part in parts(sig.args[0].kind, lanes, builder)
@@ -163,7 +162,7 @@ def _type_across(context: Any) -> Any:
 def _across(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     high, low = parts(sig.args[0].kind, args[0], builder)
     if high.type.element == FLOAT:
-        high = builder.fpext(high, ir.VectorType(DOUBLE, LANES))
+        high = builder.fpext(high, ir.VectorType(DOUBLE, high.type.count))
     while (half := high.type.count // 2) > 0:
         lower, upper = (ir.Constant(ir.VectorType(I32, half), list(range(first, first + half))) for first in (0, half))
         a, b = ((builder.shuffle_vector(high, high, i)) for i in (lower, upper))
@@ -209,7 +208,7 @@ def _sqrt(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 def _type_rounded(context: Any) -> Any:
     def typer(number: Any) -> Any:
         if isinstance(number, LanesType) and number.count > 1:
-            return LanesType("double")
+            return LanesType("double", number.count)
         return types.float64
 
     return typer
@@ -226,5 +225,5 @@ def _rounded_lanes(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     if sig.args[0].kind == "pair":
         value = collapse(builder, value)
     if sig.args[0].kind == "single":
-        value = builder.fpext(value, ir.VectorType(DOUBLE, LANES))
+        value = builder.fpext(value, ir.VectorType(DOUBLE, value.type.count))
     return value if value.type.count > 1 else builder.extract_element(value, ir.Constant(I32, 0))

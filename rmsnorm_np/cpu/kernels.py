@@ -36,7 +36,6 @@ from rmsnorm_np.cpu.rows import (
 )
 from rmsnorm_np.cpu.simd import (
     BLOCK,
-    LANES,
     SEGMENT,
     data,
     float64,
@@ -46,6 +45,7 @@ from rmsnorm_np.cpu.simd import (
     rounded,
     scratch,
     store,
+    width,
     zeros,
 )
 
@@ -265,8 +265,8 @@ def _add_partials(partial: Any, total: Any, tasks: int, m: int, n: int, p: int) 
     """Rows h, h + m, … of the partial sums, added in this order, are row h of the total."""
     like = rounded(zeros(partial, float64))
     for h in range(m):
-        for i in range(p * SEGMENT, min(p * SEGMENT + SEGMENT, n), LANES):
-            count = min(LANES, n - i)
+        for i in range(p * SEGMENT, min(p * SEGMENT + SEGMENT, n), width(partial)):
+            count = min(width(partial), n - i)
             lanes = load(partial, h * n + i, like, count)
             for t in range(h + m, tasks, m):
                 lanes = lanes + load(partial, t * n + i, like, count)

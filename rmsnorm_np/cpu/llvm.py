@@ -12,8 +12,6 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from rmsnorm_np.cpu.simd import LANES
-
 I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
@@ -39,25 +37,24 @@ def splat(builder: Any, scalar: Any, count: int) -> Any:
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
 
 
-def mask(builder: Any, count: Any) -> Any:
-    """Lane < count, for each lane."""
-    lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+def mask(builder: Any, count: Any, width: int) -> Any:
+    """Lane < count, for each of `width` lanes."""
+    lanes = ir.Constant(ir.VectorType(I32, width), list(range(width)))
     count = builder.trunc(count, I32) if count.type.width > 32 else count
-    return builder.icmp_signed("<", lanes, splat(builder, count, LANES))
+    return builder.icmp_signed("<", lanes, splat(builder, count, width))
 
 
-def masked_load(builder: Any, pointer: Any, stored: Any, align: int, count: Any) -> Any:
-    """The first `count` elements, zeros behind; what lies behind is not touched."""
-    vector = ir.VectorType(stored, LANES)
-    name = f"llvm.masked.load.v{LANES}{_SUFFIX[stored]}.p0"
-    operands = [pointer, ir.Constant(I32, align), mask(builder, count), ir.Constant(vector, None)]
+def masked_load(builder: Any, pointer: Any, vector: Any, align: int, count: Any) -> Any:
+    """The first `count` elements of a vector of this type, zeros behind; what lies behind is not touched."""
+    name = f"llvm.masked.load.v{vector.count}{_SUFFIX[vector.element]}.p0"
+    operands = [pointer, ir.Constant(I32, align), mask(builder, count, vector.count), ir.Constant(vector, None)]
     return intrinsic(builder, name, vector, operands)
 
 
 def masked_store(builder: Any, pointer: Any, value: Any, align: int, count: Any) -> None:
     """Write the first `count` elements; what lies behind is not touched."""
-    name = f"llvm.masked.store.v{LANES}{_SUFFIX[value.type.element]}.p0"
-    operands = [value, pointer, ir.Constant(I32, align), mask(builder, count)]
+    name = f"llvm.masked.store.v{value.type.count}{_SUFFIX[value.type.element]}.p0"
+    operands = [value, pointer, ir.Constant(I32, align), mask(builder, count, value.type.count)]
     intrinsic(builder, name, ir.VoidType(), operands)
 
 
@@ -68,9 +65,10 @@ def _has_float16_conversion(context: Any) -> bool:
 
 def from_float16(context: Any, builder: Any, bits: Any) -> Any:
     """float16 bits to float32, by instruction where there is one."""
-    floats, words = ir.VectorType(FLOAT, LANES), ir.VectorType(I32, LANES)
+    width = bits.type.count
+    floats, words = ir.VectorType(FLOAT, width), ir.VectorType(I32, width)
     if _has_float16_conversion(context):
-        return builder.fpext(builder.bitcast(bits, ir.VectorType(HALF, LANES)), floats)
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(HALF, width)), floats)
     wide = builder.zext(bits, words)
     sign = builder.shl(builder.and_(wide, constant(words, 0x8000)), constant(words, 16))
     magnitude = builder.shl(builder.and_(wide, constant(words, 0x7FFF)), constant(words, 13))
@@ -84,9 +82,10 @@ def from_float16(context: Any, builder: Any, bits: Any) -> Any:
 
 def to_float16(context: Any, builder: Any, value: Any) -> Any:
     """float32 to float16 bits, ties to even, by instruction where there is one."""
-    words, floats = ir.VectorType(I32, LANES), ir.VectorType(FLOAT, LANES)
+    width = value.type.count
+    words, floats = ir.VectorType(I32, width), ir.VectorType(FLOAT, width)
     if _has_float16_conversion(context):
-        return builder.bitcast(builder.fptrunc(value, ir.VectorType(HALF, LANES)), ir.VectorType(I16, LANES))
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(HALF, width)), ir.VectorType(I16, width))
     bits = builder.bitcast(value, words)
     sign = builder.and_(builder.lshr(bits, constant(words, 16)), constant(words, 0x8000))
     magnitude = builder.and_(bits, constant(words, 0x7FFFFFFF))
@@ -102,19 +101,20 @@ def to_float16(context: Any, builder: Any, value: Any) -> Any:
     result = builder.select(too_large, constant(words, 0x7C00), result)
     is_nan = builder.icmp_unsigned(">", magnitude, constant(words, 0x7F800000))
     result = builder.select(is_nan, constant(words, 0x7E00), result)
-    return builder.trunc(builder.or_(result, sign), ir.VectorType(I16, LANES))
+    return builder.trunc(builder.or_(result, sign), ir.VectorType(I16, width))
 
 
 def from_bfloat16(builder: Any, bits: Any) -> Any:
     """bfloat16 bits to float32: they are its upper half."""
-    words = ir.VectorType(I32, LANES)
+    words = ir.VectorType(I32, bits.type.count)
     shifted = builder.shl(builder.zext(bits, words), constant(words, 16))
-    return builder.bitcast(shifted, ir.VectorType(FLOAT, LANES))
+    return builder.bitcast(shifted, ir.VectorType(FLOAT, bits.type.count))
 
 
 def to_bfloat16(builder: Any, value: Any) -> Any:
     """float32 to bfloat16 bits, ties to even; NaN stays NaN."""
-    words = ir.VectorType(I32, LANES)
+    width = value.type.count
+    words = ir.VectorType(I32, width)
     bits = builder.bitcast(value, words)
     sixteen = constant(words, 16)
     odd = builder.and_(builder.lshr(bits, sixteen), constant(words, 1))
@@ -122,6 +122,6 @@ def to_bfloat16(builder: Any, value: Any) -> Any:
     quiet = builder.or_(bits, constant(words, 0x400000))
     result = builder.select(builder.fcmp_unordered("uno", value, value), quiet, even)
     # the upper halves by one shuffle: on AVX-512 one instruction, where shifting and narrowing take seven
-    halves = builder.bitcast(result, ir.VectorType(I16, 2 * LANES))
-    upper = ir.Constant(ir.VectorType(I32, LANES), [2 * i + (sys.byteorder == "little") for i in range(LANES)])
+    halves = builder.bitcast(result, ir.VectorType(I16, 2 * width))
+    upper = ir.Constant(ir.VectorType(I32, width), [2 * i + (sys.byteorder == "little") for i in range(width)])
     return builder.shuffle_vector(halves, halves, upper)

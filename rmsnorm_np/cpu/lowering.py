@@ -28,15 +28,15 @@ from rmsnorm_np.cpu.llvm import (
     to_float16,
 )
 from rmsnorm_np.cpu.pairs import collapse, pair, parts
-from rmsnorm_np.cpu.simd import BLOCK, LANES
+from rmsnorm_np.cpu.simd import BLOCK
 
 CACHE_LINE = 64
 
 
 class LanesType(types.Type):  # type: ignore[misc]
-    """``count`` numbers of one kind; ``count`` is LANES, or 1 for a pair that is a scalar."""
+    """``count`` numbers of one kind; one number for a pair that is a scalar."""
 
-    def __init__(self, kind: str, count: int = LANES) -> None:
+    def __init__(self, kind: str, count: int) -> None:
         self.kind = kind
         self.count = count
         super().__init__(name=f"Lanes({kind}, {count})")
@@ -50,14 +50,25 @@ class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, lanes, llvm_type)
 
 
-def _loaded_kind(source: Any, work: Any) -> str:
+def _loaded_type(source: Any, work: Any) -> LanesType:
     if isinstance(work, LanesType):
         if work.kind == "pair":
-            return "exact"
-        return "double" if work.kind == "single" and source.dtype == types.float64 else str(work.kind)
+            return LanesType("exact", work.count)
+        return LanesType("double", work.count) if source.dtype == types.float64 else work
     if source.dtype == types.float64:
-        return "exact"
-    return "single" if source.dtype != types.float32 and work.dtype == types.float32 else "double"
+        return LanesType("exact", simd.LANES_OF_FLOAT64)
+    single = source.dtype != types.float32 and work.dtype == types.float32
+    return LanesType("single" if single else "double", simd.LANES)
+
+
+@type_callable(simd.width)
+def _type_width(context: Any) -> Any:
+    return lambda source: types.intp
+
+
+@lower_builtin(simd.width, types.CPointer)
+def _width(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return ir.Constant(I64, simd.LANES_OF_FLOAT64 if sig.args[0].dtype == types.float64 else simd.LANES)
 
 
 @type_callable(simd.data)
@@ -85,7 +96,7 @@ def _no_data(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 def _type_load(context: Any) -> Any:
     def typer(array: Any, start: Any, work: Any, count: Any = None) -> Any:
         if isinstance(array, types.CPointer) and isinstance(start, types.Integer):
-            return LanesType(_loaded_kind(array, work))
+            return _loaded_type(array, work)
 
     return typer
 
@@ -95,11 +106,11 @@ def _type_load(context: Any) -> Any:
 @lower_builtin(simd.load, types.CPointer, types.Integer, types.Any, types.Integer)
 def _load(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array = sig.args[0]
-    stored = _stored_type(array.dtype)
-    pointer = _pointer(context, builder, array, args, stored)
+    vector = ir.VectorType(_stored_type(array.dtype), sig.return_type.count)
+    pointer = _pointer(builder, args, vector)
     align = array.dtype.bitwidth // 8
     if isinstance(sig.args[-1], types.Integer) and len(args) == 4:
-        value = masked_load(builder, pointer, stored, align, args[3])
+        value = masked_load(builder, pointer, vector, align, args[3])
     else:
         value = builder.load(pointer, align=align)
     return _convert_loaded(context, builder, array.dtype, value, sig.return_type.kind)
@@ -119,9 +130,8 @@ def _type_store(context: Any) -> Any:
 @lower_builtin(simd.store, types.CPointer, types.Integer, LanesType, types.Integer)
 def _store(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array, lanes = sig.args[0], sig.args[2]
-    stored = _stored_type(array.dtype)
-    pointer = _pointer(context, builder, array, args, stored)
-    value = _convert_to_stored(context, builder, lanes.kind, args[2], array.dtype)
+    value = _convert_to_stored(context, builder, lanes, args[2], array.dtype)
+    pointer = _pointer(builder, args, value.type)
     align = array.dtype.bitwidth // 8
     if isinstance(sig.args[-1], types.Integer) and len(args) == 4:
         masked_store(builder, pointer, value, align, args[3])
@@ -142,9 +152,9 @@ def _type_stream(context: Any) -> Any:
 @lower_builtin(simd.stream, types.CPointer, types.Integer, LanesType)
 def _stream(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array, lanes = sig.args[0], sig.args[2]
-    pointer = _pointer(context, builder, array, args, _stored_type(array.dtype))
-    value = _convert_to_stored(context, builder, lanes.kind, args[2], array.dtype)
-    instruction = builder.store(value, pointer, align=CACHE_LINE)
+    value = _convert_to_stored(context, builder, lanes, args[2], array.dtype)
+    pointer = _pointer(builder, args, value.type)
+    instruction = builder.store(value, pointer, align=lanes.count * array.dtype.bitwidth // 8)
     instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
     return context.get_dummy_value()
 
@@ -155,13 +165,9 @@ def _prefetch(function: Any, level: int) -> None:
 
     @lower_builtin(function, types.CPointer, types.Integer)
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        source = sig.args[0]
-        byte = ir.IntType(8).as_pointer()
-        pointer = builder.bitcast(_pointer(context, builder, source, args, _stored_type(source.dtype)), byte)
+        address = _pointer(builder, args, ir.IntType(8))
         read, locality, data = (ir.Constant(I32, value) for value in (0, 4 - level, 1))
-        for line in range(0, LANES * source.dtype.bitwidth // 8, CACHE_LINE):
-            address = builder.gep(pointer, [ir.Constant(I64, line)])
-            intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, locality, data])
+        intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, locality, data])
         return context.get_dummy_value()
 
 
@@ -177,7 +183,7 @@ def _type_until_aligned(context: Any) -> Any:
 @lower_builtin(simd.until_aligned, types.CPointer, types.Integer)
 def _until_aligned(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array = sig.args[0]
-    address = builder.ptrtoint(_pointer(context, builder, array, args, _stored_type(array.dtype)), I64)
+    address = builder.ptrtoint(_pointer(builder, args, ir.IntType(8)), I64)
     itemsize = array.dtype.bitwidth // 8
     bytes_left = builder.and_(builder.neg(address), ir.Constant(I64, CACHE_LINE - 1))
     return builder.udiv(bytes_left, ir.Constant(I64, itemsize))
@@ -186,8 +192,8 @@ def _until_aligned(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 @type_callable(simd.zeros)
 def _type_zeros(context: Any) -> Any:
     def typer(array: Any, work: Any) -> Any:
-        kind = _loaded_kind(array, work)
-        return LanesType("pair" if kind == "exact" else kind)
+        lanes = _loaded_type(array, work)
+        return LanesType("pair", lanes.count) if lanes.kind == "exact" else lanes
 
     return typer
 
@@ -261,13 +267,12 @@ def _stored_type(dtype: Any) -> Any:
     }[dtype]
 
 
-def _pointer(context: Any, builder: Any, array: Any, args: Any, stored: Any) -> Any:
-    """The address of element ``args[1]`` of ``args[0]``, as a pointer to LANES elements."""
+def _pointer(builder: Any, args: Any, target: Any) -> Any:
+    """The address of element ``args[1]`` of ``args[0]``, as a pointer to the LLVM type `target`."""
     data, start = args[:2]
     if start.type.width < 64:
         start = builder.sext(start, I64)
-    data = builder.bitcast(data, stored.as_pointer())
-    return builder.bitcast(builder.gep(data, [start]), ir.VectorType(stored, LANES).as_pointer())
+    return builder.bitcast(builder.gep(data, [start]), target.as_pointer())
 
 
 def _convert_loaded(context: Any, builder: Any, dtype: Any, value: Any, kind: str) -> Any:
@@ -281,13 +286,13 @@ def _convert_loaded(context: Any, builder: Any, dtype: Any, value: Any, kind: st
     return builder.fpext(value, ir.VectorType(element, value.type.count))
 
 
-def _convert_to_stored(context: Any, builder: Any, kind: str, value: Any, dtype: Any) -> Any:
-    if kind == "pair":
+def _convert_to_stored(context: Any, builder: Any, lanes: LanesType, value: Any, dtype: Any) -> Any:
+    if lanes.kind == "pair":
         value = collapse(builder, value)
     if dtype == types.float64:
-        return value if value.type.element == DOUBLE else builder.fpext(value, ir.VectorType(DOUBLE, LANES))
+        return value if value.type.element == DOUBLE else builder.fpext(value, ir.VectorType(DOUBLE, lanes.count))
     if value.type.element == DOUBLE:
-        value = builder.fptrunc(value, ir.VectorType(FLOAT, LANES))
+        value = builder.fptrunc(value, ir.VectorType(FLOAT, lanes.count))
     if dtype == types.uint16:
         return to_float16(context, builder, value)
     if dtype == types.int16:

@@ -29,12 +29,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LANES = 32  # 4 AVX-512 or 8 AVX2 registers of float64: enough independent sums to hide the latency of an addition
+# 4 AVX2 registers of float64, of 16: a kernel holds two or three such vectors. With 32 lanes half of the time went into
+# spilled registers. A float64 is computed with its rounding error, in twice the registers.
+LANES = 16
+LANES_OF_FLOAT64 = 8
 SEGMENT = 2048  # elements summed in the lanes before the lanes are added up: bounds the error of float32 sums
 
 BLOCK = 64  # rows that are worked on together, at most
 
-Lanes = Any  # compiled: a vector type of its own; in plain Python: an array of LANES float32, float64 or longdouble
+Lanes = Any  # compiled: a vector type of its own; in plain Python: an array of float32, float64 or longdouble
 
 float32 = np.float32  # "halves may be computed in float32"
 float64 = np.float64  # "halves are computed in float64"
@@ -47,30 +50,36 @@ def data(array: NDArray[Any] | None) -> Any:
     return None if array is None else array.reshape(-1)
 
 
-def load(source: Any, start: int, work: Any, count: int | None = None) -> Lanes:
-    """Elements ``start`` to ``start + count`` (LANES by default), and zeros in the lanes behind.
+def width(source: Any) -> int:
+    """How many lanes a vector of this array's elements has; known when the kernel is compiled."""
+    return LANES_OF_FLOAT64 if source.dtype == np.float64 else LANES
 
-    ``work`` is the precision for half types, `float32` or `float64`; or it is lanes, whose kind is matched.
+
+def load(source: Any, start: int, work: Any, count: int | None = None) -> Lanes:
+    """Elements ``start`` to ``start + count`` (all lanes by default), and zeros in the lanes behind.
+
+    ``work`` is the precision for half types, `float32` or `float64`; or it is lanes, whose number and kind are matched.
     """
-    count = LANES if count is None else count
+    lanes = zeros(source, work)
+    count = len(lanes) if count is None else count
     stored = source[start : start + count]
     if source.dtype == np.uint16:
         stored = stored.view(np.float16)
     elif source.dtype == np.int16:
         stored = (stored.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    lanes = np.zeros(LANES, _working_dtype(source.dtype, work))
     lanes[:count] = stored
     return lanes
 
 
 def zeros(source: Any, work: Any) -> Lanes:
     """Zeros of the kind that sums of ``load(source, ...)`` have."""
-    return np.zeros(LANES, _working_dtype(source.dtype, work))
+    count = len(work) if isinstance(work, np.ndarray) else width(source)
+    return np.zeros(count, _working_dtype(source.dtype, work))
 
 
 def store(target: Any, start: int, lanes: Lanes, count: int | None = None) -> None:
     """Round each of the first ``count`` lanes once to the target's dtype and write them from ``start`` on."""
-    count = LANES if count is None else count
+    count = len(lanes) if count is None else count
     if target.dtype == np.uint16:
         stored = lanes.astype(np.float32).astype(np.float16).view(np.uint16)
     elif target.dtype == np.int16:
@@ -84,12 +93,12 @@ def store(target: Any, start: int, lanes: Lanes, count: int | None = None) -> No
 
 
 def stream(target: Any, start: int, lanes: Lanes) -> None:
-    """`store` past the cache: the line is not read first. ``target[start]`` must be aligned to 64 bytes."""
+    """`store` past the cache: the line is not read first. ``target[start]`` must be aligned to the bytes written."""
     store(target, start, lanes)
 
 
 def prefetch(source: Any, start: int) -> None:
-    """Ask for the LANES elements from ``start`` on, into the first-level cache; harmless where there are none."""
+    """Ask for the cache line of element ``start``, into the first-level cache; harmless where there is none."""
 
 
 def prefetch_second(source: Any, start: int) -> None:
@@ -103,7 +112,7 @@ def until_aligned(target: Any, start: int) -> int:
 
 def first_lanes(lanes: Lanes, count: int | None) -> Lanes:
     """The first ``count`` lanes, and zeros in the lanes behind; all lanes for None."""
-    return lanes if count is None else np.where(np.arange(LANES) < count, lanes, lanes.dtype.type(0))
+    return lanes if count is None else np.where(np.arange(len(lanes)) < count, lanes, lanes.dtype.type(0))
 
 
 def add_exact_square(total: Lanes, lanes: Lanes) -> Lanes:
@@ -120,7 +129,7 @@ def add_product(total: Lanes, a: Lanes, b: Lanes) -> Lanes:
 
 
 def across(lanes: Lanes) -> Any:
-    """The sum over the lanes, by halves: 32 to 16 to 8 … A float64; for `exact` and `pair` a pair."""
+    """The sum over the lanes, by halves: 16 to 8 to 4 … A float64; for `exact` and `pair` a pair."""
     lanes = lanes.astype(np.result_type(lanes.dtype, np.float64))
     while len(lanes) > 1:
         half = len(lanes) // 2
