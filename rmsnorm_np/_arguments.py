@@ -279,38 +279,39 @@ def engine_arguments(
     forward call.
     """
     # The engine needs less than a microsecond for a small array, far less than the checks in `prepare` take. So the
-    # ordinary call goes past them. What is not ordinary is not judged here.
-    if _is_ordinary(x) and x.ndim > 0 and type(axis) is int and axis == -1:
-        shape = x.shape
-        n = shape[-1]
-        if (
-            n > 0
-            and (dy is None or (_is_ordinary(dy) and dy.shape == shape))
-            and (weight is None or (_is_ordinary(weight) and weight.shape == (n,)))
-            and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
-            and (
-                out is None
-                or (
-                    _is_ordinary(out)
-                    and out.shape == shape
-                    and out.dtype == x.dtype
-                    and _may_write(out, x, dy, weight, bias)
-                )
+    # ordinary call goes past them, by the fewest questions that tell it. What is not ordinary is not judged here.
+    if (
+        _is_ordinary(x)
+        and (shape := x.shape)
+        and (n := shape[-1]) > 0
+        and type(axis) is int
+        and axis == -1
+        and (weight is None or (_is_ordinary(weight) and weight.shape == (n,)))
+        and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
+        and (dy is None or (_is_ordinary(dy) and dy.shape == shape))
+        and (
+            out is None
+            or (
+                _is_ordinary(out)
+                and out.shape == shape
+                and out.dtype == x.dtype
+                and _may_write(out, x, dy, weight, bias)
             )
-        ):
-            k = n if type(p) is float and p == 1.0 else elements_in_rms(n, p)
-            if not (type(eps) is float and 0.0 <= eps < _INFINITY):
-                eps = check_eps(eps)
-            if not (type(weight_offset) is float and weight_offset == 0.0):
-                weight_offset = check_weight_offset(weight_offset, weight is not None)
-            if weight is not None:
-                weight = weight[None]
-            if bias is not None:
-                bias = bias[None]
-            if len(shape) == 2:
-                return x, dy, weight, bias, k, eps, weight_offset, out, None
-            restore = _reshape_to(shape) if out is None else _return(out)
-            return _rows(x), _rows(dy), weight, bias, k, eps, weight_offset, _rows(out), restore
+        )
+    ):
+        k = n if type(p) is float and p == 1.0 else elements_in_rms(n, p)
+        if not (type(eps) is float and 0.0 <= eps < _INFINITY):
+            eps = check_eps(eps)
+        if type(weight_offset) is not float or weight_offset != 0.0:
+            weight_offset = check_weight_offset(weight_offset, weight is not None)
+        if weight is not None:
+            weight = weight[None]
+        if bias is not None:
+            bias = bias[None]
+        if len(shape) == 2:
+            return x, dy, weight, bias, k, eps, weight_offset, out, None
+        restore = _reshape_to(shape) if out is None else _return(out)
+        return _rows(x), _rows(dy), weight, bias, k, eps, weight_offset, _rows(out), restore
 
     x, dy, weight, bias, k, eps, weight_offset, direct, restore = prepare(
         x, dy, weight, bias, eps, p, axis, weight_offset, out

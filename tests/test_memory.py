@@ -13,14 +13,14 @@ import pytest
 
 from rmsnorm_np.cpu import memory
 
-SHAPE, DTYPE = (64, 8192), np.dtype(np.float32)  # 2 MiB: recycled
-NBYTES = 64 * 8192 * 4
+SHAPE, DTYPE = (256, 8192), np.dtype(np.float32)  # 8 MiB: recycled, and written past the cache
+NBYTES = 256 * 8192 * 4
 
 
 @pytest.fixture(autouse=True)
 def own_pool(monkeypatch):
-    """A pool of 32 MiB for one test."""
-    pool = memory._Pool(32 << 20)
+    """A pool of 64 MiB for one test."""
+    pool = memory._Pool(64 << 20)
     monkeypatch.setattr(memory, "_pool", pool)
     return pool
 
@@ -112,7 +112,7 @@ def test_a_limit_of_zero_gives_everything_back_and_switches_off(own_pool):
     del_me = filled(1.0)
     del del_me
     assert own_pool.free
-    assert memory.set_limit(0) == 32 << 20
+    assert memory.set_limit(0) == 64 << 20
     assert not own_pool.free
     assert memory.limit() == 0
     assert memory.empty(SHAPE, DTYPE).base is None

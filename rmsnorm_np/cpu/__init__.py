@@ -54,27 +54,32 @@ def _forward(
     x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: int | None
 ) -> Any:
     rows, n = x.shape
-    if rows * n < threads.PARALLEL_ELEMENTS and n <= kernels.LONG_ROW:
+    if n <= kernels.LONG_ROW and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
         # a small call: the kernel takes about a microsecond, so each question that is not asked here counts
         y = np.empty((rows, n), x.dtype) if out is None else out
-        kernel, streaming = kernels.forward.serial, 0
+        kernel, streaming, tasks = kernels.forward.serial, 0, 1
     else:
         y = memory.empty((rows, n), x.dtype, x) if out is None else out
-        kernel = threads.choose(kernels.long_forward if n > kernels.LONG_ROW else kernels.forward, rows * n)
+        kernel, tasks = threads.choose(kernels.long_forward if n > kernels.LONG_ROW else kernels.forward, rows * n)
         streaming = memory.streams(y)
         if weight is not None and rows >= SCALED_ROWS:
             weight, weight_offset = _scale(x, weight, weight_offset, centred is None)
-    m = 1 if weight is None else weight.shape[0]
-    bias_m = 1 if bias is None else bias.shape[0]
+    key = x.dtype, weight is None or weight.dtype, bias is None or bias.dtype, centred, weight_offset != 0.0
     wide = None
     x_stored, y_stored = x, y
     if x.itemsize != 4:
         wide = _WIDE_DOUBLE if x.itemsize == 8 else _WIDE_HALF if centred is None else None
         x_stored, y_stored = _stored(x), _stored(y)
-    kernel(
-        x_stored, _stored(weight), _stored(bias), k, m, bias_m, weight_offset or None, eps,
-        streaming, centred, wide, y_stored,
+    weight_m = bias_m = 1
+    if weight is not None:
+        weight_m, weight = len(weight), _stored(weight)
+    if bias is not None:
+        bias_m, bias = len(bias), _stored(bias)
+    args = (
+        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, wide, tasks,
+        y_stored,
     )  # fmt: skip
+    kernel.code(key, args)(*args)
     return y
 
 
@@ -95,17 +100,24 @@ def _backward(
     weight_m = 1 if weight is None else len(weight)
     m = max(weight_m, 1 if bias is None else len(bias))
     streaming = memory.streams(dx) if n * x.itemsize % 64 == 0 else 0  # all rows of a block are aligned alike
+    kernel, tasks = threads.choose(kernels.backward if n <= kernels.LONG_ROW else kernels.long_backward, x.size)
+    key = (
+        dy.dtype, x.dtype, weight is None or weight.dtype, dweight is None or dweight.dtype,
+        dbias is None or dbias.dtype, centred, not weight_offset,
+    )  # fmt: skip
     before = (_stored(dy), _stored(x), _stored(weight), k, weight_m, m)
-    after = (weight_offset or None, eps, streaming, centred, _WIDE_DOUBLE if x.itemsize == 8 else None, _stored(dx))
+    wide = _WIDE_DOUBLE if x.itemsize == 8 else None
+    after = (weight_offset or None, eps, streaming, centred, wide, tasks, _stored(dx))
     if n <= kernels.LONG_ROW:
         chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
         partials = (None if total is None else np.empty((chunks * m, n)) for total in (dweight, dbias))
-        results = (_stored(dweight), _stored(dbias))
-        threads.choose(kernels.backward, x.size)(*before, chunks, *after, *partials, *results)
+        args = (*before, chunks, *after, *partials, _stored(dweight), _stored(dbias))
+        kernel.code(key, args)(*args)
     else:
         # each column is added up over the rows at once; only a parameter with fewer rows than the other needs more
         sums = [None if t is None else t if len(t) == m else np.empty((m, n)) for t in (dweight, dbias)]
-        threads.choose(kernels.long_backward, x.size)(*before, *after, *map(_stored, sums))
+        args = (*before, *after, *map(_stored, sums))
+        kernel.code((key, *(s is None or s.dtype for s in sums)), args)(*args)
         for total, sum_ in zip((dweight, dbias), sums, strict=True):
             if total is not None and sum_ is not None and total is not sum_:
                 total[...] = sum_.reshape(-1, len(total), n).sum(axis=0)
@@ -120,7 +132,7 @@ def _scale(x: Any, weight: Any, weight_offset: float, half_in_float32: bool) -> 
     rounding error of that sum.
     """
     dtype = np.float32 if x.itemsize == 2 and half_in_float32 and weight.dtype != np.float64 else np.float64
-    if x.itemsize == 8 or x.shape[1] * np.dtype(dtype).itemsize > SCALE_BYTES:
+    if x.itemsize == 8 or (weight.itemsize == 4 and weight_offset == 0.0) or x.shape[1] * np.dtype(dtype).itemsize > SCALE_BYTES:
         return weight, weight_offset
     scale = weight.astype(dtype)
     if weight_offset != 0.0:
@@ -130,15 +142,7 @@ def _scale(x: Any, weight: Any, weight_offset: float, half_in_float32: bool) -> 
 
 def _stored(array: Any) -> Any:
     """The array as the kernels see it."""
-    if array is None or array.itemsize > 2:
-        return array
-    return array.view(_STORED[array.dtype.name])
-
-
-def _wide(x: Any, half_in_float32: bool) -> Any:
-    if x.itemsize == 4:
-        return None
-    return _WIDE_DOUBLE if x.itemsize == 8 else _WIDE_HALF if half_in_float32 else None
+    return array if array is None or array.itemsize > 2 else array.view(_STORED[array.dtype.name])
 
 
 def warmup(

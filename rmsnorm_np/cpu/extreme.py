@@ -22,7 +22,7 @@ from rmsnorm_np.cpu.rows import (
     write_gradient,
     write_output,
 )
-from rmsnorm_np.cpu.simd import data, float64, keep, kept, load, rounded, scratch, store, width, zeros
+from rmsnorm_np.cpu.simd import LANES, data, float64, keep, kept, load, rounded, scratch, store, zeros
 
 
 @inlined
@@ -58,8 +58,8 @@ def power_of_two(row: Any, n: int, least: float) -> float:
 @piece
 def copy_row(source: Any, start: int, target: Any, target_start: int, n: int) -> None:
     like = zeros(source, float64)
-    for i in range(0, n, width(source)):
-        count = min(width(source), n - i)
+    for i in range(0, n, LANES):
+        count = min(LANES, n - i)
         store(target, target_start + i, load(source, start + i, like, count), count)
 
 

@@ -60,5 +60,26 @@ class Kernel:
     """A function over all rows, compiled on its first call: `serial`, and `parallel` with its ``prange`` on threads."""
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self.serial = cached(numba.njit(**_OPTIONS)(function), "serial")
-        self.parallel = cached(numba.njit(parallel=True, **_OPTIONS)(function), "parallel")
+        self.serial = Variant(cached(numba.njit(**_OPTIONS)(function), "serial"))
+        self.parallel = Variant(cached(numba.njit(parallel=True, **_OPTIONS)(function), "parallel"))
+
+
+class Variant:
+    """Compiled code for each combination of argument types, found by a key that the caller knows them by.
+
+    Numba's dispatcher looks at each argument to find its type, which takes as long as the norm of 2000 elements. Here
+    the caller vouches for the types: two calls with one key have arguments of the same types.
+    """
+
+    def __init__(self, dispatcher: Any) -> None:
+        self._dispatcher = dispatcher
+        self._compiled: dict[Any, Callable[..., None]] = {}
+
+    def code(self, key: Any, args: tuple[Any, ...]) -> Callable[..., None]:
+        """The code for arguments of the types that `key` stands for."""
+        found = self._compiled.get(key)
+        if found is None:
+            # with NUMBA_DISABLE_JIT=1 the dispatcher is the plain function
+            compile_for = getattr(self._dispatcher, "compile", lambda types: self._dispatcher)
+            found = self._compiled[key] = compile_for(tuple(map(numba.typeof, args)))
+        return found

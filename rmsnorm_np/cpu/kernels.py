@@ -36,7 +36,9 @@ from rmsnorm_np.cpu.rows import (
 )
 from rmsnorm_np.cpu.simd import (
     BLOCK,
+    LANES,
     SEGMENT,
+    add_atomically,
     data,
     float64,
     keep,
@@ -45,7 +47,6 @@ from rmsnorm_np.cpu.simd import (
     rounded,
     scratch,
     store,
-    width,
     zeros,
 )
 
@@ -53,8 +54,30 @@ from rmsnorm_np.cpu.simd import (
 # the second level; more rows together read and write the sums of dweight less often.
 FORWARD_BLOCK = 4096
 BACKWARD_BLOCK = 16384
+# Each thread has its part of the work in a queue. When that is empty it takes from the others' queues: a core that is
+# slow or busy does less, and yet the same rows meet the same core's cache in each call.
+APART = 8  # places between two queues: a cache line
 LONG_ROW = 65536  # a row longer than this is cut over the threads
 PIECE = 16 * SEGMENT  # of a long row: what a thread takes at a time
+
+
+@inlined
+def part_start(part: int, items: int, parts: int) -> int:
+    return items * part // parts
+
+
+@piece
+def new_queues(parts: int) -> Any:
+    queues = np.empty(parts * APART, np.int64)
+    for i in range(len(queues)):  # np.zeros in a parallel kernel would start the threads once more to write zeros
+        queues[i] = 0
+    return queues
+
+
+@inlined
+def take(queues: Any, part: int, first: int) -> int:
+    """The next number of a part whose numbers begin with `first`, for this thread alone."""
+    return first + add_atomically(queues, part * APART, 1)
 
 
 @piece
@@ -76,38 +99,44 @@ def _forward_block(
         keep_statistics(x, (first + j) * n, n, k, means, totals, j, centred, work)
     for j in range(rows):  # a loop of its own: LLVM takes several roots and divisions at once
         keep(rstds, j, reciprocal_root(kept(totals, j, x), k, eps))
+    h, bias_h = first % m, first % bias_m
     for j in range(rows):
         start = (first + j) * n
-        shift = (first + j) % m * n - start
-        bias_shift = (first + j) % bias_m * n - start
         if is_ordinary(kept(totals, j, x), k, eps, wide):
             write_output(
-                x, weight, bias, y, start, start + n, shift, bias_shift, offset, kept_mean(means, j, x, centred),
-                kept(rstds, j, x), streaming, rows * n, work,
+                x, weight, bias, y, start, start + n, h * n - start, bias_h * n - start, offset,
+                kept_mean(means, j, x, centred), kept(rstds, j, x), streaming, rows * n, work,
             )  # fmt: skip
         elif wide is not None:
-            forward_extreme_row(
-                x, weight, bias, y, start, n, k, shift + start, bias_shift + start, offset, eps, centred, wide
-            )
+            forward_extreme_row(x, weight, bias, y, start, n, k, h * n, bias_h * n, offset, eps, centred, wide)
+        h = h + 1 if h + 1 < m else 0  # the next row's row of weight and of bias: a division costs as much as
+        bias_h = bias_h + 1 if bias_h + 1 < bias_m else 0  # 16 elements
 
 
 def _forward(
     x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, wide: Any, y: Any,
+    centred: Any, wide: Any, tasks: int, y: Any,
 ) -> None:  # fmt: skip
     rows, n = x.shape
     block = block_rows(n, FORWARD_BLOCK)
-    for b in prange((rows + block - 1) // block):
-        first = b * block
-        _forward_block(
-            data(x), data(weight), data(bias), data(y), first, min(block, rows - first), n, k, m, bias_m, offset, eps,
-            streaming, centred, wide,
-        )  # fmt: skip
+    blocks = (rows + block - 1) // block
+    queues = new_queues(tasks)
+    for task in prange(tasks):
+        for turn in range(tasks):
+            part = (task + turn) % tasks
+            b = take(data(queues), part, part_start(part, blocks, tasks))
+            while b < part_start(part + 1, blocks, tasks):
+                first = b * block
+                _forward_block(
+                    data(x), data(weight), data(bias), data(y), first, min(block, rows - first), n, k, m, bias_m,
+                    offset, eps, streaming, centred, wide,
+                )  # fmt: skip
+                b = take(data(queues), part, part_start(part, blocks, tasks))
 
 
 def _long_forward(
     x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, wide: Any, y: Any,
+    centred: Any, wide: Any, tasks: int, y: Any,
 ) -> None:  # fmt: skip
     rows, n = x.shape
     segments = (n + SEGMENT - 1) // SEGMENT
@@ -238,20 +267,26 @@ def _backward_block(
 
 def _backward(
     dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, streaming: int,
-    centred: Any, wide: Any, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any, dbias: Any,
+    centred: Any, wide: Any, tasks: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any, dbias: Any,
 ) -> None:  # fmt: skip
     """Task t adds up rows t % m, t % m + m, … of one of `chunks` parts in row t of the partial sums."""
     rows, n = x.shape
     groups = rows // m
     block = block_rows(n, BACKWARD_BLOCK)
-    for t in prange(chunks * m):
-        first, stop = groups * (t // m) // chunks, groups * (t // m + 1) // chunks
-        for g in range(first, stop, block):
-            _backward_block(
-                data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial),
-                min(block, stop - g), (g * m + t % m) * n, m * n, n, k, t % m % weight_m * n, t * n, offset, eps,
-                streaming, g == first, centred, wide,
-            )  # fmt: skip
+    queues = new_queues(tasks)
+    for task in prange(tasks):
+        for turn in range(tasks):
+            part = (task + turn) % tasks
+            t = take(data(queues), part, part_start(part, chunks * m, tasks))
+            while t < part_start(part + 1, chunks * m, tasks):
+                first, stop = groups * (t // m) // chunks, groups * (t // m + 1) // chunks
+                for g in range(first, stop, block):
+                    _backward_block(
+                        data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial),
+                        min(block, stop - g), (g * m + t % m) * n, m * n, n, k, t % m % weight_m * n, t * n, offset,
+                        eps, streaming, g == first, centred, wide,
+                    )  # fmt: skip
+                t = take(data(queues), part, part_start(part, chunks * m, tasks))
     if dweight is not None:
         for p in prange((n + SEGMENT - 1) // SEGMENT):
             _add_partials(data(weight_partial), data(dweight), chunks * m, dweight.shape[0], n, p)
@@ -265,8 +300,8 @@ def _add_partials(partial: Any, total: Any, tasks: int, m: int, n: int, p: int) 
     """Rows h, h + m, … of the partial sums, added in this order, are row h of the total."""
     like = rounded(zeros(partial, float64))
     for h in range(m):
-        for i in range(p * SEGMENT, min(p * SEGMENT + SEGMENT, n), width(partial)):
-            count = min(width(partial), n - i)
+        for i in range(p * SEGMENT, min(p * SEGMENT + SEGMENT, n), LANES):
+            count = min(LANES, n - i)
             lanes = load(partial, h * n + i, like, count)
             for t in range(h + m, tasks, m):
                 lanes = lanes + load(partial, t * n + i, like, count)
@@ -280,7 +315,7 @@ backward = Kernel(_backward)
 
 def _long_backward(
     dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, wide: Any, dx: Any, dweight: Any, dbias: Any,
+    centred: Any, wide: Any, tasks: int, dx: Any, dweight: Any, dbias: Any,
 ) -> None:  # fmt: skip
     """First the sums of all rows, then the columns: each column piece adds dweight and dbias over the rows by itself.
 

@@ -27,12 +27,15 @@ def calls(nbytes: int) -> dict[str, Callable[[], None]]:
         array[...] = 1.0
     streaming = memory.streams(y)
 
+    def run(kernel: Kernel, *args: Any) -> None:
+        threads.choose(kernel, count)[0].code(None, args)(*args)
+
     def forward() -> None:
-        threads.choose(copy, count)(x[0], y[0], streaming)
+        run(copy, x[0], y[0], streaming)
 
     def both() -> None:
         forward()
-        threads.choose(triad, count)(x[0], z[0], y[0], streaming)
+        run(triad, x[0], z[0], y[0], streaming)
 
     return {"forward": forward, "forward+backward": both}
 

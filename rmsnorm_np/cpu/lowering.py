@@ -28,15 +28,15 @@ from rmsnorm_np.cpu.llvm import (
     to_float16,
 )
 from rmsnorm_np.cpu.pairs import collapse, pair, parts
-from rmsnorm_np.cpu.simd import BLOCK
+from rmsnorm_np.cpu.simd import BLOCK, LANES
 
 CACHE_LINE = 64
 
 
 class LanesType(types.Type):  # type: ignore[misc]
-    """``count`` numbers of one kind; one number for a pair that is a scalar."""
+    """``count`` numbers of one kind; ``count`` is LANES, or 1 for a pair that is a scalar."""
 
-    def __init__(self, kind: str, count: int) -> None:
+    def __init__(self, kind: str, count: int = LANES) -> None:
         self.kind = kind
         self.count = count
         super().__init__(name=f"Lanes({kind}, {count})")
@@ -53,22 +53,12 @@ class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
 def _loaded_type(source: Any, work: Any) -> LanesType:
     if isinstance(work, LanesType):
         if work.kind == "pair":
-            return LanesType("exact", work.count)
-        return LanesType("double", work.count) if source.dtype == types.float64 else work
+            return LanesType("exact")
+        return LanesType("double") if source.dtype == types.float64 else work
     if source.dtype == types.float64:
-        return LanesType("exact", simd.LANES_OF_FLOAT64)
+        return LanesType("exact")
     single = source.dtype != types.float32 and work.dtype == types.float32
-    return LanesType("single" if single else "double", simd.LANES)
-
-
-@type_callable(simd.width)
-def _type_width(context: Any) -> Any:
-    return lambda source: types.intp
-
-
-@lower_builtin(simd.width, types.CPointer)
-def _width(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return ir.Constant(I64, simd.LANES_OF_FLOAT64 if sig.args[0].dtype == types.float64 else simd.LANES)
+    return LanesType("single" if single else "double")
 
 
 @type_callable(simd.data)
@@ -106,7 +96,7 @@ def _type_load(context: Any) -> Any:
 @lower_builtin(simd.load, types.CPointer, types.Integer, types.Any, types.Integer)
 def _load(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array = sig.args[0]
-    vector = ir.VectorType(_stored_type(array.dtype), sig.return_type.count)
+    vector = ir.VectorType(_stored_type(array.dtype), LANES)
     pointer = _pointer(builder, args, vector)
     align = array.dtype.bitwidth // 8
     if isinstance(sig.args[-1], types.Integer) and len(args) == 4:
@@ -154,7 +144,7 @@ def _stream(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array, lanes = sig.args[0], sig.args[2]
     value = _convert_to_stored(context, builder, lanes, args[2], array.dtype)
     pointer = _pointer(builder, args, value.type)
-    instruction = builder.store(value, pointer, align=lanes.count * array.dtype.bitwidth // 8)
+    instruction = builder.store(value, pointer, align=LANES * array.dtype.bitwidth // 8)
     instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
     return context.get_dummy_value()
 
@@ -189,11 +179,21 @@ def _until_aligned(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return builder.udiv(bytes_left, ir.Constant(I64, itemsize))
 
 
+@type_callable(simd.add_atomically)
+def _type_add_atomically(context: Any) -> Any:
+    return lambda numbers, i, number: types.int64
+
+
+@lower_builtin(simd.add_atomically, types.CPointer, types.Integer, types.Integer)
+def _add_atomically(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), args[2], "monotonic")
+
+
 @type_callable(simd.zeros)
 def _type_zeros(context: Any) -> Any:
     def typer(array: Any, work: Any) -> Any:
         lanes = _loaded_type(array, work)
-        return LanesType("pair", lanes.count) if lanes.kind == "exact" else lanes
+        return LanesType("pair") if lanes.kind == "exact" else lanes
 
     return typer
 
@@ -290,9 +290,9 @@ def _convert_to_stored(context: Any, builder: Any, lanes: LanesType, value: Any,
     if lanes.kind == "pair":
         value = collapse(builder, value)
     if dtype == types.float64:
-        return value if value.type.element == DOUBLE else builder.fpext(value, ir.VectorType(DOUBLE, lanes.count))
+        return value if value.type.element == DOUBLE else builder.fpext(value, ir.VectorType(DOUBLE, LANES))
     if value.type.element == DOUBLE:
-        value = builder.fptrunc(value, ir.VectorType(FLOAT, lanes.count))
+        value = builder.fptrunc(value, ir.VectorType(FLOAT, LANES))
     if dtype == types.uint16:
         return to_float16(context, builder, value)
     if dtype == types.int16:

@@ -11,6 +11,7 @@ from typing import Any
 from rmsnorm_np import _formulas
 from rmsnorm_np.cpu.jit import inlined, optional, piece
 from rmsnorm_np.cpu.simd import (
+    LANES,
     SEGMENT,
     across,
     add_exact_square,
@@ -27,7 +28,6 @@ from rmsnorm_np.cpu.simd import (
     store,
     stream,
     until_aligned,
-    width,
     zeros,
 )
 
@@ -83,41 +83,45 @@ def add_if_centred(total: Any, lanes: Any, mean: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------- sums over a row
 # Each adds SEGMENT elements in the lanes and the lanes by halves; what is longer is the sum of its segments, in order.
-# Two sums, of vectors with even and odd numbers: an addition takes four cycles, and two of four vectors start in each.
+# Four sums at once, for an addition takes four cycles and two AVX2 registers are added in each.
 
 
 @inlined
 def segment_sum(x: Any, start: int, stop: int, work: Any) -> Any:
     """Sum of x."""
-    lanes = width(x)
-    even, odd = zeros(x, work), zeros(x, work)
-    body = stop - (stop - start) % (2 * lanes)
-    for i in range(start, body, 2 * lanes):
-        even = even + load(x, i, work)
-        odd = odd + load(x, i + lanes, work)
-    if body + lanes <= stop:
-        even = even + load(x, body, work)
-        body += lanes
-    if body < stop:
-        odd = odd + load(x, body, work, stop - body)
-    return across(even + odd)
+    a, b, c, d = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
+    i = start
+    while i + 4 * LANES <= stop:
+        a = a + load(x, i, work)
+        b = b + load(x, i + LANES, work)
+        c = c + load(x, i + 2 * LANES, work)
+        d = d + load(x, i + 3 * LANES, work)
+        i += 4 * LANES
+    while i + LANES <= stop:
+        a = a + load(x, i, work)
+        i += LANES
+    if i < stop:
+        b = b + load(x, i, work, stop - i)
+    return across((a + b) + (c + d))
 
 
 @inlined
 def segment_squares(x: Any, start: int, stop: int, mean: Any, work: Any) -> Any:
     """Sum of (x - mean)²."""
-    lanes = width(x)
-    even, odd = zeros(x, work), zeros(x, work)
-    body = stop - (stop - start) % (2 * lanes)
-    for i in range(start, body, 2 * lanes):
-        even = add_square(even, load(x, i, work), mean, None)
-        odd = add_square(odd, load(x, i + lanes, work), mean, None)
-    if body + lanes <= stop:
-        even = add_square(even, load(x, body, work), mean, None)
-        body += lanes
-    if body < stop:
-        odd = add_square(odd, load(x, body, work, stop - body), mean, stop - body)
-    return across(even + odd)
+    a, b, c, d = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
+    i = start
+    while i + 4 * LANES <= stop:
+        a = add_square(a, load(x, i, work), mean, None)
+        b = add_square(b, load(x, i + LANES, work), mean, None)
+        c = add_square(c, load(x, i + 2 * LANES, work), mean, None)
+        d = add_square(d, load(x, i + 3 * LANES, work), mean, None)
+        i += 4 * LANES
+    while i + LANES <= stop:
+        a = add_square(a, load(x, i, work), mean, None)
+        i += LANES
+    if i < stop:
+        b = add_square(b, load(x, i, work, stop - i), mean, stop - i)
+    return across((a + b) + (c + d))
 
 
 @inlined
@@ -128,8 +132,8 @@ def segment_products(
     like = zeros(x, work)
     sums = zeros(x, work)
     products = zeros(x, work)
-    body = stop - (stop - start) % width(x)
-    for i in range(start, body, width(x)):
+    body = stop - (stop - start) % LANES
+    for i in range(start, body, LANES):
         g = times(load(dy, i, like), scale_of(weight, offset, shift + i, like, None))
         sums = add_if_centred(sums, g, mean)
         products = add_product(products, g, minus(load(x, i, work), mean))
@@ -201,7 +205,7 @@ def output_lanes(
     return plus_bias(y, bias, bias_shift + i, lanes, count)
 
 
-@piece
+@inlined
 def write_output(
     x: Any, weight: Any, bias: Any, y: Any, start: int, stop: int, shift: int, bias_shift: int, offset: Any,
     mean: Any, rstd: Any, streaming: int, ahead: int, work: Any,
@@ -214,13 +218,13 @@ def write_output(
             count = head - start
             first = output_lanes(x, weight, bias, start, shift, bias_shift, offset, mean, rstd, work, count)
             store(y, start, first, count)
-    body = stop - (stop - head) % width(x)
+    body = stop - (stop - head) % LANES
     if streaming:
-        for i in range(head, body, width(x)):
+        for i in range(head, body, LANES):
             stream(y, i, output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, None))
             prefetch(x, i + ahead)
     else:
-        for i in range(head, body, width(x)):
+        for i in range(head, body, LANES):
             store(y, i, output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, None))
     if body < stop:
         count = stop - body
@@ -292,8 +296,8 @@ def write_gradient(
                 dy, x, weight, dx, dweight, dbias, start, rows, base, step, shift, out_shift, offset, means, rstds,
                 bs, cs, inside, 0, fresh, centred, work, head - start,
             )  # fmt: skip
-    body = stop - (stop - head) % width(x)
-    for i in range(head, body, width(x)):
+    body = stop - (stop - head) % LANES
+    for i in range(head, body, LANES):
         gradient_lanes(
             dy, x, weight, dx, dweight, dbias, i, rows, base, step, shift, out_shift, offset, means, rstds,
             bs, cs, inside, streaming, fresh, centred, work, None,

@@ -29,10 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# 4 AVX2 registers of float64, of 16: a kernel holds two or three such vectors. With 32 lanes half of the time went into
-# spilled registers. A float64 is computed with its rounding error, in twice the registers.
-LANES = 16
-LANES_OF_FLOAT64 = 8
+LANES = 8  # of float64: one AVX-512 register, two AVX2 registers. A kernel holds up to seven such vectors
 SEGMENT = 2048  # elements summed in the lanes before the lanes are added up: bounds the error of float32 sums
 
 BLOCK = 64  # rows that are worked on together, at most
@@ -50,18 +47,13 @@ def data(array: NDArray[Any] | None) -> Any:
     return None if array is None else array.reshape(-1)
 
 
-def width(source: Any) -> int:
-    """How many lanes a vector of this array's elements has; known when the kernel is compiled."""
-    return LANES_OF_FLOAT64 if source.dtype == np.float64 else LANES
-
-
 def load(source: Any, start: int, work: Any, count: int | None = None) -> Lanes:
-    """Elements ``start`` to ``start + count`` (all lanes by default), and zeros in the lanes behind.
+    """Elements ``start`` to ``start + count`` (LANES by default), and zeros in the lanes behind.
 
-    ``work`` is the precision for half types, `float32` or `float64`; or it is lanes, whose number and kind are matched.
+    ``work`` is the precision for half types, `float32` or `float64`; or it is lanes, whose kind is matched.
     """
     lanes = zeros(source, work)
-    count = len(lanes) if count is None else count
+    count = LANES if count is None else count
     stored = source[start : start + count]
     if source.dtype == np.uint16:
         stored = stored.view(np.float16)
@@ -73,13 +65,12 @@ def load(source: Any, start: int, work: Any, count: int | None = None) -> Lanes:
 
 def zeros(source: Any, work: Any) -> Lanes:
     """Zeros of the kind that sums of ``load(source, ...)`` have."""
-    count = len(work) if isinstance(work, np.ndarray) else width(source)
-    return np.zeros(count, _working_dtype(source.dtype, work))
+    return np.zeros(LANES, _working_dtype(source.dtype, work))
 
 
 def store(target: Any, start: int, lanes: Lanes, count: int | None = None) -> None:
     """Round each of the first ``count`` lanes once to the target's dtype and write them from ``start`` on."""
-    count = len(lanes) if count is None else count
+    count = LANES if count is None else count
     if target.dtype == np.uint16:
         stored = lanes.astype(np.float32).astype(np.float16).view(np.uint16)
     elif target.dtype == np.int16:
@@ -110,9 +101,16 @@ def until_aligned(target: Any, start: int) -> int:
     return int(-(target.ctypes.data + start * target.itemsize) % 64) // int(target.itemsize)
 
 
+def add_atomically(numbers: Any, i: int, number: int) -> int:
+    """Add to the int64 in place ``i`` while no other thread does; returns what it was before."""
+    before = int(numbers[i])
+    numbers[i] += number
+    return before
+
+
 def first_lanes(lanes: Lanes, count: int | None) -> Lanes:
     """The first ``count`` lanes, and zeros in the lanes behind; all lanes for None."""
-    return lanes if count is None else np.where(np.arange(len(lanes)) < count, lanes, lanes.dtype.type(0))
+    return lanes if count is None else np.where(np.arange(LANES) < count, lanes, lanes.dtype.type(0))
 
 
 def add_exact_square(total: Lanes, lanes: Lanes) -> Lanes:
@@ -129,7 +127,7 @@ def add_product(total: Lanes, a: Lanes, b: Lanes) -> Lanes:
 
 
 def across(lanes: Lanes) -> Any:
-    """The sum over the lanes, by halves: 16 to 8 to 4 … A float64; for `exact` and `pair` a pair."""
+    """The sum over the lanes, by halves: 8 to 4 to 2 to 1. A float64; for `exact` and `pair` a pair."""
     lanes = lanes.astype(np.result_type(lanes.dtype, np.float64))
     while len(lanes) > 1:
         half = len(lanes) // 2
