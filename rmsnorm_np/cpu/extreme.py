@@ -87,7 +87,7 @@ def forward_extreme_row(
 @piece
 def write_extreme_gradient(
     dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, start: int, n: int, k: int, shift: int,
-    out_shift: int, offset: Any, eps: float, fresh: int, centred: Any, wide: Any,
+    sum_shift: int, offset: Any, eps: float, centred: Any, wide: Any,
 ) -> None:  # fmt: skip
     """One row: dx, and its share of dweight and dbias."""
     room = np.empty((3, n), wide.dtype)
@@ -99,32 +99,29 @@ def write_extreme_gradient(
     for i in range(n):
         row[i] *= scale
     eps = eps * scale * scale  # not scale * scale, which can overflow
-    means, rstds, bs, cs = scratch(), scratch(), scratch(), scratch()
-    keep_statistics(row, 0, n, k, means, rstds, 0, centred, float64)
-    rstd = reciprocal_root(kept(rstds, 0, row), k, eps)
-    keep(rstds, 0, rstd)
-    zero = rstd - rstd
-    keep(bs, 0, zero)
-    keep(cs, 0, zero)
+    means, totals, bs = scratch(), scratch(), scratch()
+    keep_statistics(row, 0, n, k, means, totals, 0, centred, float64)
+    rstd = reciprocal_root(kept(totals, 0, row), k, eps)
+    mean = kept_mean(means, 0, row, centred)
+    keep(bs, 0, rstd - rstd)
+    zero = kept_mean(bs, 0, row, centred)
     # xhat does not depend on the scale of x: the shares of dweight and dbias come from dy as it is
     write_gradient(
-        gradient, row, weight, result, dweight, dbias, 0, n, 1, 0, 0, shift, out_shift, offset, means, rstds, bs, cs,
-        0, 0, fresh, centred, float64,
+        gradient, row, weight, result, dweight, dbias, 0, n, shift, sum_shift, offset, mean, rstd, zero, rstd - rstd,
+        0, 0, 0, float64,
     )  # fmt: skip
     for i in range(n):
         gradient[i] *= dy_scale
-    mean = kept_mean(means, 0, row, centred)
     sums, products = products_of(gradient, row, weight, 0, n, shift, offset, mean, float64)
     keep(bs, 0, sums / k)
-    keep(cs, 0, products * rstd / k)
+    b = kept_mean(bs, 0, row, centred)
+    c = products * rstd / k
     write_gradient(
-        gradient, row, weight, result, None, None, 0, k, 1, 0, 0, shift, 0, offset, means, rstds, bs, cs,
-        1, 0, 1, centred, float64,
-    )  # fmt: skip
+        gradient, row, weight, result, None, None, 0, k, shift, 0, offset, mean, rstd, b, c, 1, 0, 0, float64
+    )
     write_gradient(
-        gradient, row, weight, result, None, None, k, n, 1, 0, 0, shift, 0, offset, means, rstds, bs, cs,
-        0, 0, 1, centred, float64,
-    )  # fmt: skip
+        gradient, row, weight, result, None, None, k, n, shift, 0, offset, mean, rstd, b, c, 0, 0, 0, float64
+    )
     exponent = math.frexp(scale)[1] - math.frexp(dy_scale)[1]
     for i in range(n):
         result[i] = math.ldexp(result[i], exponent)

@@ -21,7 +21,7 @@ import numpy as np
 from numba import prange
 
 from rmsnorm_np.cpu.extreme import forward_extreme_row, is_ordinary, is_ordinary_gradient, write_extreme_gradient
-from rmsnorm_np.cpu.jit import Kernel, inlined, piece
+from rmsnorm_np.cpu.jit import Kernel, inlined, optional, piece
 from rmsnorm_np.cpu.rows import (
     forward_precision,
     keep_statistics,
@@ -57,6 +57,7 @@ BACKWARD_BLOCK = 16384
 # Each thread has its part of the work in a queue. When that is empty it takes from the others' queues: a core that is
 # slow or busy does less, and yet the same rows meet the same core's cache in each call.
 APART = 8  # places between two queues: a cache line
+TILE = 1024
 LONG_ROW = 65536  # a row longer than this is cut over the threads
 PIECE = 16 * SEGMENT  # of a long row: what a thread takes at a time
 
@@ -238,9 +239,9 @@ def _keep_gradient_sums(
 @piece
 def _backward_block(
     dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, rows: int, base: int, step: int, n: int, k: int,
-    shift: int, out_shift: int, offset: Any, eps: float, streaming: int, fresh: int, centred: Any, wide: Any,
+    shift: int, sum_shift: int, offset: Any, eps: float, streaming: int, centred: Any, wide: Any,
 ) -> None:  # fmt: skip
-    """Rows that start at base, base + step, …; shift and out_shift: where their row of weight and of dweight starts."""
+    """Rows that start at base, base + step, …; shift and sum_shift: where their row of weight and of dweight starts."""
     means, rstds, bs, cs = scratch(), scratch(), scratch(), scratch()
     ordinary = True
     for j in range(rows):
@@ -249,20 +250,39 @@ def _backward_block(
             dy, x, weight, start, n, k, shift - start, offset, eps, means, rstds, bs, cs, j, centred, wide
         )
     if ordinary:
-        write_gradient(
-            dy, x, weight, dx, dweight, dbias, 0, k, rows, base, step, shift, out_shift, offset, means, rstds, bs, cs,
-            1, streaming, fresh, centred, float64,
-        )  # fmt: skip
-        write_gradient(
-            dy, x, weight, dx, dweight, dbias, k, n, rows, base, step, shift, out_shift, offset, means, rstds, bs, cs,
-            0, streaming, fresh, centred, float64,
-        )  # fmt: skip
+        for first in range(0, n, TILE):  # the sums of so many columns stay in the first-level cache from row to row
+            last = min(first + TILE, n)
+            for j in range(rows):
+                write_row_gradient(
+                    dy, x, weight, dx, dweight, dbias, first, last, base + j * step, k, shift, sum_shift, offset, means,
+                    rstds, bs, cs, j, streaming, rows * step, centred,
+                )  # fmt: skip
     elif wide is not None:
         for j in range(rows):
             write_extreme_gradient(
-                dy, x, weight, dx, dweight, dbias, base + j * step, n, k, shift, out_shift, offset, eps,
-                fresh and j == 0, centred, wide,
-            )  # fmt: skip
+                dy, x, weight, dx, dweight, dbias, base + j * step, n, k, shift, sum_shift, offset, eps, centred, wide
+            )
+
+
+@inlined
+def write_row_gradient(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, first: int, last: int, start: int, k: int,
+    shift: int, sum_shift: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, j: int, streaming: int,
+    ahead: int, centred: Any,
+) -> None:  # fmt: skip
+    """Columns first to last of the row at `start`, whose numbers are in place j."""
+    mean, b = kept_mean(means, j, x, centred), kept_mean(bs, j, x, centred)
+    rstd, c = kept(rstds, j, x), kept(cs, j, x)
+    border = max(first, min(k, last))  # the elements before it are in the RMS
+    write_gradient(
+        dy, x, weight, dx, dweight, dbias, start + first, start + border, shift - start, sum_shift - start, offset, mean,
+        rstd, b, c, 1, streaming, ahead, float64,
+    )  # fmt: skip
+    if border < last:
+        write_gradient(
+            dy, x, weight, dx, dweight, dbias, start + border, start + last, shift - start, sum_shift - start, offset,
+            mean, rstd, b, c, 0, streaming, ahead, float64,
+        )  # fmt: skip
 
 
 def _backward(
@@ -280,11 +300,13 @@ def _backward(
             t = take(data(queues), part, part_start(part, chunks * m, tasks))
             while t < part_start(part + 1, chunks * m, tasks):
                 first, stop = groups * (t // m) // chunks, groups * (t // m + 1) // chunks
+                clear(data(weight_partial), t * n, n)
+                clear(data(bias_partial), t * n, n)
                 for g in range(first, stop, block):
                     _backward_block(
                         data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial),
                         min(block, stop - g), (g * m + t % m) * n, m * n, n, k, t % m % weight_m * n, t * n, offset,
-                        eps, streaming, g == first, centred, wide,
+                        eps, streaming, centred, wide,
                     )  # fmt: skip
                 t = take(data(queues), part, part_start(part, chunks * m, tasks))
     if dweight is not None:
@@ -293,6 +315,27 @@ def _backward(
     if dbias is not None:
         for p in prange((n + SEGMENT - 1) // SEGMENT):
             _add_partials(data(bias_partial), data(dbias), chunks * m, dbias.shape[0], n, p)
+
+
+@optional("target", lambda target, sums: None)
+def absent_with(target: Any, sums: Any) -> Any:
+    """The sums, or None where there is no target for them."""
+    return sums
+
+
+@optional("sums", lambda sums, start, n: None)
+def clear(sums: Any, start: int, n: int) -> Any:
+    for i in range(start, start + n):
+        sums[i] = 0.0
+
+
+@optional("target", lambda target, start, sums, n: None)
+def put_sums(target: Any, start: int, sums: Any, n: int) -> Any:
+    """The sums, rounded to the target's dtype, from `start` on."""
+    like = rounded(zeros(sums, float64))
+    for i in range(0, n, LANES):
+        count = min(LANES, n - i)
+        store(target, start + i, load(sums, i, like, count), count)
 
 
 @piece
@@ -354,11 +397,28 @@ def _long_backward(
                 streaming, centred,
             )  # fmt: skip
     elif wide is not None:
-        for r in range(rows):
-            write_extreme_gradient(
-                data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), r * n, n, k, r % weight_m * n,
-                r % m * n, offset, eps, r < m, centred, wide,
+        sums = np.zeros((2, n))
+        for h in range(m):
+            _extreme_rows(
+                data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), data(sums[0]), data(sums[1]), h,
+                rows, n, k, weight_m, m, offset, eps, centred, wide,
             )  # fmt: skip
+
+
+@piece
+def _extreme_rows(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, weight_sums: Any, bias_sums: Any, h: int, rows: int,
+    n: int, k: int, weight_m: int, m: int, offset: Any, eps: float, centred: Any, wide: Any,
+) -> None:  # fmt: skip
+    clear(weight_sums, 0, n)
+    clear(bias_sums, 0, n)
+    for r in range(h, rows, m):
+        write_extreme_gradient(
+            dy, x, weight, dx, absent_with(dweight, weight_sums), absent_with(dbias, bias_sums), r * n, n, k,
+            h % weight_m * n, 0, offset, eps, centred, wide,
+        )  # fmt: skip
+    put_sums(dweight, h * n, absent_with(dweight, weight_sums), n)
+    put_sums(dbias, h * n, absent_with(dbias, bias_sums), n)
 
 
 @piece
@@ -404,12 +464,19 @@ def _piece_gradient(
     weight_m: int, m: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, streaming: int, centred: Any,
 ) -> None:  # fmt: skip
     """The columns of piece p, in the rows h, h + m, … that share row h of dweight; with m = 1 these are all."""
-    first, last = p * PIECE, min(p * PIECE + PIECE, n)
-    for start, stop, inside in ((first, min(last, k), 1), (max(first, k), last, 0)):
-        write_gradient(
-            dy, x, weight, dx, dweight, dbias, start, stop, rows // m, h * n, m * n, h % weight_m * n, h * n, offset,
-            means, rstds, bs, cs, inside, streaming, 1, centred, float64,
-        )  # fmt: skip
+    room = np.empty((2, TILE))
+    weight_sums, bias_sums = absent_with(dweight, data(room[0])), absent_with(dbias, data(room[1]))
+    for first in range(p * PIECE, min(p * PIECE + PIECE, n), TILE):
+        last = min(first + TILE, n)
+        clear(weight_sums, 0, last - first)
+        clear(bias_sums, 0, last - first)
+        for j in range(rows // m):
+            write_row_gradient(
+                dy, x, weight, dx, weight_sums, bias_sums, first, last, (j * m + h) * n, k, h % weight_m * n, -first,
+                offset, means, rstds, bs, cs, j, streaming, 0, centred,
+            )  # fmt: skip
+        put_sums(dweight, h * n + first, weight_sums, last - first)
+        put_sums(dbias, h * n + first, bias_sums, last - first)
 
 
 long_backward = Kernel(_long_backward)

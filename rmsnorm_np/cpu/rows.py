@@ -234,76 +234,59 @@ def write_output(
 
 @inlined
 def gradient_lanes(
-    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, i: int, rows: int, base: int, step: int,
-    shift: int, out_shift: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, inside: int, streaming: int,
-    fresh: int, centred: Any, work: Any, count: Any,
-) -> None:  # fmt: skip
-    """Dx in columns i, i + 1, … of `rows` rows, which start at base, base + step, …; their share of dweight, dbias.
-
-    The shares stay in registers over the rows; they begin at zero when `fresh`, else with what stands there.
-    """
+    dy: Any, x: Any, weight: Any, dweight: Any, dbias: Any, i: int, shift: int, sum_shift: int, offset: Any, mean: Any,
+    rstd: Any, b: Any, c: Any, inside: int, work: Any, count: Any,
+) -> Any:  # fmt: skip
+    """Dx of the elements from i on; their share of dweight and dbias is added to what stands at sum_shift + i."""
     like = zeros(x, work)
-    scale = scale_of(weight, offset, shift + i, like, count)
-    weight_sum = rounded(like)
-    bias_sum = rounded(like)
-    if not fresh:
-        if dweight is not None:
-            weight_sum = rounded(load(dweight, out_shift + i, weight_sum, count))
-        if dbias is not None:
-            bias_sum = rounded(load(dbias, out_shift + i, bias_sum, count))
-    for j in range(rows):
-        here = base + j * step + i
-        dy_lanes = load(dy, here, like, count)
-        g = times(dy_lanes, scale)
-        rstd = kept(rstds, j, x)
-        xhat = minus(load(x, here, work, count), kept_mean(means, j, x, centred)) * rstd
-        if dweight is not None:
-            weight_sum = add_product(weight_sum, dy_lanes, xhat)
-        if dbias is not None:
-            bias_sum = bias_sum + rounded(dy_lanes)
-        if centred is not None:
-            lanes = layer_gradient(g, xhat, kept(bs, j, x), kept(cs, j, x), rstd)
-        elif inside:
-            lanes = rms_gradient(g, xhat, kept(cs, j, x), rstd)
-        else:
-            lanes = outside_gradient(g, rstd)
-        if streaming:
-            stream(dx, here, lanes)
-            prefetch_second(x, here + rows * step)
-            prefetch_second(dy, here + rows * step)
-        else:
-            store(dx, here, lanes, count)
+    dy_lanes = load(dy, i, like, count)
+    g = times(dy_lanes, scale_of(weight, offset, shift + i, like, count))
+    xhat = minus(load(x, i, work, count), mean) * rstd
     if dweight is not None:
-        store(dweight, out_shift + i, weight_sum, count)
+        sums = rounded(load(dweight, sum_shift + i, rounded(like), count))
+        store(dweight, sum_shift + i, add_product(sums, dy_lanes, xhat), count)
     if dbias is not None:
-        store(dbias, out_shift + i, bias_sum, count)
+        sums = rounded(load(dbias, sum_shift + i, rounded(like), count))
+        store(dbias, sum_shift + i, sums + rounded(dy_lanes), count)
+    if b is not None:
+        return layer_gradient(g, xhat, b, c, rstd)
+    if inside:
+        return rms_gradient(g, xhat, c, rstd)
+    return outside_gradient(g, rstd)
 
 
-@piece
+@inlined
 def write_gradient(
-    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, start: int, stop: int, rows: int, base: int,
-    step: int, shift: int, out_shift: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, inside: int,
-    streaming: int, fresh: int, centred: Any, work: Any,
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, start: int, stop: int, shift: int, sum_shift: int,
+    offset: Any, mean: Any, rstd: Any, b: Any, c: Any, inside: int, streaming: int, ahead: int, work: Any,
 ) -> None:  # fmt: skip
-    """`gradient_lanes` for columns start to stop; streaming asks that all rows are aligned alike."""
-    if start >= stop:
-        return
+    """Dx from start to stop, the shares of dweight and dbias, and a prefetch of what lies `ahead` of x and dy."""
     head = start
     if streaming:
-        head = min(start + until_aligned(dx, base + start), stop)
+        head = min(start + until_aligned(dx, start), stop)
         if start < head:
-            gradient_lanes(
-                dy, x, weight, dx, dweight, dbias, start, rows, base, step, shift, out_shift, offset, means, rstds,
-                bs, cs, inside, 0, fresh, centred, work, head - start,
+            first = gradient_lanes(
+                dy, x, weight, dweight, dbias, start, shift, sum_shift, offset, mean, rstd, b, c, inside, work,
+                head - start,
             )  # fmt: skip
+            store(dx, start, first, head - start)
     body = stop - (stop - head) % LANES
-    for i in range(head, body, LANES):
-        gradient_lanes(
-            dy, x, weight, dx, dweight, dbias, i, rows, base, step, shift, out_shift, offset, means, rstds,
-            bs, cs, inside, streaming, fresh, centred, work, None,
-        )  # fmt: skip
+    if streaming:
+        for i in range(head, body, LANES):
+            lanes = gradient_lanes(
+                dy, x, weight, dweight, dbias, i, shift, sum_shift, offset, mean, rstd, b, c, inside, work, None
+            )
+            stream(dx, i, lanes)
+            prefetch_second(x, i + ahead)
+            prefetch_second(dy, i + ahead)
+    else:
+        for i in range(head, body, LANES):
+            lanes = gradient_lanes(
+                dy, x, weight, dweight, dbias, i, shift, sum_shift, offset, mean, rstd, b, c, inside, work, None
+            )
+            store(dx, i, lanes)
     if body < stop:
-        gradient_lanes(
-            dy, x, weight, dx, dweight, dbias, body, rows, base, step, shift, out_shift, offset, means, rstds,
-            bs, cs, inside, 0, fresh, centred, work, stop - body,
-        )  # fmt: skip
+        last = gradient_lanes(
+            dy, x, weight, dweight, dbias, body, shift, sum_shift, offset, mean, rstd, b, c, inside, work, stop - body
+        )
+        store(dx, body, last, stop - body)
