@@ -58,6 +58,12 @@ def times(lanes: Any, scale: Any) -> Any:
     return lanes * scale
 
 
+@inlined
+def scaled_gradient(dy: Any, weight: Any, i: int, shift: int, offset: Any, like: Any, count: Any) -> Any:
+    """g = dy · (weight_offset + weight)."""
+    return times(load(dy, i, like, count), scale_of(weight, offset, shift + i, like, count))
+
+
 @optional("bias", lambda lanes, bias, i, like, count: lanes)
 def plus_bias(lanes: Any, bias: Any, i: int, like: Any, count: Any) -> Any:
     return lanes + load(bias, i, like, count)
@@ -129,20 +135,23 @@ def segment_products(
     dy: Any, x: Any, weight: Any, start: int, stop: int, shift: int, offset: Any, mean: Any, work: Any
 ) -> Any:
     """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean); weight of element i is at shift + i."""
-    like = zeros(x, work)
-    sums = zeros(x, work)
-    products = zeros(x, work)
-    body = stop - (stop - start) % LANES
-    for i in range(start, body, LANES):
-        g = times(load(dy, i, like), scale_of(weight, offset, shift + i, like, None))
-        sums = add_if_centred(sums, g, mean)
-        products = add_product(products, g, minus(load(x, i, work), mean))
-    if body < stop:
-        count = stop - body
-        g = times(load(dy, body, like, count), scale_of(weight, offset, shift + body, like, count))
-        sums = add_if_centred(sums, g, mean)
-        products = add_product(products, g, minus(load(x, body, work, count), mean))
-    return across(sums), across(products)
+    a, b, a_sum, b_sum = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
+    i = start
+    while i + 2 * LANES <= stop:
+        g = scaled_gradient(dy, weight, i, shift, offset, a, None)
+        h = scaled_gradient(dy, weight, i + LANES, shift, offset, a, None)
+        a_sum = add_if_centred(a_sum, g, mean)
+        b_sum = add_if_centred(b_sum, h, mean)
+        a = add_product(a, g, minus(load(x, i, work), mean))
+        b = add_product(b, h, minus(load(x, i + LANES, work), mean))
+        i += 2 * LANES
+    while i < stop:
+        count = min(LANES, stop - i)
+        g = scaled_gradient(dy, weight, i, shift, offset, a, count)
+        a_sum = add_if_centred(a_sum, g, mean)
+        a = add_product(a, g, minus(load(x, i, work, count), mean))
+        i += LANES
+    return across(a_sum + b_sum), across(a + b)
 
 
 @inlined
