@@ -112,7 +112,7 @@ def write_extreme_gradient(
     )  # fmt: skip
     for i in range(n):
         gradient[i] *= dy_scale
-    sums, products = products_of(gradient, row, weight, 0, n, shift, offset, mean, float64)
+    sums, products = products_of(gradient, row, weight, 0, n, shift, offset, mean, 0, float64)
     keep(bs, 0, sums / k)
     b = kept_mean(bs, 0, row, centred)
     c = products * rstd / k

@@ -222,14 +222,14 @@ def _piece_output(
 @inlined
 def _keep_gradient_sums(
     dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, eps: float, means: Any,
-    rstds: Any, bs: Any, cs: Any, j: int, centred: Any, wide: Any,
+    rstds: Any, bs: Any, cs: Any, j: int, ahead: int, centred: Any, wide: Any,
 ) -> Any:  # fmt: skip
     """mean, rstd, b and c of the row at `start`, in place j; returns whether all sums were ordinary."""
     keep_statistics(x, start, n, k, means, rstds, j, centred, float64)
     total = kept(rstds, j, x)
     rstd = reciprocal_root(total, k, eps)
     mean = kept_mean(means, j, x, centred)
-    sums, products = products_of(dy, x, weight, start, n, shift, offset, mean, float64)
+    sums, products = products_of(dy, x, weight, start, n, shift, offset, mean, ahead, float64)
     keep(rstds, j, rstd)
     keep(bs, j, sums / k)
     keep(cs, j, products * rstd / k)
@@ -244,10 +244,13 @@ def _backward_block(
     """Rows that start at base, base + step, …; shift and sum_shift: where their row of weight and of dweight starts."""
     means, rstds, bs, cs = scratch(), scratch(), scratch(), scratch()
     ordinary = True
+    # while this block's sums are taken, dy of the next is fetched, and x while its gradients are written: neither
+    # memory nor arithmetic waits for the other (measured: x and dy both at the end 1.1, not at all 1.3 times as long)
+    ahead = rows * step if streaming else 0
     for j in range(rows):
         start = base + j * step
         ordinary &= _keep_gradient_sums(
-            dy, x, weight, start, n, k, shift - start, offset, eps, means, rstds, bs, cs, j, centred, wide
+            dy, x, weight, start, n, k, shift - start, offset, eps, means, rstds, bs, cs, j, ahead, centred, wide
         )
     if ordinary:
         for first in range(0, n, TILE):  # the sums of so many columns stay in the first-level cache from row to row
@@ -255,7 +258,7 @@ def _backward_block(
             for j in range(rows):
                 write_row_gradient(
                     dy, x, weight, dx, dweight, dbias, first, last, base + j * step, k, shift, sum_shift, offset, means,
-                    rstds, bs, cs, j, streaming, rows * step, centred,
+                    rstds, bs, cs, j, streaming, ahead, centred,
                 )  # fmt: skip
     elif wide is not None:
         for j in range(rows):
@@ -431,7 +434,7 @@ def _piece_gradient_sums(
         s, stop = first // SEGMENT, min(first + SEGMENT, n)
         if first < k:
             keep(squares, s, segment_squares(x, start + first, start + min(stop, k), mean, float64))
-        g_sum, product = segment_products(dy, x, weight, start + first, start + stop, shift, offset, mean, float64)
+        g_sum, product = segment_products(dy, x, weight, start + first, start + stop, shift, offset, mean, 0, float64)
         keep(sums, s, g_sum)
         keep(products, s, product)
 

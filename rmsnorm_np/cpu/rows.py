@@ -132,7 +132,7 @@ def segment_squares(x: Any, start: int, stop: int, mean: Any, work: Any) -> Any:
 
 @inlined
 def segment_products(
-    dy: Any, x: Any, weight: Any, start: int, stop: int, shift: int, offset: Any, mean: Any, work: Any
+    dy: Any, x: Any, weight: Any, start: int, stop: int, shift: int, offset: Any, mean: Any, ahead: int, work: Any
 ) -> Any:
     """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean); weight of element i is at shift + i."""
     a, b, a_sum, b_sum = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
@@ -144,6 +144,7 @@ def segment_products(
         b_sum = add_if_centred(b_sum, h, mean)
         a = add_product(a, g, minus(load(x, i, work), mean))
         b = add_product(b, h, minus(load(x, i + LANES, work), mean))
+        prefetch_second(dy, i + ahead)
         i += 2 * LANES
     while i < stop:
         count = min(LANES, stop - i)
@@ -171,11 +172,13 @@ def squares_of(x: Any, start: int, k: int, mean: Any, work: Any) -> Any:
 
 
 @inlined
-def products_of(dy: Any, x: Any, weight: Any, start: int, n: int, shift: int, offset: Any, mean: Any, work: Any) -> Any:
+def products_of(
+    dy: Any, x: Any, weight: Any, start: int, n: int, shift: int, offset: Any, mean: Any, ahead: int, work: Any
+) -> Any:
     sums = products = across(zeros(x, work))
     for first in range(start, start + n, SEGMENT):
         stop = min(first + SEGMENT, start + n)
-        g_sum, product = segment_products(dy, x, weight, first, stop, shift, offset, mean, work)
+        g_sum, product = segment_products(dy, x, weight, first, stop, shift, offset, mean, ahead, work)
         sums = sums + g_sum
         products = products + product
     return sums, products
@@ -269,7 +272,7 @@ def write_gradient(
     dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, start: int, stop: int, shift: int, sum_shift: int,
     offset: Any, mean: Any, rstd: Any, b: Any, c: Any, inside: int, streaming: int, ahead: int, work: Any,
 ) -> None:  # fmt: skip
-    """Dx from start to stop, the shares of dweight and dbias, and a prefetch of what lies `ahead` of x and dy."""
+    """Dx from start to stop, the shares of dweight and dbias, and a prefetch of what lies `ahead` of x."""
     head = start
     if streaming:
         head = min(start + until_aligned(dx, start), stop)
@@ -287,7 +290,6 @@ def write_gradient(
             )
             stream(dx, i, lanes)
             prefetch_second(x, i + ahead)
-            prefetch_second(dy, i + ahead)
     else:
         for i in range(head, body, LANES):
             lanes = gradient_lanes(
