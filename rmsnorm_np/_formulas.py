@@ -16,16 +16,15 @@ def reciprocal_root(total: Any, k: Any, eps: Any) -> Any:
     return 1.0 / np.sqrt(total / k + eps)
 
 
-def rms_gradient(g: Any, xhat: Any, c: Any, rstd: Any) -> Any:
-    """dx of RMSNorm, with g = dy * (weight_offset + weight) and c = sum(g * xhat) / k."""
-    return (g - xhat * c) * rstd
+def rms_gradient(g: Any, x: Any, c: Any) -> Any:
+    """dx of RMSNorm, from g = dy * (weight_offset + weight) and c = sum(g * xhat) / k.
+
+    It is rstd times (g - xhat * c), and any two of the three may be given with the factor rstd: g with it, x for xhat
+    and rstd**2 * c give dx; without it, for xhat and c, dx / rstd.
+    """
+    return g - x * c
 
 
-def outside_gradient(g: Any, rstd: Any) -> Any:
-    """dx of partial RMSNorm for the elements behind the first k, which the RMS does not see."""
-    return g * rstd
-
-
-def layer_gradient(g: Any, xhat: Any, b: Any, c: Any, rstd: Any) -> Any:
-    """dx of LayerNorm, with b = mean(g) and c = mean(g * xhat)."""
-    return (g - b - xhat * c) * rstd
+def layer_gradient(g: Any, x: Any, b: Any, c: Any) -> Any:
+    """dx of LayerNorm, with b = mean(g), c = mean(g * xhat) and x - mean for x; factors as in `rms_gradient`."""
+    return g - b - x * c

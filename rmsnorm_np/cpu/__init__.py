@@ -23,6 +23,7 @@ _STORED = {"float16": np.uint16, "bfloat16": np.int16}
 # The bound within which a sum of squares is ordinary, in the dtype to which another row is copied (see `extreme`).
 _WIDE_HALF = np.array([2.0**90], np.float32)
 _WIDE_DOUBLE = np.array([2.0**900], np.float64)
+_WIDE_GRADIENT = np.array([2.0**300], np.float64)  # rstd³ times a sum has to stay in the range of float64
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 SCALED_ROWS = 16  # from so many rows on, weight is converted once for all of them,
@@ -106,7 +107,7 @@ def _backward(
         dbias is None or dbias.dtype, centred, not weight_offset,
     )  # fmt: skip
     before = (_stored(dy), _stored(x), _stored(weight), k, weight_m, m)
-    wide = _WIDE_DOUBLE if x.itemsize == 8 else None
+    wide = _WIDE_GRADIENT if x.itemsize == 8 else None
     after = (weight_offset or None, eps, streaming, centred, wide, tasks, _stored(dx))
     if n <= kernels.LONG_ROW:
         chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))

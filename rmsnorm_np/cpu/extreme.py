@@ -15,9 +15,10 @@ import numpy as np
 
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.rows import (
+    keep_gradient_numbers,
     keep_statistics,
     kept_mean,
-    products_of,
+    moments_of,
     reciprocal_root,
     write_gradient,
     write_output,
@@ -99,29 +100,25 @@ def write_extreme_gradient(
     for i in range(n):
         row[i] *= scale
     eps = eps * scale * scale  # not scale * scale, which can overflow
-    means, totals, bs = scratch(), scratch(), scratch()
+    means, totals, rstds, bs, cs = scratch(), scratch(), scratch(), scratch(), scratch()
     keep_statistics(row, 0, n, k, means, totals, 0, centred, float64)
-    rstd = reciprocal_root(kept(totals, 0, row), k, eps)
-    mean = kept_mean(means, 0, row, centred)
-    keep(bs, 0, rstd - rstd)
-    zero = kept_mean(bs, 0, row, centred)
+    mean, squares = kept_mean(means, 0, row, centred), kept(totals, 0, row)
+    none = squares - squares
+    keep_gradient_numbers(squares, none, none, k, eps, rstds, bs, cs, 0)
     # xhat does not depend on the scale of x: the shares of dweight and dbias come from dy as it is
     write_gradient(
-        gradient, row, weight, result, dweight, dbias, 0, n, shift, sum_shift, offset, mean, rstd, zero, rstd - rstd,
-        0, 0, 0, float64,
+        gradient, row, weight, result, dweight, dbias, 0, n, shift, sum_shift, offset, mean, kept(rstds, 0, row),
+        kept_mean(bs, 0, row, centred), kept(cs, 0, row), 0, 0, 0, float64,
     )  # fmt: skip
     for i in range(n):
         gradient[i] *= dy_scale
-    sums, products = products_of(gradient, row, weight, 0, n, shift, offset, mean, 0, float64)
-    keep(bs, 0, sums / k)
-    b = kept_mean(bs, 0, row, centred)
-    c = products * rstd / k
-    write_gradient(
-        gradient, row, weight, result, None, None, 0, k, shift, 0, offset, mean, rstd, b, c, 1, 0, 0, float64
-    )
-    write_gradient(
-        gradient, row, weight, result, None, None, k, n, shift, 0, offset, mean, rstd, b, c, 0, 0, 0, float64
-    )
+    _, sums, products = moments_of(gradient, row, weight, 0, n, k, shift, offset, mean, 0, float64)
+    keep_gradient_numbers(squares, sums, products, k, eps, rstds, bs, cs, 0)
+    for first, stop, inside in ((0, k, 1), (k, n, 0)):
+        write_gradient(
+            gradient, row, weight, result, None, None, first, stop, shift, 0, offset, mean, kept(rstds, 0, row),
+            kept_mean(bs, 0, row, centred), kept(cs, 0, row), inside, 0, 0, float64,
+        )  # fmt: skip
     exponent = math.frexp(scale)[1] - math.frexp(dy_scale)[1]
     for i in range(n):
         result[i] = math.ldexp(result[i], exponent)

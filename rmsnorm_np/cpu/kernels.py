@@ -24,11 +24,13 @@ from rmsnorm_np.cpu.extreme import forward_extreme_row, is_ordinary, is_ordinary
 from rmsnorm_np.cpu.jit import Kernel, inlined, optional, piece
 from rmsnorm_np.cpu.rows import (
     forward_precision,
+    keep_gradient_numbers,
+    keep_mean,
     keep_statistics,
     kept_mean,
-    products_of,
+    moments_of,
     reciprocal_root,
-    segment_products,
+    segment_moments,
     segment_squares,
     segment_sum,
     write_gradient,
@@ -219,23 +221,6 @@ def _piece_output(
 # -------------------------------------------------------------------------------------------------------- backward
 
 
-@inlined
-def _keep_gradient_sums(
-    dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, eps: float, means: Any,
-    rstds: Any, bs: Any, cs: Any, j: int, ahead: int, centred: Any, wide: Any,
-) -> Any:  # fmt: skip
-    """mean, rstd, b and c of the row at `start`, in place j; returns whether all sums were ordinary."""
-    keep_statistics(x, start, n, k, means, rstds, j, centred, float64)
-    total = kept(rstds, j, x)
-    rstd = reciprocal_root(total, k, eps)
-    mean = kept_mean(means, j, x, centred)
-    sums, products = products_of(dy, x, weight, start, n, shift, offset, mean, ahead, float64)
-    keep(rstds, j, rstd)
-    keep(bs, j, sums / k)
-    keep(cs, j, products * rstd / k)
-    return is_ordinary(total, k, eps, wide) and is_ordinary_gradient(sums, products, wide)
-
-
 @piece
 def _backward_block(
     dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, rows: int, base: int, step: int, n: int, k: int,
@@ -249,9 +234,12 @@ def _backward_block(
     ahead = rows * step if streaming else 0
     for j in range(rows):
         start = base + j * step
-        ordinary &= _keep_gradient_sums(
-            dy, x, weight, start, n, k, shift - start, offset, eps, means, rstds, bs, cs, j, ahead, centred, wide
+        keep_mean(x, start, n, means, j, centred)
+        squares, sums, products = moments_of(
+            dy, x, weight, start, n, k, shift - start, offset, kept_mean(means, j, x, centred), ahead, float64
         )
+        keep_gradient_numbers(squares, sums, products, k, eps, rstds, bs, cs, j)
+        ordinary &= is_ordinary(squares, k, eps, wide) and is_ordinary_gradient(sums, products, wide)
     if ordinary:
         for first in range(0, n, TILE):  # the sums of so many columns stay in the first-level cache from row to row
             last = min(first + TILE, n)
@@ -432,9 +420,10 @@ def _piece_gradient_sums(
     mean = kept_mean(means, 0, x, centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, n), SEGMENT):
         s, stop = first // SEGMENT, min(first + SEGMENT, n)
-        if first < k:
-            keep(squares, s, segment_squares(x, start + first, start + min(stop, k), mean, float64))
-        g_sum, product = segment_products(dy, x, weight, start + first, start + stop, shift, offset, mean, 0, float64)
+        square, g_sum, product = segment_moments(
+            dy, x, weight, start + first, start + stop, start + k, shift, offset, mean, 0, float64
+        )
+        keep(squares, s, square)
         keep(sums, s, g_sum)
         keep(products, s, product)
 
@@ -445,20 +434,15 @@ def _add_gradient_sums(
     means: Any, rstds: Any, bs: Any, cs: Any, centred: Any, wide: Any,
 ) -> Any:  # fmt: skip
     """mean, rstd, b and c of a row, in place j; returns whether all sums were ordinary."""
-    total = kept(squares, 0, x)
-    for s in range(1, (k + SEGMENT - 1) // SEGMENT):
-        total = total + kept(squares, s, x)
-    g_sum, product = kept(sums, 0, x), kept(products, 0, x)
+    square, g_sum, product = kept(squares, 0, x), kept(sums, 0, x), kept(products, 0, x)
     for s in range(1, segments):
+        square = square + kept(squares, s, x)
         g_sum = g_sum + kept(sums, s, x)
         product = product + kept(products, s, x)
-    rstd = reciprocal_root(total, k, eps)
     if centred is not None:
         keep(means, j, kept(mean, 0, x))
-    keep(rstds, j, rstd)
-    keep(bs, j, g_sum / k)
-    keep(cs, j, product * rstd / k)
-    return is_ordinary(total, k, eps, wide) and is_ordinary_gradient(g_sum, product, wide)
+    keep_gradient_numbers(square, g_sum, product, k, eps, rstds, bs, cs, j)
+    return is_ordinary(square, k, eps, wide) and is_ordinary_gradient(g_sum, product, wide)
 
 
 @piece

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from rmsnorm_np import _formulas
-from rmsnorm_np.cpu.jit import inlined, optional, piece
+from rmsnorm_np.cpu.jit import contracted, inlined, optional
 from rmsnorm_np.cpu.simd import (
     LANES,
     SEGMENT,
@@ -32,9 +32,8 @@ from rmsnorm_np.cpu.simd import (
 )
 
 reciprocal_root = inlined(_formulas.reciprocal_root)
-rms_gradient = inlined(_formulas.rms_gradient)
-layer_gradient = inlined(_formulas.layer_gradient)
-outside_gradient = inlined(_formulas.outside_gradient)
+rms_gradient = contracted(_formulas.rms_gradient)
+layer_gradient = contracted(_formulas.layer_gradient)
 
 
 @optional("mean", lambda lanes, mean: lanes)
@@ -156,6 +155,53 @@ def segment_products(
 
 
 @inlined
+def segment_squares_and_products(
+    dy: Any, x: Any, weight: Any, start: int, stop: int, shift: int, offset: Any, ahead: int, work: Any
+) -> Any:
+    """Sums of x² and of g · x, from one reading of x."""
+    a, b, a_squares, b_squares = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
+    i = start
+    while i + 2 * LANES <= stop:
+        lanes, more = load(x, i, work), load(x, i + LANES, work)
+        a_squares = add_exact_square(a_squares, lanes)
+        b_squares = add_exact_square(b_squares, more)
+        a = add_product(a, scaled_gradient(dy, weight, i, shift, offset, a, None), lanes)
+        b = add_product(b, scaled_gradient(dy, weight, i + LANES, shift, offset, a, None), more)
+        prefetch_second(dy, i + ahead)
+        i += 2 * LANES
+    while i < stop:
+        count = min(LANES, stop - i)
+        lanes = load(x, i, work, count)
+        a_squares = add_exact_square(a_squares, lanes)
+        a = add_product(a, scaled_gradient(dy, weight, i, shift, offset, a, count), lanes)
+        i += LANES
+    return across(a_squares + b_squares), across(a + b)
+
+
+def segment_rms_moments(
+    dy: Any, x: Any, weight: Any, start: int, stop: int, border: int, shift: int, offset: Any, mean: Any, ahead: int,
+    work: Any,
+) -> Any:  # fmt: skip
+    """For RMSNorm: the sum of squares before the border, zero in place of the sum of g, the sum of g · x."""
+    if stop <= border:
+        squares, products = segment_squares_and_products(dy, x, weight, start, stop, shift, offset, ahead, work)
+    else:
+        squares = segment_squares(x, start, max(start, border), None, work)
+        products = segment_products(dy, x, weight, start, stop, shift, offset, None, ahead, work)[1]
+    return squares, across(zeros(x, work)), products
+
+
+@optional("mean", segment_rms_moments)
+def segment_moments(
+    dy: Any, x: Any, weight: Any, start: int, stop: int, border: int, shift: int, offset: Any, mean: Any, ahead: int,
+    work: Any,
+) -> Any:  # fmt: skip
+    """The sums of (x - mean)², of g and of g · (x - mean)."""
+    sums, products = segment_products(dy, x, weight, start, stop, shift, offset, mean, ahead, work)
+    return segment_squares(x, start, stop, mean, work), sums, products
+
+
+@inlined
 def mean_of(x: Any, start: int, n: int, work: Any) -> Any:
     total = across(zeros(x, work))
     for first in range(start, start + n, SEGMENT):
@@ -172,16 +218,30 @@ def squares_of(x: Any, start: int, k: int, mean: Any, work: Any) -> Any:
 
 
 @inlined
-def products_of(
-    dy: Any, x: Any, weight: Any, start: int, n: int, shift: int, offset: Any, mean: Any, ahead: int, work: Any
+def moments_of(
+    dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, mean: Any, ahead: int, work: Any
 ) -> Any:
-    sums = products = across(zeros(x, work))
+    squares = sums = products = across(zeros(x, work))
     for first in range(start, start + n, SEGMENT):
         stop = min(first + SEGMENT, start + n)
-        g_sum, product = segment_products(dy, x, weight, first, stop, shift, offset, mean, ahead, work)
+        square, g_sum, product = segment_moments(
+            dy, x, weight, first, stop, start + k, shift, offset, mean, ahead, work
+        )
+        squares = squares + square
         sums = sums + g_sum
         products = products + product
-    return sums, products
+    return squares, sums, products
+
+
+@inlined
+def keep_gradient_numbers(
+    squares: Any, sums: Any, products: Any, k: int, eps: float, rstds: Any, bs: Any, cs: Any, j: int
+) -> None:
+    """Put what `gradient_lanes` needs to know of a row in place j: rstd, b = rstd · mean(g), c = rstd² · mean(g · xhat)."""
+    rstd = reciprocal_root(squares, k, eps)
+    keep(rstds, j, rstd)
+    keep(bs, j, sums / k * rstd)
+    keep(cs, j, products * rstd / k * rstd * rstd)
 
 
 @optional("centred", lambda means, j, x, centred: None)
@@ -189,17 +249,18 @@ def kept_mean(means: Any, j: int, x: Any, centred: Any) -> Any:
     return kept(means, j, x)
 
 
+@optional("centred", lambda x, start, n, means, j, centred: None)
+def keep_mean(x: Any, start: int, n: int, means: Any, j: int, centred: Any) -> Any:
+    keep(means, j, mean_of(x, start, n, float64))
+
+
 @inlined
 def keep_statistics(
     x: Any, start: int, n: int, k: int, means: Any, totals: Any, j: int, centred: Any, work: Any
 ) -> Any:
     """Put the mean (LayerNorm) and the sum of squares of the row at `start` in place j."""
-    if centred is None:
-        keep(totals, j, squares_of(x, start, k, None, work))
-    else:
-        mean = mean_of(x, start, n, work)
-        keep(means, j, mean)
-        keep(totals, j, squares_of(x, start, n, mean, work))
+    keep_mean(x, start, n, means, j, centred)
+    keep(totals, j, squares_of(x, start, k, kept_mean(means, j, x, centred), work))
 
 
 # ------------------------------------------------------------------------------------------------ what a row gives
@@ -251,20 +312,20 @@ def gradient_lanes(
 ) -> Any:  # fmt: skip
     """Dx of the elements from i on; their share of dweight and dbias is added to what stands at sum_shift + i."""
     like = zeros(x, work)
-    dy_lanes = load(dy, i, like, count)
-    g = times(dy_lanes, scale_of(weight, offset, shift + i, like, count))
-    xhat = minus(load(x, i, work, count), mean) * rstd
-    if dweight is not None:
+    u = load(dy, i, like, count) * rstd
+    lanes = minus(load(x, i, work, count), mean)
+    if dweight is not None:  # dy · xhat = u · (x - mean)
         sums = rounded(load(dweight, sum_shift + i, rounded(like), count))
-        store(dweight, sum_shift + i, add_product(sums, dy_lanes, xhat), count)
+        store(dweight, sum_shift + i, add_product(sums, u, lanes), count)
     if dbias is not None:
         sums = rounded(load(dbias, sum_shift + i, rounded(like), count))
-        store(dbias, sum_shift + i, sums + rounded(dy_lanes), count)
+        store(dbias, sum_shift + i, sums + rounded(load(dy, i, like, count)), count)
+    g = times(u, scale_of(weight, offset, shift + i, like, count))
     if b is not None:
-        return layer_gradient(g, xhat, b, c, rstd)
+        return layer_gradient(g, lanes, b, c)
     if inside:
-        return rms_gradient(g, xhat, c, rstd)
-    return outside_gradient(g, rstd)
+        return rms_gradient(g, lanes, c)
+    return g
 
 
 @inlined
