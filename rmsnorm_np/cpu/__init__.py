@@ -89,8 +89,7 @@ def _backward(
 ) -> Any:
     rows, n = x.shape
     dx = memory.empty(x.shape, x.dtype, x, dy) if out is None else out
-    dweight = None if weight is None else np.empty_like(weight)
-    dbias = None if bias is None else np.empty_like(bias)
+    dweight, dbias = (None if a is None else memory.empty(a.shape, a.dtype) for a in (weight, bias))
     if rows == 0:
         for total in (dweight, dbias):
             if total is not None:
