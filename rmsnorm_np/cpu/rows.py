@@ -306,6 +306,21 @@ def write_output(
 
 
 @inlined
+def write_short_output(
+    x: Any, weight: Any, bias: Any, y: Any, start: int, n: int, shift: int, bias_shift: int, offset: Any, mean: Any,
+    rstd: Any, streaming: int, ahead: int, work: Any,
+) -> None:  # fmt: skip
+    """`write_output` of a whole row that has neither head nor tail: n is a multiple of LANES, each vector aligned."""
+    for i in range(start, start + n, LANES):
+        lanes = output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, None)
+        if streaming:
+            stream(y, i, lanes)
+            prefetch(x, i + ahead)
+        else:
+            store(y, i, lanes)
+
+
+@inlined
 def gradient_lanes(
     dy: Any, x: Any, weight: Any, dweight: Any, dbias: Any, i: int, shift: int, sum_shift: int, offset: Any, mean: Any,
     rstd: Any, b: Any, c: Any, inside: int, work: Any, count: Any,
