@@ -17,7 +17,7 @@ import rmsnorm_np as rn
 from rmsnorm_np.cpu import kernels
 y = rn.rms_norm(np.array([[3.0, 4.0]], np.float32), eps=0.0)
 assert abs(y - [[0.84852814, 1.13137085]]).max() < 1e-6
-stats = kernels.forward.serial.stats
+stats = kernels.forward.serial.dispatcher.stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 
@@ -60,7 +60,7 @@ def test_damage_of_any_kind_is_seen(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(cache, "folder", lambda: tmp_path)
-    store = cache.KernelCache(kernels.forward.serial.py_func, "serial")
+    store = cache.KernelCache(kernels.forward.serial.dispatcher.py_func, "serial")
     path = store._path("signature", Codegen())
     for content in (b"", b"short", b"\0" * 32, b"\0" * 32 + b"a pickle that is none", os.urandom(1000)):
         path.write_bytes(content)

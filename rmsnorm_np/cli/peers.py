@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-PACKAGES = {"torch": "torch", "jax": "jax", "onnxruntime": "onnxruntime"}
+PACKAGES = {"torch": "torch", "jax": "jax", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,18 @@ def versions() -> dict[str, str]:
 
 def calls(problem: Problem, threads: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Pairs of a peer's name and its call; a forward call returns y, the other (dx, dweight)."""
-    makers = {"torch": _torch, "jax": _jax, "onnxruntime": _onnxruntime}
-    for name in versions():
-        call = makers[name](problem, threads)
+    makers = {
+        "torch": _torch,
+        "torch compiled": _torch_compiled,
+        "jax": _jax,
+        "onnxruntime": _onnxruntime,
+        "openvino": _openvino,
+    }
+    installed = versions()
+    for name, maker in makers.items():
+        if name.split()[0] not in installed:
+            continue
+        call = maker(problem, threads)
         if call is not None:
             yield name, call
 
@@ -53,20 +62,34 @@ def as_numpy(result: Any) -> Array:
     return np.asarray(result).astype(np.float64)
 
 
-def _torch(problem: Problem, threads: int) -> Callable[[], Any]:
+def _torch_compiled(problem: Problem, threads: int) -> Callable[[], Any] | None:
+    from shutil import which
+
+    # it needs a C++ compiler; and it takes each dtype and shape anew, as other users of it would
+    return _torch(problem, threads, compiled=True) if which("c++") else None
+
+
+def _torch(problem: Problem, threads: int, compiled: bool = False) -> Callable[[], Any]:
     import torch
     import torch.nn.functional as functional
 
     torch.set_num_threads(threads)
     x, weight, dy = (_as_torch(array) for array in (problem.x, problem.weight, problem.dy))
-    norm = functional.rms_norm if problem.op == "rms_norm" else functional.layer_norm
+    function = functional.rms_norm if problem.op == "rms_norm" else functional.layer_norm
     shape, eps = weight.shape, problem.eps
 
+    def norm(x: Any, weight: Any) -> Any:
+        return function(x, shape, weight, eps=eps)
+
+    if compiled:
+        norm = torch.compile(norm, dynamic=False)
+
     def forward() -> Any:
-        return norm(x, shape, weight, eps=eps)
+        with torch.no_grad():
+            return norm(x, weight)
 
     def both() -> Any:
-        return torch.autograd.grad(norm(x, shape, weight, eps=eps), (x, weight), dy)
+        return torch.autograd.grad(norm(x, weight), (x, weight), dy)
 
     if problem.direction == "forward":
         return forward
@@ -109,6 +132,27 @@ def _jax(problem: Problem, threads: int) -> Callable[[], Any]:
         return lambda: compiled(x, weight).block_until_ready()
     compiled = jax.jit(gradients)
     return lambda: jax.block_until_ready(compiled(x, weight, dy))[1]
+
+
+def _openvino(problem: Problem, threads: int) -> Callable[[], Any] | None:
+    if problem.direction != "forward" or problem.x.dtype != np.float32:
+        return None
+    import openvino
+    from openvino import opset13
+
+    x = opset13.parameter(problem.x.shape, np.float32)
+    axis, eps, weight = np.array([1], np.int64), np.float32(problem.eps), opset13.constant(problem.weight)
+    if problem.op == "layer_norm":
+        xhat = opset13.mvn(x, axis, True, problem.eps, "INSIDE_SQRT")
+    else:  # the pattern that openvino knows as RMSNorm
+        mean_square = opset13.reduce_mean(opset13.power(x, opset13.constant(np.float32(2))), axis, True)
+        root = opset13.sqrt(opset13.add(mean_square, opset13.constant(eps)))
+        xhat = opset13.multiply(x, opset13.divide(opset13.constant(np.float32(1)), root))
+    model = openvino.Model([opset13.multiply(xhat, weight)], [x])
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    request.set_input_tensor(openvino.Tensor(problem.x, shared_memory=True))
+    return lambda: request.infer()[0]
 
 
 def _onnxruntime(problem: Problem, threads: int) -> Callable[[], Any] | None:

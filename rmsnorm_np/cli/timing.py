@@ -36,13 +36,15 @@ def interleave(
     *,
     rounds: int = 5,
     turn_seconds: float = 0.01,
+    warm_seconds: float = 0.004,
     budget_seconds: float = 10.0,
     min_rounds: int = 3,
 ) -> dict[str, Timing]:
     """Time each contender once a round, round after round.
 
-    A turn is one call that is not timed (it brings the contender's own data and threads back), then as many as
-    fill ``turn_seconds``, timed together. No round starts when the budget is spent, but ``min_rounds`` always run.
+    A turn is ``warm_seconds`` of calls that are not timed (they bring the contender's own data and threads back, while
+    the last one's threads, which go on waiting for work, fall asleep), then as many as fill ``turn_seconds``, timed
+    together. No round starts when the budget is spent, but ``min_rounds`` always run.
     """
     calls_per_turn = {name: _calls_that_fill(turn_seconds, call) for name, call in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -51,7 +53,10 @@ def interleave(
         if done >= min_rounds and time.perf_counter() > end:
             break
         for name, call in contenders.items():
+            warm = time.perf_counter() + warm_seconds
             call()
+            while time.perf_counter() < warm:
+                call()
             seconds[name].append(_time(call, calls_per_turn[name]))
     return {name: Timing(tuple(measured)) for name, measured in seconds.items()}
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_backward", "rms_forward", "warmup"]
 
-# Numba has no 16-bit floats on CPUs: the kernels see their bits, and tell the two formats apart by this type.
-_STORED = {"float16": np.uint16, "bfloat16": np.int16}
+# Numba has no 16-bit floats on CPUs: the kernels see their bits, and tell the two formats apart by these types.
+_FLOAT16, _FLOAT16_BITS, _BFLOAT16_BITS = map(np.dtype, (np.float16, np.uint16, np.int16))
 
 # The bound within which a sum of squares is ordinary, in the dtype to which another row is copied (see `extreme`).
 _WIDE_HALF = np.array([2.0**90], np.float32)
@@ -73,14 +73,16 @@ def _forward(
         x_stored, y_stored = _stored(x), _stored(y)
     weight_m = bias_m = 1
     if weight is not None:
-        weight_m, weight = len(weight), _stored(weight)
+        weight_m = len(weight)
+        if weight.itemsize == 2:
+            weight = _stored(weight)
     if bias is not None:
         bias_m, bias = len(bias), _stored(bias)
     args = (
         x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, wide, tasks,
         y_stored,
     )  # fmt: skip
-    kernel.code(key, args)(*args)
+    (kernel.compiled.get(key) or kernel.compile(key, args))(*args)
     return y
 
 
@@ -112,12 +114,13 @@ def _backward(
         chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
         partials = (None if total is None else np.empty((chunks * m, n)) for total in (dweight, dbias))
         args = (*before, chunks, *after, *partials, _stored(dweight), _stored(dbias))
-        kernel.code(key, args)(*args)
+        (kernel.compiled.get(key) or kernel.compile(key, args))(*args)
     else:
         # each column is added up over the rows at once; only a parameter with fewer rows than the other needs more
         sums = [None if t is None else t if len(t) == m else np.empty((m, n)) for t in (dweight, dbias)]
         args = (*before, *after, *map(_stored, sums))
-        kernel.code((key, *(s is None or s.dtype for s in sums)), args)(*args)
+        key = (key, *(s is None or s.dtype for s in sums))
+        (kernel.compiled.get(key) or kernel.compile(key, args))(*args)
         for total, sum_ in zip((dweight, dbias), sums, strict=True):
             if total is not None and sum_ is not None and total is not sum_:
                 total[...] = sum_.reshape(-1, len(total), n).sum(axis=0)
@@ -142,7 +145,9 @@ def _scale(x: Any, weight: Any, weight_offset: float, half_in_float32: bool) -> 
 
 def _stored(array: Any) -> Any:
     """The array as the kernels see it."""
-    return array if array is None or array.itemsize > 2 else array.view(_STORED[array.dtype.name])
+    if array is None or array.itemsize > 2:
+        return array
+    return array.view(_FLOAT16_BITS if array.dtype == _FLOAT16 else _BFLOAT16_BITS)
 
 
 def warmup(

@@ -77,14 +77,13 @@ class Variant:
     """
 
     def __init__(self, dispatcher: Any) -> None:
-        self._dispatcher = dispatcher
-        self._compiled: dict[Any, Callable[..., None]] = {}
+        self.dispatcher = dispatcher
+        self.compiled: dict[Any, Callable[..., None]] = {}
 
-    def code(self, key: Any, args: tuple[Any, ...]) -> Callable[..., None]:
-        """The code for arguments of the types that `key` stands for."""
-        found = self._compiled.get(key)
-        if found is None:
-            # with NUMBA_DISABLE_JIT=1 the dispatcher is the plain function
-            compile_for = getattr(self._dispatcher, "compile", lambda types: self._dispatcher)
-            found = self._compiled[key] = compile_for(tuple(map(numba.typeof, args)))
-        return found
+    def compile(self, key: Any, args: tuple[Any, ...]) -> Callable[..., None]:
+        """The code for arguments of the types of `args`, which `key` stands for; from then on it is in `compiled`."""
+        # with NUMBA_DISABLE_JIT=1 the dispatcher is the plain function
+        compile_for = getattr(self.dispatcher, "compile", lambda types: self.dispatcher)
+        code: Callable[..., None] = compile_for(tuple(map(numba.typeof, args)))
+        self.compiled[key] = code
+        return code

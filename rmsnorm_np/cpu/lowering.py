@@ -82,6 +82,16 @@ def _no_data(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
+@type_callable(simd.keeps_errors)
+def _type_keeps_errors(context: Any) -> Any:
+    return lambda source: types.boolean
+
+
+@lower_builtin(simd.keeps_errors, types.CPointer)
+def _keeps_errors(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return ir.Constant(ir.IntType(1), int(sig.args[0].dtype == types.float64))
+
+
 @type_callable(simd.load)
 def _type_load(context: Any) -> Any:
     def typer(array: Any, start: Any, work: Any, count: Any = None) -> Any:

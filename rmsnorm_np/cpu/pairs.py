@@ -10,7 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from rmsnorm_np.cpu.llvm import FLOAT, constant, intrinsic
+from rmsnorm_np.cpu.llvm import FLOAT, intrinsic
 
 
 def parts(kind: str, value: Any, builder: Any) -> tuple[Any, Any]:
@@ -30,10 +30,7 @@ def collapse(builder: Any, value: Any) -> Any:
     """The pair as one float64; where an error term met an infinity, the high part alone is the result."""
     high, low = parts("pair", value, builder)
     total = builder.fadd(high, low)
-    size = high.type.count
-    magnitude = intrinsic(builder, f"llvm.fabs.v{size}f64", high.type, [total])
-    finite = builder.fcmp_ordered("<", magnitude, constant(high.type, float("inf")))
-    return builder.select(finite, total, high)
+    return builder.select(builder.fcmp_ordered("ord", total, total), total, high)
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:

@@ -47,6 +47,11 @@ def data(array: NDArray[Any] | None) -> Any:
     return None if array is None else array.reshape(-1)
 
 
+def keeps_errors(source: Any) -> bool:
+    """Whether numbers from here are `exact`, and their sums pairs; known when the kernel is compiled."""
+    return bool(source.dtype == np.float64)
+
+
 def load(source: Any, start: int, work: Any, count: int | None = None) -> Lanes:
     """Elements ``start`` to ``start + count`` (LANES by default), and zeros in the lanes behind.
 

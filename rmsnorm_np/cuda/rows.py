@@ -45,7 +45,6 @@ from rmsnorm_np.cuda.vector import (
 # numba-cuda knows math.sqrt, not np.sqrt: the same code, with another module for np.
 reciprocal_root = inlined(FunctionType(_formulas.reciprocal_root.__code__, {"np": math}))
 rms_gradient = inlined(_formulas.rms_gradient)
-outside_gradient = inlined(_formulas.outside_gradient)
 layer_gradient = inlined(_formulas.layer_gradient)
 
 # Places of the moments, and of the numbers.
@@ -487,7 +486,6 @@ def gradient_writer(plan: Plan) -> Any:
     dy_words, weight_words = words_of(dy_name, lanes), words_of(plan.weight or "float32", lanes)
     scaled, standardised = factor(plan, again=True), standardiser(plan)
     write = writer(plan.x, lanes, plan.aligned)
-    one = work(1)
 
     @inlined
     def write_gradient(
@@ -501,13 +499,13 @@ def gradient_writer(plan: Plan) -> Any:
                 xhat = standardised(x_element(x, 4 * t, e), numbers)
                 d = dy_element(dy, t * dy_words, e)
                 g = scaled(d, weight, t * weight_words, e, offset)
-                # rstd is a pair: the formulas get 1 for it, and their result is multiplied by the pair
+                # rstd is a pair, and what the formulas give without it is multiplied by the pair
                 if centred:
-                    gradient = layer_gradient(g, xhat, numbers[B], numbers[C], one)
+                    gradient = layer_gradient(g, xhat, numbers[B], numbers[C])
                 elif partial and i + e >= k:
-                    gradient = outside_gradient(g, one)
+                    gradient = g
                 else:
-                    gradient = rms_gradient(g, xhat, numbers[C], one)
+                    gradient = rms_gradient(g, xhat, numbers[C])
                 gradient = times_pair(gradient, numbers[RSTD], numbers[RSTD_TAIL])
                 put(result, 0, e, gradient * numbers[UNDO] * numbers[UNDO_AGAIN])
                 if has_weight or has_bias:
