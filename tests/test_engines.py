@@ -19,15 +19,15 @@ L = np.longdouble
 
 pytestmark = pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by")
 
-# The CPU engine works in vectors of 32 numbers, cuts sums into segments of 2048, takes blocks of 4096 // n (forward) or
-# 16384 // n (backward) rows but at most 64, splits the rows for dweight into parts of 16 or more, and goes parallel
-# from 16384 elements on.
+# The CPU engine works in vectors of 8 numbers and adds up to four side by side, cuts sums into segments of 2048, takes
+# blocks of 4096 // n rows but at most 64, has a path of its own for whole vectors up to 64 elements, splits the rows
+# for dweight into parts of 16 or more, and goes parallel from 16384 elements on.
 N = [
     1,  # no lane but one; LayerNorm's variance is zero
     2, 3,  # fewer than a vector of any processor
-    7, 8,  # below and at 8 float32, an AVX2 vector
-    31, 32, 33,  # around one vector of the engine: masked, full, full and masked
-    127,  # three full vectors, and all lanes but one of the last
+    7, 8,  # below and at one vector of the engine: masked, full
+    31, 32, 33,  # around four vectors, which are added side by side
+    127,  # three times four vectors, three more, and all lanes but one of the last
     576,  # SmolLM2's width, whole vectors
     1000,  # rows that do not begin on a cache line
     4099,  # three segments, a prime: everything at once
@@ -213,12 +213,12 @@ def test_a_row_alone_and_in_a_batch(op, dtype, problem):
 @pytest.mark.parametrize("op", OPS)
 def test_a_long_row_is_cut_without_changing_a_bit(op, dtype, rng, monkeypatch):
     """The kernels for long rows against those for blocks, on the same rows."""
-    from rmsnorm_np.cpu import kernels
+    from rmsnorm_np.cpu import long_rows
 
     inputs = arrays(rng, (2, 300) if JIT_OFF else (3, 70001), dtype)
     results = []
     for border in (1, 10**9):
-        monkeypatch.setattr(kernels, "LONG_ROW", border)
+        monkeypatch.setattr(long_rows, "LONG_ROW", border)
         results.append(call(op, *inputs, 1e-6, "cpu"))
     assert same(results[0][:2], results[1][:2])
 

@@ -1,6 +1,6 @@
 """The CPU engine: normalised arguments in, arrays out. Here a call gets its memory, its kernel and its threads.
 
-Read on in `kernels` (how rows are cut), `rows` (what happens to one row), `simd` (what a vector is).
+Read on in `kernels` (how rows are cut), `rows` and `gradients` (what happens to one row), `simd` (what a vector is).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments as arguments
-from rmsnorm_np.cpu import cache, kernels, memory, threads
+from rmsnorm_np.cpu import cache, kernels, long_rows, memory, threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,13 +55,13 @@ def _forward(
     x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: int | None
 ) -> Any:
     rows, n = x.shape
-    if n <= kernels.LONG_ROW and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
+    if n <= long_rows.LONG_ROW and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
         # a small call: the kernel takes about a microsecond, so each question that is not asked here counts
         y = np.empty((rows, n), x.dtype) if out is None else out
         kernel, streaming, tasks = kernels.forward.serial, 0, 1
     else:
         y = memory.empty((rows, n), x.dtype, x) if out is None else out
-        kernel, tasks = threads.choose(kernels.long_forward if n > kernels.LONG_ROW else kernels.forward, rows * n)
+        kernel, tasks = threads.choose(long_rows.long_forward if n > long_rows.LONG_ROW else kernels.forward, rows * n)
         streaming = memory.streams(y)
         if weight is not None and rows >= SCALED_ROWS:
             weight, weight_offset = _scale(x, weight, weight_offset, centred is None)
@@ -101,16 +101,16 @@ def _backward(
         weight, weight_offset = _scale(x, weight, weight_offset, False)
     weight_m = 1 if weight is None else len(weight)
     m = max(weight_m, 1 if bias is None else len(bias))
-    streaming = memory.streams(dx) if n * x.itemsize % 64 == 0 else 0  # all rows of a block are aligned alike
-    kernel, tasks = threads.choose(kernels.backward if n <= kernels.LONG_ROW else kernels.long_backward, x.size)
-    key = (
+    streaming = memory.streams(dx)
+    kernel, tasks = threads.choose(kernels.backward if n <= long_rows.LONG_ROW else long_rows.long_backward, x.size)
+    key: tuple[Any, ...] = (
         dy.dtype, x.dtype, weight is None or weight.dtype, dweight is None or dweight.dtype,
         dbias is None or dbias.dtype, centred, not weight_offset,
     )  # fmt: skip
     before = (_stored(dy), _stored(x), _stored(weight), k, weight_m, m)
     wide = _WIDE_GRADIENT if x.itemsize == 8 else None
     after = (weight_offset or None, eps, streaming, centred, wide, tasks, _stored(dx))
-    if n <= kernels.LONG_ROW:
+    if n <= long_rows.LONG_ROW:
         chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
         partials = (None if total is None else np.empty((chunks * m, n)) for total in (dweight, dbias))
         args = (*before, chunks, *after, *partials, _stored(dweight), _stored(dbias))
@@ -135,7 +135,11 @@ def _scale(x: Any, weight: Any, weight_offset: float, half_in_float32: bool) -> 
     rounding error of that sum.
     """
     dtype = np.float32 if x.itemsize == 2 and half_in_float32 and weight.dtype != np.float64 else np.float64
-    if x.itemsize == 8 or (weight.itemsize == 4 and weight_offset == 0.0) or x.shape[1] * np.dtype(dtype).itemsize > SCALE_BYTES:
+    if (
+        x.itemsize == 8
+        or (weight.itemsize == 4 and weight_offset == 0.0)
+        or x.shape[1] * np.dtype(dtype).itemsize > SCALE_BYTES
+    ):
         return weight, weight_offset
     scale = weight.astype(dtype)
     if weight_offset != 0.0:

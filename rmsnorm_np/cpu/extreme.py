@@ -13,17 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from rmsnorm_np.cpu.gradients import keep_gradient_numbers, moments_of, write_gradient
 from rmsnorm_np.cpu.jit import inlined, piece
-from rmsnorm_np.cpu.rows import (
-    keep_gradient_numbers,
-    keep_statistics,
-    kept_mean,
-    moments_of,
-    reciprocal_root,
-    write_gradient,
-    write_output,
-)
-from rmsnorm_np.cpu.simd import LANES, data, float64, keep, kept, load, rounded, scratch, store, zeros
+from rmsnorm_np.cpu.rows import keep_statistics, kept_mean, reciprocal_root, write_output
+from rmsnorm_np.cpu.simd import LANES, data, float64, kept, load, rounded, scratch, store, zeros
 
 
 @inlined

@@ -76,7 +76,7 @@ class _Pool:
 
 
 class _Lease:
-    """A buffer while an array lives in it: the array, each view and each export keeps the lease; its end ends the use."""
+    """A buffer while an array lives in it: each view and each export of it keeps the lease, too."""
 
     __slots__ = ("__array_interface__", "_buffer", "_pool")
 

@@ -15,8 +15,10 @@ exact     float64                          float64 whose products and sums keep 
 pair      (results of ``exact``)           the unevaluated sum of two float64, about 106 bits
 ========  ===============================  ==========================================================
 
-LANES is the same on every machine, LLVM cuts the vectors to what the processor has; nothing is reordered, and
-multiply-add is used only where the product is exact anyway. So the bits are the same with SSE2, AVX-512 or NEON.
+LANES is the same on every machine, LLVM cuts the vectors to what the processor has, and nothing is reordered. Forward,
+multiply-add is used only where the product is exact anyway, so the bits are the same with SSE2, AVX-512 or NEON.
+Backward uses it where it saves an instruction (`add_product`, and the formulas that are `contracted`): there a
+processor without it may round the last bit of an inner result otherwise, within the same bounds.
 
 Numba's CPU target has no 16-bit floats: such arrays arrive as their stored bits, uint16 for float16 and int16 for
 bfloat16.

@@ -1,0 +1,260 @@
+"""What happens to one row in a backward pass: its sums, dx, and its share of dweight and dbias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rmsnorm_np import _formulas
+from rmsnorm_np.cpu.jit import contracted, inlined, optional
+from rmsnorm_np.cpu.rows import kept_mean, minus, reciprocal_root, scale_of, segment_squares, times
+from rmsnorm_np.cpu.simd import (
+    LANES,
+    SEGMENT,
+    across,
+    add_exact_square,
+    add_product,
+    float64,
+    keep,
+    keeps_errors,
+    kept,
+    load,
+    prefetch_second,
+    rounded,
+    store,
+    stream,
+    until_aligned,
+    zeros,
+)
+
+rms_gradient = contracted(_formulas.rms_gradient)
+layer_gradient = contracted(_formulas.layer_gradient)
+
+
+@inlined
+def scaled_gradient(dy: Any, weight: Any, i: int, shift: int, offset: Any, like: Any, count: Any) -> Any:
+    """g = dy · (weight_offset + weight)."""
+    return times(load(dy, i, like, count), scale_of(weight, offset, shift + i, like, count))
+
+
+@optional("mean", lambda total, lanes, mean: total)
+def add_if_centred(total: Any, lanes: Any, mean: Any) -> Any:
+    return total + lanes
+
+
+# ------------------------------------------------------------------------------------------------- sums over a row
+
+
+@inlined
+def segment_products(
+    dy: Any, x: Any, weight: Any, start: int, stop: int, shift: int, offset: Any, mean: Any, ahead: int, work: Any
+) -> Any:
+    """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean); weight of element i is at shift + i."""
+    a, b, a_sum, b_sum = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
+    i = start
+    while not keeps_errors(x) and i + 2 * LANES <= stop:
+        g = scaled_gradient(dy, weight, i, shift, offset, a, None)
+        h = scaled_gradient(dy, weight, i + LANES, shift, offset, a, None)
+        a_sum = add_if_centred(a_sum, g, mean)
+        b_sum = add_if_centred(b_sum, h, mean)
+        a = add_product(a, g, minus(load(x, i, work), mean))
+        b = add_product(b, h, minus(load(x, i + LANES, work), mean))
+        prefetch_second(dy, i + ahead)
+        i += 2 * LANES
+    while i + LANES <= stop:
+        g = scaled_gradient(dy, weight, i, shift, offset, a, None)
+        a_sum = add_if_centred(a_sum, g, mean)
+        a = add_product(a, g, minus(load(x, i, work), mean))
+        i += LANES
+    if i < stop:
+        g = scaled_gradient(dy, weight, i, shift, offset, a, stop - i)
+        b_sum = add_if_centred(b_sum, g, mean)
+        b = add_product(b, g, minus(load(x, i, work, stop - i), mean))
+    return across(a_sum + b_sum), across(a + b)
+
+
+@inlined
+def segment_squares_and_products(
+    dy: Any, x: Any, weight: Any, start: int, stop: int, shift: int, offset: Any, ahead: int, work: Any
+) -> Any:
+    """Sums of x² and of g · x, from one reading of x."""
+    a, b, a_squares, b_squares = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
+    i = start
+    while not keeps_errors(x) and i + 2 * LANES <= stop:
+        lanes, more = load(x, i, work), load(x, i + LANES, work)
+        a_squares = add_exact_square(a_squares, lanes)
+        b_squares = add_exact_square(b_squares, more)
+        a = add_product(a, scaled_gradient(dy, weight, i, shift, offset, a, None), lanes)
+        b = add_product(b, scaled_gradient(dy, weight, i + LANES, shift, offset, a, None), more)
+        prefetch_second(dy, i + ahead)
+        i += 2 * LANES
+    while i + LANES <= stop:
+        lanes = load(x, i, work)
+        a_squares = add_exact_square(a_squares, lanes)
+        a = add_product(a, scaled_gradient(dy, weight, i, shift, offset, a, None), lanes)
+        i += LANES
+    if i < stop:
+        lanes = load(x, i, work, stop - i)
+        b_squares = add_exact_square(b_squares, lanes)
+        b = add_product(b, scaled_gradient(dy, weight, i, shift, offset, a, stop - i), lanes)
+    return across(a_squares + b_squares), across(a + b)
+
+
+def segment_rms_moments(
+    dy: Any, x: Any, weight: Any, start: int, stop: int, border: int, shift: int, offset: Any, mean: Any, ahead: int,
+    work: Any,
+) -> Any:  # fmt: skip
+    """For RMSNorm: the sum of squares before the border, zero in place of the sum of g, the sum of g · x."""
+    if stop <= border:
+        squares, products = segment_squares_and_products(dy, x, weight, start, stop, shift, offset, ahead, work)
+    else:
+        squares = segment_squares(x, start, max(start, border), None, work)
+        products = segment_products(dy, x, weight, start, stop, shift, offset, None, ahead, work)[1]
+    return squares, across(zeros(x, work)), products
+
+
+@optional("mean", segment_rms_moments)
+def segment_moments(
+    dy: Any, x: Any, weight: Any, start: int, stop: int, border: int, shift: int, offset: Any, mean: Any, ahead: int,
+    work: Any,
+) -> Any:  # fmt: skip
+    """The sums of (x - mean)², of g and of g · (x - mean)."""
+    sums, products = segment_products(dy, x, weight, start, stop, shift, offset, mean, ahead, work)
+    return segment_squares(x, start, stop, mean, work), sums, products
+
+
+@inlined
+def moments_of(
+    dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, mean: Any, ahead: int, work: Any
+) -> Any:
+    squares = sums = products = across(zeros(x, work))
+    for first in range(start, start + n, SEGMENT):
+        stop = min(first + SEGMENT, start + n)
+        square, g_sum, product = segment_moments(
+            dy, x, weight, first, stop, start + k, shift, offset, mean, ahead, work
+        )
+        squares = squares + square
+        sums = sums + g_sum
+        products = products + product
+    return squares, sums, products
+
+
+@inlined
+def keep_gradient_numbers(
+    squares: Any, sums: Any, products: Any, k: int, eps: float, rstds: Any, bs: Any, cs: Any, j: int
+) -> None:
+    """Put what a row's gradient needs in place j: rstd, b = rstd · mean(g) and c = rstd² · mean(g · xhat)."""
+    rstd = reciprocal_root(squares, k, eps)
+    keep(rstds, j, rstd)
+    keep(bs, j, sums / k * rstd)
+    keep(cs, j, products * rstd / k * rstd * rstd)
+
+
+# ------------------------------------------------------------------------------------------------ what a row gives
+
+
+@inlined
+def gradient_lanes(
+    dy: Any, x: Any, weight: Any, dweight: Any, dbias: Any, i: int, shift: int, sum_shift: int, offset: Any, mean: Any,
+    rstd: Any, b: Any, c: Any, inside: int, work: Any, count: Any,
+) -> Any:  # fmt: skip
+    """Dx of the elements from i on; their share of dweight and dbias is added to what stands at sum_shift + i."""
+    like = zeros(x, work)
+    u = load(dy, i, like, count) * rstd
+    lanes = minus(load(x, i, work, count), mean)
+    if dweight is not None:  # dy · xhat = u · (x - mean)
+        sums = rounded(load(dweight, sum_shift + i, rounded(like), count))
+        store(dweight, sum_shift + i, add_product(sums, u, lanes), count)
+    if dbias is not None:
+        sums = rounded(load(dbias, sum_shift + i, rounded(like), count))
+        store(dbias, sum_shift + i, sums + rounded(load(dy, i, like, count)), count)
+    g = times(u, scale_of(weight, offset, shift + i, like, count))
+    if b is not None:
+        return layer_gradient(g, lanes, b, c)
+    if inside:
+        return rms_gradient(g, lanes, c)
+    return g
+
+
+@inlined
+def write_gradient(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, start: int, stop: int, shift: int, sum_shift: int,
+    offset: Any, mean: Any, rstd: Any, b: Any, c: Any, inside: int, streaming: int, ahead: int, work: Any,
+) -> None:  # fmt: skip
+    """Dx from start to stop, the shares of dweight and dbias, and a prefetch of what lies `ahead` of x."""
+    head = start
+    if streaming:
+        head = min(start + until_aligned(dx, start), stop)
+        if start < head:
+            first = gradient_lanes(
+                dy, x, weight, dweight, dbias, start, shift, sum_shift, offset, mean, rstd, b, c, inside, work,
+                head - start,
+            )  # fmt: skip
+            store(dx, start, first, head - start)
+    body = stop - (stop - head) % LANES
+    if streaming:
+        for i in range(head, body, LANES):
+            lanes = gradient_lanes(
+                dy, x, weight, dweight, dbias, i, shift, sum_shift, offset, mean, rstd, b, c, inside, work, None
+            )
+            stream(dx, i, lanes)
+            prefetch_second(x, i + ahead)
+    else:
+        for i in range(head, body, LANES):
+            lanes = gradient_lanes(
+                dy, x, weight, dweight, dbias, i, shift, sum_shift, offset, mean, rstd, b, c, inside, work, None
+            )
+            store(dx, i, lanes)
+    if body < stop:
+        last = gradient_lanes(
+            dy, x, weight, dweight, dbias, body, shift, sum_shift, offset, mean, rstd, b, c, inside, work, stop - body
+        )
+        store(dx, body, last, stop - body)
+
+
+@inlined
+def write_row_gradient(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, first: int, last: int, start: int, k: int,
+    shift: int, sum_shift: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, j: int, streaming: int,
+    ahead: int, centred: Any,
+) -> None:  # fmt: skip
+    """Columns first to last of the row at `start`, whose numbers are in place j."""
+    mean, b = kept_mean(means, j, x, centred), kept_mean(bs, j, x, centred)
+    rstd, c = kept(rstds, j, x), kept(cs, j, x)
+    border = max(first, min(k, last))  # the elements before it are in the RMS
+    write_gradient(
+        dy, x, weight, dx, dweight, dbias, start + first, start + border, shift - start, sum_shift - start, offset,
+        mean, rstd, b, c, 1, streaming, ahead, float64,
+    )  # fmt: skip
+    if border < last:
+        write_gradient(
+            dy, x, weight, dx, dweight, dbias, start + border, start + last, shift - start, sum_shift - start, offset,
+            mean, rstd, b, c, 0, streaming, ahead, float64,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- rows of sums over many rows
+
+
+@optional("target", lambda target, sums: None)
+def absent_with(target: Any, sums: Any) -> Any:
+    """The sums, or None where there is no target for them."""
+    return sums
+
+
+@optional("sums", lambda sums, start, n: None)
+def clear(sums: Any, start: int, n: int) -> Any:
+    for i in range(start, start + n):
+        sums[i] = 0.0
+
+
+@optional("target", lambda target, start, sums, n, streaming: None)
+def put_sums(target: Any, start: int, sums: Any, n: int, streaming: int) -> Any:
+    """The sums, rounded to the target's dtype, from `start` on."""
+    like = rounded(zeros(sums, float64))
+    if streaming and until_aligned(target, start) == 0 and n % LANES == 0:
+        for i in range(0, n, LANES):
+            stream(target, start + i, load(sums, i, like))
+    else:
+        for i in range(0, n, LANES):
+            count = min(LANES, n - i)
+            store(target, start + i, load(sums, i, like, count), count)

@@ -1,0 +1,241 @@
+"""The kernels for rows longer than LONG_ROW, each cut into pieces over all threads.
+
+A row is read twice, and the second time from its end: what was read last may still be in the cache. Its sums are added
+in the order in which :mod:`rmsnorm_np.cpu.kernels` adds them, so they have the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from rmsnorm_np.cpu.extreme import forward_extreme_row, is_ordinary, is_ordinary_gradient, write_extreme_gradient
+from rmsnorm_np.cpu.gradients import (
+    absent_with,
+    clear,
+    keep_gradient_numbers,
+    put_sums,
+    segment_moments,
+    write_row_gradient,
+)
+from rmsnorm_np.cpu.jit import Kernel, piece
+from rmsnorm_np.cpu.rows import (
+    forward_precision,
+    kept_mean,
+    reciprocal_root,
+    segment_squares,
+    segment_sum,
+    write_output,
+)
+from rmsnorm_np.cpu.simd import SEGMENT, data, float64, keep, kept
+
+LONG_ROW = 65536
+PIECE = 16 * SEGMENT  # what a thread takes at a time
+AHEAD = 512  # elements that are asked for ahead within a piece: 1.05 to 1.08 times as fast as none
+TILE = 1024  # columns whose sums over the rows stay in the first-level cache from row to row
+
+
+def _long_forward(
+    x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
+    centred: Any, wide: Any, tasks: int, y: Any,
+) -> None:  # fmt: skip
+    rows, n = x.shape
+    segments = (n + SEGMENT - 1) // SEGMENT
+    pieces = (n + PIECE - 1) // PIECE
+    sums = np.empty((3, segments, 2))
+    for r in range(rows):
+        start = r * n
+        if centred is not None:
+            for p in prange(pieces):
+                _piece_sums(data(x), start, n, p, data(sums[0]), centred)
+            _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]), centred)
+        for p in prange(pieces):
+            _piece_squares(data(x), start, n, k, p, data(sums[2]), data(sums[1]), centred)
+        ordinary = _add_squares(data(x), k, eps, data(sums[1]), centred, wide)
+        shift = r % m * n - start
+        bias_shift = r % bias_m * n - start
+        if ordinary:
+            for q in prange(pieces):
+                # from the back: what was read last is still in the cache
+                p = pieces - 1 - q
+                _piece_output(
+                    data(x), data(weight), data(bias), data(y), start, n, p, shift, bias_shift, offset,
+                    data(sums[2]), data(sums[1]), streaming, centred,
+                )  # fmt: skip
+        elif wide is not None:
+            forward_extreme_row(
+                data(x), data(weight), data(bias), data(y), start, n, k, shift + start, bias_shift + start, offset,
+                eps, centred, wide,
+            )  # fmt: skip
+
+
+@piece
+def _piece_sums(x: Any, start: int, n: int, p: int, sums: Any, centred: Any) -> None:
+    work = forward_precision(centred)
+    for first in range(p * PIECE, min(p * PIECE + PIECE, n), SEGMENT):
+        keep(sums, first // SEGMENT, segment_sum(x, start + first, start + min(first + SEGMENT, n), work))
+
+
+@piece
+def _add_segments(x: Any, n: int, segments: int, sums: Any, means: Any, centred: Any) -> None:
+    """The mean, in place 0 of `means`."""
+    total = kept(sums, 0, x)
+    for s in range(1, segments):
+        total = total + kept(sums, s, x)
+    keep(means, 0, total / n)
+
+
+@piece
+def _piece_squares(x: Any, start: int, n: int, k: int, p: int, means: Any, sums: Any, centred: Any) -> None:
+    work = forward_precision(centred)
+    mean = kept_mean(means, 0, x, centred)
+    for first in range(p * PIECE, min(p * PIECE + PIECE, k), SEGMENT):
+        stop = min(first + SEGMENT, k)
+        keep(sums, first // SEGMENT, segment_squares(x, start + first, start + stop, mean, work))
+
+
+@piece
+def _add_squares(x: Any, k: int, eps: float, sums: Any, centred: Any, wide: Any) -> Any:
+    """rstd, in place 0 of `sums`; returns whether the sum is ordinary."""
+    total = kept(sums, 0, x)
+    for s in range(1, (k + SEGMENT - 1) // SEGMENT):
+        total = total + kept(sums, s, x)
+    keep(sums, 0, reciprocal_root(total, k, eps))
+    return is_ordinary(total, k, eps, wide)
+
+
+@piece
+def _piece_output(
+    x: Any, weight: Any, bias: Any, y: Any, start: int, n: int, p: int, shift: int, bias_shift: int, offset: Any,
+    means: Any, rstds: Any, streaming: int, centred: Any,
+) -> None:  # fmt: skip
+    first, last = start + p * PIECE, start + min(p * PIECE + PIECE, n)
+    write_output(
+        x, weight, bias, y, first, last, shift, bias_shift, offset, kept_mean(means, 0, x, centred), kept(rstds, 0, x),
+        streaming, AHEAD, forward_precision(centred),
+    )  # fmt: skip
+
+
+def _long_backward(
+    dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, offset: Any, eps: float, streaming: int,
+    centred: Any, wide: Any, tasks: int, dx: Any, dweight: Any, dbias: Any,
+) -> None:  # fmt: skip
+    """First the sums of all rows, then the columns: each column piece adds dweight and dbias over the rows by itself.
+
+    dweight and dbias have shape (m, n) here and no partial sums stand between: at this n those would cost more
+    traffic than reading x and dy again.
+    """
+    rows, n = x.shape
+    segments = (n + SEGMENT - 1) // SEGMENT
+    pieces = (n + PIECE - 1) // PIECE
+    sums = np.empty((4, segments, 2))
+    numbers = np.empty((4, m, rows // m, 2))  # mean, rstd, b, c; together for the rows that share a row of dweight
+    ordinary = True
+    for r in range(rows):
+        start = r * n
+        shift = r % weight_m * n - start
+        if centred is not None:
+            for p in prange(pieces):
+                _piece_sums(data(x), start, n, p, data(sums[0]), centred)
+            _add_segments(data(x), n, segments, data(sums[0]), data(sums[3]), centred)
+        for p in prange(pieces):
+            _piece_gradient_sums(
+                data(dy), data(x), data(weight), start, n, k, shift, offset, p, data(sums[3]), data(sums[0]),
+                data(sums[1]), data(sums[2]), centred,
+            )  # fmt: skip
+        ordinary &= _add_gradient_sums(
+            data(x), n, k, eps, segments, data(sums[3]), data(sums[0]), data(sums[1]), data(sums[2]), r // m,
+            data(numbers[0, r % m]), data(numbers[1, r % m]), data(numbers[2, r % m]), data(numbers[3, r % m]),
+            centred, wide,
+        )  # fmt: skip
+    if ordinary:
+        for t in prange(pieces * m):
+            p, h = pieces - 1 - t // m, t % m
+            _piece_gradient(
+                data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), p, h, rows, n, k, weight_m, m,
+                offset, data(numbers[0, h]), data(numbers[1, h]), data(numbers[2, h]), data(numbers[3, h]),
+                streaming, centred,
+            )  # fmt: skip
+    elif wide is not None:
+        sums = np.zeros((2, n))
+        for h in range(m):
+            _extreme_rows(
+                data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), data(sums[0]), data(sums[1]), h,
+                rows, n, k, weight_m, m, offset, eps, centred, wide,
+            )  # fmt: skip
+
+
+@piece
+def _extreme_rows(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, weight_sums: Any, bias_sums: Any, h: int,
+    rows: int, n: int, k: int, weight_m: int, m: int, offset: Any, eps: float, centred: Any, wide: Any,
+) -> None:  # fmt: skip
+    clear(weight_sums, 0, n)
+    clear(bias_sums, 0, n)
+    for r in range(h, rows, m):
+        write_extreme_gradient(
+            dy, x, weight, dx, absent_with(dweight, weight_sums), absent_with(dbias, bias_sums), r * n, n, k,
+            h % weight_m * n, 0, offset, eps, centred, wide,
+        )  # fmt: skip
+    put_sums(dweight, h * n, absent_with(dweight, weight_sums), n, 0)
+    put_sums(dbias, h * n, absent_with(dbias, bias_sums), n, 0)
+
+
+@piece
+def _piece_gradient_sums(
+    dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, p: int, means: Any,
+    squares: Any, sums: Any, products: Any, centred: Any,
+) -> None:  # fmt: skip
+    mean = kept_mean(means, 0, x, centred)
+    for first in range(p * PIECE, min(p * PIECE + PIECE, n), SEGMENT):
+        s, stop = first // SEGMENT, min(first + SEGMENT, n)
+        square, g_sum, product = segment_moments(
+            dy, x, weight, start + first, start + stop, start + k, shift, offset, mean, AHEAD, float64
+        )
+        keep(squares, s, square)
+        keep(sums, s, g_sum)
+        keep(products, s, product)
+
+
+@piece
+def _add_gradient_sums(
+    x: Any, n: int, k: int, eps: float, segments: int, mean: Any, squares: Any, sums: Any, products: Any, j: int,
+    means: Any, rstds: Any, bs: Any, cs: Any, centred: Any, wide: Any,
+) -> Any:  # fmt: skip
+    """mean, rstd, b and c of a row, in place j; returns whether all sums were ordinary."""
+    square, g_sum, product = kept(squares, 0, x), kept(sums, 0, x), kept(products, 0, x)
+    for s in range(1, segments):
+        square = square + kept(squares, s, x)
+        g_sum = g_sum + kept(sums, s, x)
+        product = product + kept(products, s, x)
+    if centred is not None:
+        keep(means, j, kept(mean, 0, x))
+    keep_gradient_numbers(square, g_sum, product, k, eps, rstds, bs, cs, j)
+    return is_ordinary(square, k, eps, wide) and is_ordinary_gradient(g_sum, product, wide)
+
+
+@piece
+def _piece_gradient(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, p: int, h: int, rows: int, n: int, k: int,
+    weight_m: int, m: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, streaming: int, centred: Any,
+) -> None:  # fmt: skip
+    """The columns of piece p, in the rows h, h + m, … that share row h of dweight; with m = 1 these are all."""
+    room = np.empty((2, TILE))
+    weight_sums, bias_sums = absent_with(dweight, data(room[0])), absent_with(dbias, data(room[1]))
+    for first in range(p * PIECE, min(p * PIECE + PIECE, n), TILE):
+        last = min(first + TILE, n)
+        clear(weight_sums, 0, last - first)
+        clear(bias_sums, 0, last - first)
+        for j in range(rows // m):
+            write_row_gradient(
+                dy, x, weight, dx, weight_sums, bias_sums, first, last, (j * m + h) * n, k, h % weight_m * n, -first,
+                offset, means, rstds, bs, cs, j, streaming, AHEAD, centred,
+            )  # fmt: skip
+        put_sums(dweight, h * n + first, weight_sums, last - first, streaming)
+        put_sums(dbias, h * n + first, bias_sums, last - first, streaming)
+
+
+long_forward = Kernel(_long_forward)
+long_backward = Kernel(_long_backward)
