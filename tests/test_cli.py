@@ -241,6 +241,7 @@ def test_bench_prints_json(monkeypatch, capsys):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("norm", [inputs.RMS_NORM, inputs.LAYER_NORM], ids=lambda norm: norm.op)
+@pytest.mark.filterwarnings("ignore")  # the peers' own
 def test_peers_compute_what_we_do(norm, dtype, rng):
     """Those peers that are installed: a contender that computes something else would make the comparison a lie."""
     dtype = inputs.dtype_named(dtype)

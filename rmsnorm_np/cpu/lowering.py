@@ -30,9 +30,6 @@ from rmsnorm_np.cpu.llvm import (
 from rmsnorm_np.cpu.pairs import collapse, pair, parts
 from rmsnorm_np.cpu.simd import BLOCK, LANES
 
-CACHE_LINE = 64
-
-
 class LanesType(types.Type):  # type: ignore[misc]
     """``count`` numbers of one kind; ``count`` is LANES, or 1 for a pair that is a scalar."""
 
@@ -185,7 +182,7 @@ def _until_aligned(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array = sig.args[0]
     address = builder.ptrtoint(_pointer(builder, args, ir.IntType(8)), I64)
     itemsize = array.dtype.bitwidth // 8
-    bytes_left = builder.and_(builder.neg(address), ir.Constant(I64, CACHE_LINE - 1))
+    bytes_left = builder.and_(builder.neg(address), ir.Constant(I64, LANES * itemsize - 1))
     return builder.udiv(bytes_left, ir.Constant(I64, itemsize))
 
 

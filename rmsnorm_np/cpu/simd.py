@@ -104,8 +104,8 @@ def prefetch_second(source: Any, start: int) -> None:
 
 
 def until_aligned(target: Any, start: int) -> int:
-    """How many elements lie between ``start`` and the next address that `stream` accepts."""
-    return int(-(target.ctypes.data + start * target.itemsize) % 64) // int(target.itemsize)
+    """How many elements lie between ``start`` and the next address that `stream` accepts: fewer than LANES."""
+    return int(-(target.ctypes.data + start * target.itemsize) % (LANES * target.itemsize)) // int(target.itemsize)
 
 
 def add_atomically(numbers: Any, i: int, number: int) -> int:
