@@ -30,6 +30,7 @@ from rmsnorm_np.cpu.llvm import (
 from rmsnorm_np.cpu.pairs import collapse, pair, parts
 from rmsnorm_np.cpu.simd import BLOCK, LANES
 
+
 class LanesType(types.Type):  # type: ignore[misc]
     """``count`` numbers of one kind; ``count`` is LANES, or 1 for a pair that is a scalar."""
 
