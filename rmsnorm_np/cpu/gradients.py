@@ -221,15 +221,13 @@ def write_row_gradient(
     mean, b = kept_mean(means, j, x, centred), kept_mean(bs, j, x, centred)
     rstd, c = kept(rstds, j, x), kept(cs, j, x)
     border = max(first, min(k, last))  # the elements before it are in the RMS
-    write_gradient(
-        dy, x, weight, dx, dweight, dbias, start + first, start + border, shift - start, sum_shift - start, offset,
-        mean, rstd, b, c, 1, streaming, ahead, float64,
-    )  # fmt: skip
-    if border < last:
-        write_gradient(
-            dy, x, weight, dx, dweight, dbias, start + border, start + last, shift - start, sum_shift - start, offset,
-            mean, rstd, b, c, 0, streaming, ahead, float64,
-        )  # fmt: skip
+    for inside in range(1, -1, -1):  # a loop, and not two calls, which would take twice as long to compile
+        begin, end = (first, border) if inside else (border, last)
+        if begin < end:
+            write_gradient(
+                dy, x, weight, dx, dweight, dbias, start + begin, start + end, shift - start, sum_shift - start, offset,
+                mean, rstd, b, c, inside, streaming, ahead, float64,
+            )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- rows of sums over many rows
