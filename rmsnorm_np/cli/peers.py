@@ -82,6 +82,7 @@ def _torch(problem: Problem, threads: int, compiled: bool = False) -> Callable[[
         return function(x, shape, weight, eps=eps)
 
     if compiled:
+        torch._dynamo.reset()  # it gives up on a function that it has compiled for eight shapes
         norm = torch.compile(norm, dynamic=False)
 
     def forward() -> Any:

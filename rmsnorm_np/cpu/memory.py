@@ -20,9 +20,10 @@ import numpy as np
 
 LINE = 64  # bytes of a cache line, and of the widest vector
 PAGE = 4096  # bytes; the sets of a first-level cache repeat with it
-# Outputs from this size on are written past the cache, as they would not stay in it, and live in recycled memory.
-# Smaller ones are NumPy's: the C library recycles those itself, and a lease takes 5 µs.
-LARGE_BYTES = 8 << 20
+STREAM_BYTES = 8 << 20  # outputs from this size on are written past the cache: they would not stay in it
+# Smaller arrays are NumPy's, for a lease takes 5 µs. The C library recycles larger ones too, but not in every process:
+# beside torch and JAX, 4 MiB from np.empty made a norm of 0.2 ms take 1.9.
+RECYCLE_BYTES = 2 << 20
 DEFAULT_LIMIT_MB = 512
 _ROUND = 1 << 21  # sizes are multiples of a huge page
 
@@ -126,15 +127,16 @@ def set_limit(limit: int) -> int:
 
 
 def empty(shape: tuple[int, ...], dtype: Any, *beside: Any) -> Any:
-    """An array with unset elements, C-contiguous; a large one aligned to a cache line, far from `beside` in a page.
+    """An array with unset elements, C-contiguous; a large one aligned to a cache line, and one that is written past the
+    cache far from `beside` in a page.
 
     Element i of x and element i of y are worked on together. Where their addresses agree modulo a page, they fall
     into the same set of the first-level cache: a large forward pass is 1.2 to 1.35 times slower then.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size < LARGE_BYTES or _pool.limit == 0:
+    if size < RECYCLE_BYTES or _pool.limit == 0:
         return np.empty(shape, dtype)
-    offset = _offset_in_page(*(_address(array) % PAGE for array in beside))
+    offset = 0 if size < STREAM_BYTES else _offset_in_page(*(_address(array) % PAGE for array in beside))
     return np.asarray(_Lease(_pool, _pool.take(size + PAGE), offset, size)).view(dtype).reshape(shape)
 
 
@@ -155,7 +157,7 @@ def _offset_in_page(*taken: int) -> int:
 
 def streams(y: Any) -> int:
     """1 where writing past the cache pays: a result that would not stay in the cache, in rows that fill lines."""
-    if y.nbytes < LARGE_BYTES:
+    if y.nbytes < STREAM_BYTES:
         return 0
     row = y.shape[1] * y.itemsize
     return int(row >= 8192 or (row % LINE == 0 and _address(y) % LINE == 0))
