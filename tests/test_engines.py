@@ -261,6 +261,22 @@ def test_streamed_gradients(op, dtype, rng, monkeypatch):
         assert same(call(op, *inputs, 1e-6, "cpu"), want)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_in_place_no_row_is_done_twice(op, rng):
+    """Threads share 150 blocks, nine at a time: a turn that reaches into another thread's part does its rows again."""
+    x, weight, bias, dy = arrays(rng, (5, 70) if JIT_OFF else (600, 1024), np.dtype(np.float32))
+    want = call(op, x, weight, bias, dy, 1e-6, "cpu")
+    got = call_in_place(op, y := x.copy(), weight, bias)
+    assert got is y
+    assert same([got], want[:1])
+
+
+def call_in_place(op, x, weight, bias):
+    if op == "layer":
+        return rn.layer_norm(x, weight, bias, eps=1e-6, out=x, backend="cpu")
+    return rn.rms_norm(x, weight, bias, eps=1e-6, p=0.3 if op == "partial" else 1.0, out=x, backend="cpu")
+
+
 @pytest.mark.parametrize("weight_rows", [1, 3])
 @pytest.mark.parametrize("bias_rows", [1, 6])
 @pytest.mark.parametrize("n", [40] if JIT_OFF else [40, 70001])
