@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -145,9 +144,8 @@ def check_engine(norm: Norm, activation: Activation, dtype: np.dtype[Any]) -> Er
     dy = np.random.default_rng(0).standard_normal(x.shape).astype(dtype)
     wide_x, wide_weight, wide_dy = (array.astype(np.float64) for array in (x, weight, dy))
     eps = activation.eps
-    with _threads(dtype):
-        y = norm.forward(x, weight, eps, "cpu")
-        dx, dweight, _ = norm.backward(dy, x, weight, eps, "cpu")
+    y = norm.forward(x, weight, eps, "cpu")
+    dx, dweight, _ = norm.backward(dy, x, weight, eps, "cpu")
     exact_y = norm.forward(wide_x, wide_weight, eps, "reference")
     exact_dx, exact_dweight, _ = norm.backward(wide_dy, wide_x, wide_weight, eps, "reference")
     xhat = norm.forward(wide_x, np.ones_like(wide_weight), eps, "reference")
@@ -169,22 +167,6 @@ def check_engine(norm: Norm, activation: Activation, dtype: np.dtype[Any]) -> Er
         ulp_error(dweight, exact_dweight, forgiven=sum_error),
         BOUNDS[dtype.name],
     )
-
-
-@contextmanager
-def _threads(dtype: np.dtype[Any]) -> Iterator[None]:
-    """All threads for float32, which is timed later; one for the others: serial kernels compile in 2/3 of the time.
-
-    The bits are the same; that is a promise of the engine, which its tests hold it to.
-    """
-    import numba
-
-    before = numba.get_num_threads()
-    numba.set_num_threads(before if dtype == np.float32 else 1)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
 
 
 def check_gradients(norm: Norm, activation: Activation, backend: str) -> Gradient:

@@ -58,10 +58,10 @@ def _forward(
     if n <= long_rows.LONG_ROW and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
         # a small call: the kernel takes about a microsecond, so each question that is not asked here counts
         y = np.empty((rows, n), x.dtype) if out is None else out
-        kernel, streaming, tasks = kernels.forward.serial, 0, 1
+        kernel, streaming, on_threads = kernels.forward, 0, 1
     else:
         y = memory.empty((rows, n), x.dtype, x) if out is None else out
-        kernel, tasks = threads.choose(long_rows.long_forward if n > long_rows.LONG_ROW else kernels.forward, rows * n)
+        kernel, on_threads = long_rows.long_forward if n > long_rows.LONG_ROW else kernels.forward, threads.choose(x.size)
         streaming = memory.streams(y)
         if weight is not None and rows >= SCALED_ROWS:
             weight, weight_offset = _scale(x, weight, weight_offset, centred is None)
@@ -79,8 +79,8 @@ def _forward(
     if bias is not None:
         bias_m, bias = len(bias), _stored(bias)
     args = (
-        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, wide, tasks,
-        y_stored,
+        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, wide,
+        on_threads, y_stored,
     )  # fmt: skip
     (kernel.compiled.get(key) or kernel.compile(key, args))(*args)
     return y
@@ -102,14 +102,14 @@ def _backward(
     weight_m = 1 if weight is None else len(weight)
     m = max(weight_m, 1 if bias is None else len(bias))
     streaming = memory.streams(dx)
-    kernel, tasks = threads.choose(kernels.backward if n <= long_rows.LONG_ROW else long_rows.long_backward, x.size)
+    kernel = kernels.backward if n <= long_rows.LONG_ROW else long_rows.long_backward
     key: tuple[Any, ...] = (
         dy.dtype, x.dtype, weight is None or weight.dtype, dweight is None or dweight.dtype,
         dbias is None or dbias.dtype, centred, not weight_offset,
     )  # fmt: skip
     before = (_stored(dy), _stored(x), _stored(weight), k, weight_m, m)
     wide = _WIDE_GRADIENT if x.itemsize == 8 else None
-    after = (weight_offset or None, eps, streaming, centred, wide, tasks, _stored(dx))
+    after = (weight_offset or None, eps, streaming, centred, wide, threads.choose(x.size), _stored(dx))
     if n <= long_rows.LONG_ROW:
         chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
         partials = (None if total is None else np.empty((chunks * m, n)) for total in (dweight, dbias))
@@ -175,17 +175,15 @@ def warmup(
             dtype = np.dtype(ml_dtypes.bfloat16)
         else:
             dtype = np.dtype(name)
-        n = 64
-        for rows in (1, threads.PARALLEL_ELEMENTS // n):
-            for weight, bias in ((1, None), (None, None), (1, 1)):
-                if report is not None:
-                    report(f"{name}, {'serial' if rows == 1 else 'parallel'}, weight {weight}, bias {bias}")
-                x = np.ones((rows, n), dtype)
-                w, b = (None if given is None else np.ones((1, n), dtype) for given in (weight, bias))
-                rms_forward(x, w, b, n, 1e-6, 0.0, None)
-                layer_forward(x, w, b, 1e-6, 0.0, None)
-                rms_backward(x, x, w, b, n, 1e-6, 0.0, None)
-                layer_backward(x, x, w, b, 1e-6, 0.0, None)
+        x = np.ones((1, 64), dtype)
+        for weight, bias in ((x, None), (None, None), (x, x)):
+            if report is not None:
+                given = [parameter for parameter, array in (("weight", weight), ("bias", bias)) if array is not None]
+                report(f"{name}, {' and '.join(given) or 'x alone'}")
+            rms_forward(x, weight, bias, 64, 1e-6, 0.0, None)
+            layer_forward(x, weight, bias, 1e-6, 0.0, None)
+            rms_backward(x, x, weight, bias, 64, 1e-6, 0.0, None)
+            layer_backward(x, x, weight, bias, 1e-6, 0.0, None)
 
 
 def describe() -> dict[str, Any]:

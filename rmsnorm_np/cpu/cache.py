@@ -1,8 +1,7 @@
 """Compiled kernels on disk, so that a process compiles only what none has compiled before.
 
 Numba's own cache looks at the file of the kernel alone: it would keep machine code after a change of a function that
-the kernel calls in another module, and it cannot tell a serial kernel from a parallel one of the same text. Here the
-name of a cached file is a digest of everything the machine code depends on: all sources of this package, the versions
+the kernel calls in another module. Here the name of a cached file is a digest of everything the machine code depends on: all sources of this package, the versions
 of Numba, llvmlite and Python, the processor, the signature. So a file is right or not looked at; it is written whole,
 under another name first, so processes that compile at once do not disturb each other; and it carries its checksum, so
 a damaged file is compiled anew. Where no folder can be written, kernels are compiled in each process.
@@ -62,11 +61,10 @@ def _sources() -> bytes:
 
 
 class KernelCache(caching.NullCache):  # type: ignore[misc]
-    """The cache of one dispatcher; `variant` names its options."""
+    """The cache of one dispatcher."""
 
-    def __init__(self, function: Any, variant: str) -> None:
+    def __init__(self, function: Any) -> None:
         self._function = function
-        self._variant = variant
 
     @property
     def cache_path(self) -> str | None:
@@ -108,13 +106,13 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         path = folder()
         if path is None:
             return None
-        key = f"{self._function.__qualname__} {self._variant} {sig} {codegen.magic_tuple()}".encode()
+        key = f"{self._function.__qualname__} {sig} {codegen.magic_tuple()}".encode()
         name = hashlib.sha256(_sources() + key).hexdigest()[:32]
-        return path / f"{self._function.__name__.lstrip('_')}-{self._variant}-{name}.nbc"
+        return path / f"{self._function.__name__.lstrip('_')}-{name}.nbc"
 
 
-def cached(dispatcher: Any, variant: str) -> Any:
+def cached(dispatcher: Any) -> Any:
     """The dispatcher with its cache; with ``NUMBA_DISABLE_JIT=1`` it is a plain function, and stays one."""
     if hasattr(dispatcher, "py_func"):
-        dispatcher._cache = KernelCache(dispatcher.py_func, variant)
+        dispatcher._cache = KernelCache(dispatcher.py_func)
     return dispatcher

@@ -12,6 +12,7 @@ from typing import Any
 
 import numba
 import numba.extending
+from numba.np.ufunc.parallel import _launch_threads
 
 from rmsnorm_np.cpu import arithmetic, lowering  # noqa: F401  (registers how simd compiles)
 from rmsnorm_np.cpu.cache import cached
@@ -62,28 +63,22 @@ def optional(name: str, absent: Callable[..., Any]) -> Callable[[Callable[..., A
 
 
 class Kernel:
-    """A function over all rows, compiled on its first call: `serial`, and `parallel` with its ``prange`` on threads."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.serial = Variant(cached(numba.njit(**_OPTIONS)(function), "serial"))
-        self.parallel = Variant(cached(numba.njit(parallel=True, **_OPTIONS)(function), "parallel"))
-
-
-class Variant:
-    """Compiled code for each combination of argument types, found by a key that the caller knows them by.
+    """A function over all rows, compiled for each combination of argument types, which the caller knows by a key.
 
     Numba's dispatcher looks at each argument to find its type, which takes as long as the norm of 2000 elements. Here
     the caller vouches for the types: two calls with one key have arguments of the same types.
     """
 
-    def __init__(self, dispatcher: Any) -> None:
-        self.dispatcher = dispatcher
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.dispatcher = cached(numba.njit(**_OPTIONS)(function))
         self.compiled: dict[Any, Callable[..., None]] = {}
 
     def compile(self, key: Any, args: tuple[Any, ...]) -> Callable[..., None]:
         """The code for arguments of the types of `args`, which `key` stands for; from then on it is in `compiled`."""
         # with NUMBA_DISABLE_JIT=1 the dispatcher is the plain function
-        compile_for = getattr(self.dispatcher, "compile", lambda types: self.dispatcher)
-        code: Callable[..., None] = compile_for(tuple(map(numba.typeof, args)))
+        code: Callable[..., None] = self.dispatcher
+        if hasattr(code, "compile"):
+            _launch_threads()  # Numba offers no public way to have the names that threads.in_parallel calls known
+            code = code.compile(tuple(map(numba.typeof, args)))
         self.compiled[key] = code
         return code

@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from rmsnorm_np.cpu.extreme import forward_extreme_row, is_ordinary, is_ordinary_gradient, write_extreme_gradient
 from rmsnorm_np.cpu.gradients import clear, keep_gradient_numbers, moments_of, write_row_gradient
@@ -48,6 +47,7 @@ from rmsnorm_np.cpu.simd import (
     store,
     zeros,
 )
+from rmsnorm_np.cpu.threads import in_parallel
 
 # Elements in a block of rows, which is read twice: in float32 x alone, or x and dy, fit a first-level cache of 32 KiB.
 # (Backward with 16384: 5 % slower.)
@@ -65,10 +65,7 @@ def part_start(part: int, items: int, parts: int) -> int:
 
 @piece
 def new_queues(parts: int) -> Any:
-    queues = np.empty(parts * APART, np.int64)
-    for i in range(len(queues)):  # np.zeros in a parallel kernel would start the threads once more to write zeros
-        queues[i] = 0
-    return queues
+    return np.zeros(parts * APART, np.int64)
 
 
 @inlined
@@ -120,27 +117,38 @@ def _forward_block(
         bias_h = bias_h + 1 if bias_h + 1 < bias_m else 0  # 16 elements
 
 
-def _forward(
-    x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, wide: Any, tasks: int, y: Any,
+@piece
+def _forward_task(
+    task: int, tasks: int, queues: Any, x: Any, weight: Any, bias: Any, y: Any, rows: int, n: int, k: int, m: int,
+    bias_m: int, offset: Any, eps: float, streaming: int, centred: Any, wide: Any,
 ) -> None:  # fmt: skip
-    rows, n = x.shape
     block = block_rows(n)
     blocks = (rows + block - 1) // block
     share = max(1, min(16, blocks // (8 * tasks)))
-    queues = new_queues(tasks)
-    for task in prange(tasks):
-        for turn in range(tasks):
-            part = (task + turn) % tasks
-            stop = part_start(part + 1, blocks, tasks)
+    for turn in range(tasks):
+        part = (task + turn) % tasks
+        stop = part_start(part + 1, blocks, tasks)
+        b = take(data(queues), part, part_start(part, blocks, tasks), share)
+        while b < stop:
+            for first in range(b * block, min(min(b + share, stop) * block, rows), block):
+                _forward_block(
+                    x, weight, bias, y, first, min(block, rows - first), n, k, m, bias_m, offset, eps, streaming,
+                    centred, wide,
+                )  # fmt: skip
             b = take(data(queues), part, part_start(part, blocks, tasks), share)
-            while b < stop:
-                for first in range(b * block, min(min(b + share, stop) * block, rows), block):
-                    _forward_block(
-                        data(x), data(weight), data(bias), data(y), first, min(block, rows - first), n, k, m, bias_m,
-                        offset, eps, streaming, centred, wide,
-                    )  # fmt: skip
-                b = take(data(queues), part, part_start(part, blocks, tasks), share)
+
+
+def _forward(
+    x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
+    centred: Any, wide: Any, threads: int, y: Any,
+) -> None:  # fmt: skip
+    rows, n = x.shape
+    queues = new_queues(threads)
+    in_parallel(
+        _forward_task, threads, threads,
+        (threads, queues, data(x), data(weight), data(bias), data(y), rows, n, k, m, bias_m, offset, eps, streaming,
+         centred, wide),
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- backward
@@ -178,47 +186,59 @@ def _backward_block(
             )
 
 
-def _backward(
-    dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, streaming: int,
-    centred: Any, wide: Any, tasks: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any, dbias: Any,
+@piece
+def _backward_task(
+    task: int, tasks: int, queues: Any, dy: Any, x: Any, weight: Any, dx: Any, weight_partial: Any, bias_partial: Any,
+    rows: int, n: int, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, streaming: int,
+    centred: Any, wide: Any,
 ) -> None:  # fmt: skip
-    """Task t adds up rows t % m, t % m + m, … of one of `chunks` parts in row t of the partial sums."""
-    rows, n = x.shape
+    """Rows t % m, t % m + m, … of one of `chunks` parts of them, added up in row t of the partial sums; for some t."""
     groups = rows // m
     block = block_rows(n)
-    queues = new_queues(tasks)
-    for task in prange(tasks):
-        for turn in range(tasks):
-            part = (task + turn) % tasks
+    for turn in range(tasks):
+        part = (task + turn) % tasks
+        t = take(data(queues), part, part_start(part, chunks * m, tasks), 1)
+        while t < part_start(part + 1, chunks * m, tasks):
+            first, stop = groups * (t // m) // chunks, groups * (t // m + 1) // chunks
+            clear(weight_partial, t * n, n)
+            clear(bias_partial, t * n, n)
+            for g in range(first, stop, block):
+                _backward_block(
+                    dy, x, weight, dx, weight_partial, bias_partial, min(block, stop - g), (g * m + t % m) * n, m * n,
+                    n, k, t % m % weight_m * n, t * n, offset, eps, streaming, centred, wide,
+                )  # fmt: skip
             t = take(data(queues), part, part_start(part, chunks * m, tasks), 1)
-            while t < part_start(part + 1, chunks * m, tasks):
-                first, stop = groups * (t // m) // chunks, groups * (t // m + 1) // chunks
-                clear(data(weight_partial), t * n, n)
-                clear(data(bias_partial), t * n, n)
-                for g in range(first, stop, block):
-                    _backward_block(
-                        data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial),
-                        min(block, stop - g), (g * m + t % m) * n, m * n, n, k, t % m % weight_m * n, t * n, offset,
-                        eps, streaming, centred, wide,
-                    )  # fmt: skip
-                t = take(data(queues), part, part_start(part, chunks * m, tasks), 1)
+
+
+def _backward(
+    dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, streaming: int,
+    centred: Any, wide: Any, threads: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any, dbias: Any,
+) -> None:  # fmt: skip
+    rows, n = x.shape
+    queues = new_queues(threads)
+    in_parallel(
+        _backward_task, threads, threads,
+        (threads, queues, data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial), rows, n,
+         k, weight_m, m, chunks, offset, eps, streaming, centred, wide),
+    )  # fmt: skip
+    pieces = (n + SEGMENT - 1) // SEGMENT
     if dweight is not None:
-        for p in prange((n + SEGMENT - 1) // SEGMENT):
-            _add_partials(data(weight_partial), data(dweight), chunks * m, dweight.shape[0], n, p)
+        in_parallel(
+            _add_partials, pieces, threads, (data(weight_partial), data(dweight), chunks * m, dweight.shape[0], n)
+        )
     if dbias is not None:
-        for p in prange((n + SEGMENT - 1) // SEGMENT):
-            _add_partials(data(bias_partial), data(dbias), chunks * m, dbias.shape[0], n, p)
+        in_parallel(_add_partials, pieces, threads, (data(bias_partial), data(dbias), chunks * m, dbias.shape[0], n))
 
 
 @piece
-def _add_partials(partial: Any, total: Any, tasks: int, m: int, n: int, p: int) -> None:
+def _add_partials(p: int, partial: Any, total: Any, partials: int, m: int, n: int) -> None:
     """Rows h, h + m, … of the partial sums, added in this order, are row h of the total."""
     like = rounded(zeros(partial, float64))
     for h in range(m):
         for i in range(p * SEGMENT, min(p * SEGMENT + SEGMENT, n), LANES):
             count = min(LANES, n - i)
             lanes = load(partial, h * n + i, like, count)
-            for t in range(h + m, tasks, m):
+            for t in range(h + m, partials, m):
                 lanes = lanes + load(partial, t * n + i, like, count)
             store(total, h * n + i, lanes, count)
 

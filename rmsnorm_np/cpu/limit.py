@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from rmsnorm_np.cpu import memory, threads
 from rmsnorm_np.cpu.jit import Kernel, piece
 from rmsnorm_np.cpu.simd import LANES, data, float64, load, rounded, store, stream
+from rmsnorm_np.cpu.threads import in_parallel
 
 PIECE = 1 << 14  # float64 that a thread takes at a time, 128 KiB
 
@@ -28,8 +28,8 @@ def calls(nbytes: int) -> dict[str, Callable[[], None]]:
     streaming = memory.streams(y)
 
     def run(kernel: Kernel, *args: Any) -> None:
-        chosen, _ = threads.choose(kernel, 2 * count)
-        (chosen.compiled.get(None) or chosen.compile(None, args))(*args)
+        args = (*args, threads.choose(2 * count))
+        (kernel.compiled.get(None) or kernel.compile(None, args))(*args)
 
     def forward() -> None:
         run(copy, x[0], y[0], streaming)
@@ -41,13 +41,13 @@ def calls(nbytes: int) -> dict[str, Callable[[], None]]:
     return {"forward": forward, "forward+backward": both}
 
 
-def _copy(x: Any, y: Any, streaming: int) -> None:
-    for p in prange((len(x) + PIECE - 1) // PIECE):
-        _copy_piece(data(x), data(y), p * PIECE, min(p * PIECE + PIECE, len(x)), streaming)
+def _copy(x: Any, y: Any, streaming: int, on_threads: int) -> None:
+    in_parallel(_copy_piece, -(-len(x) // PIECE), on_threads, (data(x), data(y), len(x), streaming))
 
 
 @piece
-def _copy_piece(x: Any, y: Any, start: int, stop: int, streaming: int) -> None:
+def _copy_piece(p: int, x: Any, y: Any, count: int, streaming: int) -> None:
+    start, stop = p * PIECE, min(p * PIECE + PIECE, count)
     if streaming:
         for i in range(start, stop, LANES):
             stream(y, i, rounded(load(x, i, float64)))
@@ -56,13 +56,13 @@ def _copy_piece(x: Any, y: Any, start: int, stop: int, streaming: int) -> None:
             store(y, i, rounded(load(x, i, float64)))
 
 
-def _triad(x: Any, z: Any, y: Any, streaming: int) -> None:
-    for p in prange((len(x) + PIECE - 1) // PIECE):
-        _triad_piece(data(x), data(z), data(y), p * PIECE, min(p * PIECE + PIECE, len(x)), streaming)
+def _triad(x: Any, z: Any, y: Any, streaming: int, on_threads: int) -> None:
+    in_parallel(_triad_piece, -(-len(x) // PIECE), on_threads, (data(x), data(z), data(y), len(x), streaming))
 
 
 @piece
-def _triad_piece(x: Any, z: Any, y: Any, start: int, stop: int, streaming: int) -> None:
+def _triad_piece(p: int, x: Any, z: Any, y: Any, count: int, streaming: int) -> None:
+    start, stop = p * PIECE, min(p * PIECE + PIECE, count)
     if streaming:
         for i in range(start, stop, LANES):
             stream(y, i, rounded(load(x, i, float64)) + rounded(load(z, i, float64)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from rmsnorm_np.cpu.extreme import forward_extreme_row, is_ordinary, is_ordinary_gradient, write_extreme_gradient
 from rmsnorm_np.cpu.gradients import (
@@ -30,6 +29,7 @@ from rmsnorm_np.cpu.rows import (
     write_output,
 )
 from rmsnorm_np.cpu.simd import SEGMENT, data, float64, keep, kept
+from rmsnorm_np.cpu.threads import in_parallel
 
 LONG_ROW = 65536
 PIECE = 16 * SEGMENT  # what a thread takes at a time
@@ -39,7 +39,7 @@ TILE = 1024  # columns whose sums over the rows stay in the first-level cache fr
 
 def _long_forward(
     x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, wide: Any, tasks: int, y: Any,
+    centred: Any, wide: Any, threads: int, y: Any,
 ) -> None:  # fmt: skip
     rows, n = x.shape
     segments = (n + SEGMENT - 1) // SEGMENT
@@ -48,22 +48,18 @@ def _long_forward(
     for r in range(rows):
         start = r * n
         if centred is not None:
-            for p in prange(pieces):
-                _piece_sums(data(x), start, n, p, data(sums[0]), centred)
-            _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]), centred)
-        for p in prange(pieces):
-            _piece_squares(data(x), start, n, k, p, data(sums[2]), data(sums[1]), centred)
+            in_parallel(_piece_sums, pieces, threads, (data(x), start, n, sums[0], centred))
+            _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]))
+        in_parallel(_piece_squares, pieces, threads, (data(x), start, n, k, sums[2], sums[1], centred))
         ordinary = _add_squares(data(x), k, eps, data(sums[1]), centred, wide)
         shift = r % m * n - start
         bias_shift = r % bias_m * n - start
         if ordinary:
-            for q in prange(pieces):
-                # from the back: what was read last is still in the cache
-                p = pieces - 1 - q
-                _piece_output(
-                    data(x), data(weight), data(bias), data(y), start, n, p, shift, bias_shift, offset,
-                    data(sums[2]), data(sums[1]), streaming, centred,
-                )  # fmt: skip
+            in_parallel(
+                _piece_output, pieces, threads,
+                (data(x), data(weight), data(bias), data(y), start, n, pieces, shift, bias_shift, offset, sums[2],
+                 sums[1], streaming, centred),
+            )  # fmt: skip
         elif wide is not None:
             forward_extreme_row(
                 data(x), data(weight), data(bias), data(y), start, n, k, shift + start, bias_shift + start, offset,
@@ -72,14 +68,14 @@ def _long_forward(
 
 
 @piece
-def _piece_sums(x: Any, start: int, n: int, p: int, sums: Any, centred: Any) -> None:
+def _piece_sums(p: int, x: Any, start: int, n: int, sums: Any, centred: Any) -> None:
     work = forward_precision(centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, n), SEGMENT):
-        keep(sums, first // SEGMENT, segment_sum(x, start + first, start + min(first + SEGMENT, n), work))
+        keep(data(sums), first // SEGMENT, segment_sum(x, start + first, start + min(first + SEGMENT, n), work))
 
 
 @piece
-def _add_segments(x: Any, n: int, segments: int, sums: Any, means: Any, centred: Any) -> None:
+def _add_segments(x: Any, n: int, segments: int, sums: Any, means: Any) -> None:
     """The mean, in place 0 of `means`."""
     total = kept(sums, 0, x)
     for s in range(1, segments):
@@ -88,12 +84,12 @@ def _add_segments(x: Any, n: int, segments: int, sums: Any, means: Any, centred:
 
 
 @piece
-def _piece_squares(x: Any, start: int, n: int, k: int, p: int, means: Any, sums: Any, centred: Any) -> None:
+def _piece_squares(p: int, x: Any, start: int, n: int, k: int, means: Any, sums: Any, centred: Any) -> None:
     work = forward_precision(centred)
-    mean = kept_mean(means, 0, x, centred)
+    mean = kept_mean(data(means), 0, x, centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, k), SEGMENT):
         stop = min(first + SEGMENT, k)
-        keep(sums, first // SEGMENT, segment_squares(x, start + first, start + stop, mean, work))
+        keep(data(sums), first // SEGMENT, segment_squares(x, start + first, start + stop, mean, work))
 
 
 @piece
@@ -108,19 +104,20 @@ def _add_squares(x: Any, k: int, eps: float, sums: Any, centred: Any, wide: Any)
 
 @piece
 def _piece_output(
-    x: Any, weight: Any, bias: Any, y: Any, start: int, n: int, p: int, shift: int, bias_shift: int, offset: Any,
-    means: Any, rstds: Any, streaming: int, centred: Any,
+    turn: int, x: Any, weight: Any, bias: Any, y: Any, start: int, n: int, pieces: int, shift: int, bias_shift: int,
+    offset: Any, means: Any, rstds: Any, streaming: int, centred: Any,
 ) -> None:  # fmt: skip
+    p = pieces - 1 - turn  # from the back: what was read last is still in the cache
     first, last = start + p * PIECE, start + min(p * PIECE + PIECE, n)
     write_output(
-        x, weight, bias, y, first, last, shift, bias_shift, offset, kept_mean(means, 0, x, centred), kept(rstds, 0, x),
-        streaming, AHEAD, forward_precision(centred),
+        x, weight, bias, y, first, last, shift, bias_shift, offset, kept_mean(data(means), 0, x, centred),
+        kept(data(rstds), 0, x), streaming, AHEAD, forward_precision(centred),
     )  # fmt: skip
 
 
 def _long_backward(
     dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, wide: Any, tasks: int, dx: Any, dweight: Any, dbias: Any,
+    centred: Any, wide: Any, threads: int, dx: Any, dweight: Any, dbias: Any,
 ) -> None:  # fmt: skip
     """First the sums of all rows, then the columns: each column piece adds dweight and dbias over the rows by itself.
 
@@ -137,27 +134,23 @@ def _long_backward(
         start = r * n
         shift = r % weight_m * n - start
         if centred is not None:
-            for p in prange(pieces):
-                _piece_sums(data(x), start, n, p, data(sums[0]), centred)
-            _add_segments(data(x), n, segments, data(sums[0]), data(sums[3]), centred)
-        for p in prange(pieces):
-            _piece_gradient_sums(
-                data(dy), data(x), data(weight), start, n, k, shift, offset, p, data(sums[3]), data(sums[0]),
-                data(sums[1]), data(sums[2]), centred,
-            )  # fmt: skip
+            in_parallel(_piece_sums, pieces, threads, (data(x), start, n, sums[0], centred))
+            _add_segments(data(x), n, segments, data(sums[0]), data(sums[3]))
+        in_parallel(
+            _piece_gradient_sums, pieces, threads,
+            (data(dy), data(x), data(weight), start, n, k, shift, offset, sums, centred),
+        )  # fmt: skip
         ordinary &= _add_gradient_sums(
             data(x), n, k, eps, segments, data(sums[3]), data(sums[0]), data(sums[1]), data(sums[2]), r // m,
             data(numbers[0, r % m]), data(numbers[1, r % m]), data(numbers[2, r % m]), data(numbers[3, r % m]),
             centred, wide,
         )  # fmt: skip
     if ordinary:
-        for t in prange(pieces * m):
-            p, h = pieces - 1 - t // m, t % m
-            _piece_gradient(
-                data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), p, h, rows, n, k, weight_m, m,
-                offset, data(numbers[0, h]), data(numbers[1, h]), data(numbers[2, h]), data(numbers[3, h]),
-                streaming, centred,
-            )  # fmt: skip
+        in_parallel(
+            _piece_gradient, pieces * m, threads,
+            (data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), pieces, rows, n, k, weight_m, m,
+             offset, numbers, streaming, centred),
+        )  # fmt: skip
     elif wide is not None:
         sums = np.zeros((2, n))
         for h in range(m):
@@ -185,18 +178,18 @@ def _extreme_rows(
 
 @piece
 def _piece_gradient_sums(
-    dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, p: int, means: Any,
-    squares: Any, sums: Any, products: Any, centred: Any,
-) -> None:  # fmt: skip
-    mean = kept_mean(means, 0, x, centred)
+    p: int, dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, sums: Any, centred: Any
+) -> None:
+    """Into sums[0] the squares of each segment, into sums[1] the sums of g, into sums[2] those of g · x."""
+    mean = kept_mean(data(sums[3]), 0, x, centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, n), SEGMENT):
         s, stop = first // SEGMENT, min(first + SEGMENT, n)
         square, g_sum, product = segment_moments(
             dy, x, weight, start + first, start + stop, start + k, shift, offset, mean, AHEAD, float64
         )
-        keep(squares, s, square)
-        keep(sums, s, g_sum)
-        keep(products, s, product)
+        keep(data(sums[0]), s, square)
+        keep(data(sums[1]), s, g_sum)
+        keep(data(sums[2]), s, product)
 
 
 @piece
@@ -218,10 +211,11 @@ def _add_gradient_sums(
 
 @piece
 def _piece_gradient(
-    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, p: int, h: int, rows: int, n: int, k: int,
-    weight_m: int, m: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, streaming: int, centred: Any,
+    turn: int, dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, pieces: int, rows: int, n: int, k: int,
+    weight_m: int, m: int, offset: Any, numbers: Any, streaming: int, centred: Any,
 ) -> None:  # fmt: skip
-    """The columns of piece p, in the rows h, h + m, … that share row h of dweight; with m = 1 these are all."""
+    """The columns of a piece, in the rows h, h + m, … that share row h of dweight; with m = 1 these are all."""
+    p, h = pieces - 1 - turn // m, turn % m
     room = np.empty((2, TILE))
     weight_sums, bias_sums = absent_with(dweight, data(room[0])), absent_with(dbias, data(room[1]))
     for first in range(p * PIECE, min(p * PIECE + PIECE, n), TILE):
@@ -231,7 +225,8 @@ def _piece_gradient(
         for j in range(rows // m):
             write_row_gradient(
                 dy, x, weight, dx, weight_sums, bias_sums, first, last, (j * m + h) * n, k, h % weight_m * n, -first,
-                offset, means, rstds, bs, cs, j, streaming, AHEAD, centred,
+                offset, data(numbers[0, h]), data(numbers[1, h]), data(numbers[2, h]), data(numbers[3, h]), j,
+                streaming, AHEAD, centred,
             )  # fmt: skip
         put_sums(dweight, h * n + first, weight_sums, last - first, streaming)
         put_sums(dbias, h * n + first, bias_sums, last - first, streaming)

@@ -1,21 +1,96 @@
-"""On how many threads a kernel runs."""
+"""Work on several threads: on how many, and how a kernel hands its tasks to Numba's threads.
+
+Numba's own way, ``prange``, compiles the whole kernel a second time, for threads, and analyses it as a whole; that took
+as long as all else. Here a kernel is compiled once and calls the function behind ``prange`` by itself.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numba
-
-if TYPE_CHECKING:
-    from rmsnorm_np.cpu.jit import Kernel
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.extending import lower_builtin, type_callable
 
 # Starting threads costs 3 to 5 µs, as long as one thread needs for so many elements (forward, float32).
 PARALLEL_ELEMENTS = 16384
 
 
-def choose(kernel: Kernel, elements: int) -> tuple[Any, int]:
-    """The kernel compiled for all of Numba's threads, or the serial one where that is sooner done; and its tasks."""
-    threads = numba.config.NUMBA_NUM_THREADS
-    if elements < PARALLEL_ELEMENTS or threads == 1:
-        return kernel.serial, 1
-    return kernel.parallel, threads
+def choose(elements: int) -> int:
+    """On how many threads to work: on all of Numba's, or on one where that is sooner done."""
+    return 1 if elements < PARALLEL_ELEMENTS else int(numba.config.NUMBA_NUM_THREADS)
+
+
+def in_parallel(task: Callable[..., None], count: int, threads: int, args: tuple[Any, ...]) -> None:
+    """Call ``task(t, *args)`` for each t below `count`, on that many threads, or fewer if `set_num_threads` says so.
+
+    For kernels. A task must not raise: nobody would hear of it.
+    """
+    for t in range(count):
+        task(t, *args)
+
+
+@type_callable(in_parallel)
+def _type_in_parallel(context: Any) -> Any:
+    def typer(task: Any, count: Any, threads: Any, args: Any) -> Any:
+        if isinstance(task, types.Dispatcher) and isinstance(args, types.BaseTuple):
+            task.get_call_type(context, (types.intp, *args.types), {})
+            return types.none
+
+    return typer
+
+
+@lower_builtin(in_parallel, types.Dispatcher, types.Integer, types.Integer, types.BaseTuple)
+def _in_parallel(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    task, count_type, threads_type, args_type = sig.args
+    _, count, threads, values = args
+    count = context.cast(builder, count, count_type, types.intp)
+    threads = context.cast(builder, threads, threads_type, types.intp)
+    shared = cgutils.alloca_once_value(builder, values)
+    run = _runner(context, builder, task, args_type, shared.type)
+
+    one, no_pointer = count.type(1), ir.Constant(cgutils.voidptr_t, None)
+    alone = builder.or_(builder.icmp_signed("<=", threads, one), builder.icmp_signed("<=", count, one))
+    with builder.if_else(alone) as (here, on_threads):
+        with here, cgutils.for_range(builder, count) as loop:
+            number = cgutils.alloca_once_value(builder, builder.inttoptr(loop.index, cgutils.voidptr_t))
+            builder.call(run, [number, no_pointer, no_pointer, builder.bitcast(shared, cgutils.voidptr_t)])
+        with on_threads:
+            ask = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(count.type, []), "get_num_threads"
+            )
+            allowed = builder.call(ask, [])
+            fewer = builder.icmp_signed("<", allowed, threads)
+            # args[0] + t * steps[0] is what run gets as args[0] in turn t: with a null pointer and steps of one, t
+            start = cgutils.alloca_once_value(builder, no_pointer)
+            step = cgutils.alloca_once_value(builder, one)
+            counts = cgutils.alloca_once_value(builder, count)
+            pointers = [run, start, counts, step, shared]
+            numbers = [count.type(0), one, builder.select(fewer, allowed, threads)]
+            function = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] * 5 + [count.type] * 3)
+            parallel_for = cgutils.get_or_insert_function(builder.module, function, "numba_parallel_for")
+            builder.call(
+                parallel_for, [builder.bitcast(pointer, cgutils.voidptr_t) for pointer in pointers] + numbers
+            )
+    return context.get_dummy_value()
+
+
+def _runner(context: Any, builder: Any, task: Any, args_type: Any, shared_type: Any) -> Any:
+    """One turn as Numba's threads call it: run(args, dimensions, steps, data), where data points at the task's args."""
+    pointer = cgutils.voidptr_t
+    function_type = ir.FunctionType(ir.VoidType(), [pointer.as_pointer(), pointer, pointer, pointer])
+    run = ir.Function(builder.module, function_type, builder.module.get_unique_name(f"{builder.function.name}.task"))
+    run.linkage = "internal"
+    inner = ir.IRBuilder(run.append_basic_block("entry"))
+    number = inner.ptrtoint(inner.load(run.args[0]), context.get_value_type(types.intp))
+    values = inner.load(inner.bitcast(run.args[3], shared_type))
+    call = task.get_call_type(context.typing_context, (types.intp, *args_type.types), {})
+    compiled = task.dispatcher.get_compile_result(call)
+    context.add_linking_libs([compiled.library])
+    context.call_internal_no_propagate(
+        inner, compiled.fndesc, call, [number, *(inner.extract_value(values, i) for i in range(len(args_type)))]
+    )
+    inner.ret_void()
+    return run
