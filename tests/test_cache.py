@@ -17,7 +17,7 @@ import rmsnorm_np as rn
 from rmsnorm_np.cpu import kernels
 y = rn.rms_norm(np.array([[3.0, 4.0]], np.float32), eps=0.0)
 assert abs(y - [[0.84852814, 1.13137085]]).max() < 1e-6
-stats = kernels.forward.serial.dispatcher.stats
+stats = kernels.forward.dispatcher.stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 
@@ -60,7 +60,7 @@ def test_damage_of_any_kind_is_seen(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(cache, "folder", lambda: tmp_path)
-    store = cache.KernelCache(kernels.forward.serial.dispatcher.py_func, "serial")
+    store = cache.KernelCache(kernels.forward.dispatcher.py_func)
     path = store._path("signature", Codegen())
     for content in (b"", b"short", b"\0" * 32, b"\0" * 32 + b"a pickle that is none", os.urandom(1000)):
         path.write_bytes(content)
@@ -91,16 +91,15 @@ def test_the_folder_is_numbas_or_beside_the_package_or_the_users(tmp_path, monke
     assert cache.folder.__wrapped__() is None
 
 
-def test_serial_and_parallel_and_each_signature_have_files_of_their_own(tmp_path, monkeypatch):
+def test_each_kernel_and_signature_has_a_file_of_its_own(tmp_path, monkeypatch):
     class Codegen:
         def magic_tuple(self):
             return ("a", "b")
 
     monkeypatch.setattr(cache, "folder", lambda: tmp_path)
     paths = {
-        cache.KernelCache(function, variant)._path(signature, Codegen())
+        cache.KernelCache(function)._path(signature, Codegen())
         for function in (run, test_damage_of_any_kind_is_seen)
-        for variant in ("serial", "parallel")
         for signature in ("one", "two")
     }
-    assert len(paths) == 8
+    assert len(paths) == 4

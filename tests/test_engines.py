@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is f
 
 # The CPU engine works in vectors of 8 numbers and adds up to four side by side, cuts sums into segments of 2048, takes
 # blocks of 4096 // n rows but at most 64, has a path of its own for whole vectors up to 64 elements, splits the rows
-# for dweight into parts of 16 or more, and goes parallel from 16384 elements on.
+# for dweight into parts of 16 or more, and goes parallel from 32768 elements on.
 N = [
     1,  # no lane but one; LayerNorm's variance is zero
     2, 3,  # fewer than a vector of any processor

@@ -14,7 +14,7 @@ import pytest
 from tolerances import worst_ulp
 
 from rmsnorm_np import cpu
-from rmsnorm_np.cpu import jit, llvm, simd
+from rmsnorm_np.cpu import jit, llvm, simd  # noqa: F401  (jit registers how simd compiles)
 
 JIT_OFF = bool(numba.config.DISABLE_JIT)
 
@@ -44,7 +44,7 @@ def converter():
         for i in range(0, source.size, simd.LANES):
             simd.store(t, i, simd.load(s, i, simd.float32))
 
-    return jit.piece(convert)
+    return numba.njit(convert)
 
 
 @pytest.fixture(params=["instruction", "software"])
@@ -86,7 +86,7 @@ def test_float32_is_rounded_to_half_with_ties_to_even(kind, stored, convert):
 def test_warmup_calls_everything():
     steps = []
     cpu.warmup(report=steps.append)
-    assert len(steps) == 4 * 2 * 3
+    assert len(steps) == 4 * 3
 
 
 PROGRAM = """

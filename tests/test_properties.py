@@ -18,7 +18,7 @@ from tolerances import DX_ULP, Y_ULP, dx_terms, parameter_tolerance, spacing
 
 import rmsnorm_np as rn
 
-# The CPU engine goes parallel at 16384 elements. Run as plain Python, a million of them would take minutes.
+# The CPU engine goes parallel at 32768 elements. Run as plain Python, a million of them would take minutes.
 MOST_ELEMENTS = 400 if numba.config.DISABLE_JIT else 40_000
 FLOAT16, _, FLOAT32, FLOAT64 = DTYPES
 

@@ -61,7 +61,10 @@ def _forward(
         kernel, streaming, on_threads = kernels.forward, 0, 1
     else:
         y = memory.empty((rows, n), x.dtype, x) if out is None else out
-        kernel, on_threads = long_rows.long_forward if n > long_rows.LONG_ROW else kernels.forward, threads.choose(x.size)
+        kernel, on_threads = (
+            long_rows.long_forward if n > long_rows.LONG_ROW else kernels.forward,
+            threads.choose(x.size),
+        )
         streaming = memory.streams(y)
         if weight is not None and rows >= SCALED_ROWS:
             weight, weight_offset = _scale(x, weight, weight_offset, centred is None)

@@ -64,8 +64,15 @@ def _operand(context: Any, builder: Any, numba_type: Any, value: Any, kind: str,
     return high, low
 
 
-def _arithmetic(function: Any, plain: str, exact: Any) -> None:
+def _type_optional_arithmetic(context: Any) -> Any:
+    typer = _type_arithmetic(context)
+    return lambda a, b: a if types.none in (a, b) else typer(a, b)
+
+
+def _arithmetic(function: Any, optional: Any, plain: str, exact: Any) -> None:
+    """``function`` on lanes, and ``optional``, which gives back its first argument where one is None."""
     type_callable(function)(_type_arithmetic)
+    type_callable(optional)(_type_optional_arithmetic)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind, count = _common(*sig.args)
@@ -76,11 +83,14 @@ def _arithmetic(function: Any, plain: str, exact: Any) -> None:
 
     for signature in ((LanesType, LanesType), (LanesType, types.Number), (types.Number, LanesType)):
         lower_builtin(function, *signature)(lower)
+        lower_builtin(optional, *signature)(lower)
+    for signature in ((types.Any, types.NoneType), (types.NoneType, types.Any), (types.NoneType, types.NoneType)):
+        lower_builtin(optional, *signature)(lambda context, builder, sig, args: args[0])
 
 
-_arithmetic(operator.add, "fadd", add_parts)
-_arithmetic(operator.sub, "fsub", lambda builder, a, b: add_parts(builder, a, negate_parts(builder, b)))
-_arithmetic(operator.mul, "fmul", multiply_parts)
+_arithmetic(operator.add, simd.plus, "fadd", add_parts)
+_arithmetic(operator.sub, simd.minus, "fsub", lambda builder, a, b: add_parts(builder, a, negate_parts(builder, b)))
+_arithmetic(operator.mul, simd.times, "fmul", multiply_parts)
 
 
 @type_callable(simd.add_exact_square)

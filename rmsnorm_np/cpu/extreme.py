@@ -13,10 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from rmsnorm_np.cpu.gradients import keep_gradient_numbers, moments_of, write_gradient
+from rmsnorm_np.cpu.gradients import absent_with, keep_gradient_numbers, moments_of, write_row_gradient
 from rmsnorm_np.cpu.jit import inlined, piece
-from rmsnorm_np.cpu.rows import keep_statistics, kept_mean, reciprocal_root, write_output
-from rmsnorm_np.cpu.simd import LANES, data, float64, kept, load, rounded, scratch, store, zeros
+from rmsnorm_np.cpu.rows import (
+    forward_precision,
+    keep_mean,
+    keep_statistics,
+    kept_mean,
+    reciprocal_root,
+    write_output,
+)
+from rmsnorm_np.cpu.simd import LANES, add_product, data, float64, kept, load, minus, rounded, scratch, store, zeros
 
 
 @inlined
@@ -62,20 +69,22 @@ def forward_extreme_row(
     x: Any, weight: Any, bias: Any, y: Any, start: int, n: int, k: int, shift: int, bias_shift: int, offset: Any,
     eps: float, centred: Any, wide: Any,
 ) -> None:  # fmt: skip
+    zero = n - n  # a literal would have all it is passed to compiled once more
     room = np.empty((2, n), wide.dtype)
     row, result = data(room[0]), data(room[1])
-    copy_row(x, start, row, 0, n)
+    copy_row(x, start, row, zero, n)
     scale = power_of_two(row, n, math.sqrt(eps))
     if scale != 1.0:
         for i in range(n):
             row[i] *= scale
     eps = eps * scale * scale  # not scale * scale, which can overflow
     means, totals = scratch(), scratch()
-    keep_statistics(row, 0, n, k, means, totals, 0, centred, float64)
-    rstd = reciprocal_root(kept(totals, 0, row), k, eps)
-    mean = kept_mean(means, 0, row, centred)
-    write_output(row, weight, bias, result, 0, n, shift, bias_shift, offset, mean, rstd, 0, 0, float64)
-    copy_row(result, 0, y, start, n)
+    work = forward_precision(centred)  # means nothing for the copy, and gives the code that ordinary float64 rows have
+    keep_statistics(row, zero, n, k, means, totals, zero, centred, work)
+    rstd = reciprocal_root(kept(totals, zero, row), k, eps)
+    mean = kept_mean(means, zero, row, centred)
+    write_output(row, weight, bias, result, zero, n, shift, bias_shift, offset, mean, rstd, zero, zero, work)
+    copy_row(result, zero, y, start, n)
 
 
 @piece
@@ -84,35 +93,47 @@ def write_extreme_gradient(
     sum_shift: int, offset: Any, eps: float, centred: Any, wide: Any,
 ) -> None:  # fmt: skip
     """One row: dx, and its share of dweight and dbias."""
-    room = np.empty((3, n), wide.dtype)
-    row, gradient, result = data(room[0]), data(room[1]), data(room[2])
-    copy_row(x, start, row, 0, n)
-    copy_row(dy, start, gradient, 0, n)
+    zero = n - n  # a literal would have all it is passed to compiled once more
+    room = np.empty((4, n), wide.dtype)
+    row, gradient, result, unused = data(room[0]), data(room[1]), data(room[2]), data(room[3])
+    copy_row(x, start, row, zero, n)
+    copy_row(dy, start, gradient, zero, n)
     scale = power_of_two(row, n, math.sqrt(eps))
     dy_scale = power_of_two(gradient, n, 0.0)
     for i in range(n):
         row[i] *= scale
-    eps = eps * scale * scale  # not scale * scale, which can overflow
-    means, totals, rstds, bs, cs = scratch(), scratch(), scratch(), scratch(), scratch()
-    keep_statistics(row, 0, n, k, means, totals, 0, centred, float64)
-    mean, squares = kept_mean(means, 0, row, centred), kept(totals, 0, row)
-    none = squares - squares
-    keep_gradient_numbers(squares, none, none, k, eps, rstds, bs, cs, 0)
-    # xhat does not depend on the scale of x: the shares of dweight and dbias come from dy as it is
-    write_gradient(
-        gradient, row, weight, result, dweight, dbias, 0, n, shift, sum_shift, offset, mean, kept(rstds, 0, row),
-        kept_mean(bs, 0, row, centred), kept(cs, 0, row), 0, 0, 0, float64,
-    )  # fmt: skip
-    for i in range(n):
         gradient[i] *= dy_scale
-    _, sums, products = moments_of(gradient, row, weight, 0, n, k, shift, offset, mean, 0, float64)
-    keep_gradient_numbers(squares, sums, products, k, eps, rstds, bs, cs, 0)
-    for first, stop, inside in ((0, k, 1), (k, n, 0)):
-        write_gradient(
-            gradient, row, weight, result, None, None, first, stop, shift, 0, offset, mean, kept(rstds, 0, row),
-            kept_mean(bs, 0, row, centred), kept(cs, 0, row), inside, 0, 0, float64,
-        )  # fmt: skip
+    eps = eps * scale * scale  # not scale * scale, which can overflow
+    means, rstds, bs, cs = scratch(), scratch(), scratch(), scratch()
+    keep_mean(row, zero, n, means, zero, centred)
+    mean = kept_mean(means, zero, row, centred)
+    squares, sums, products = moments_of(gradient, row, weight, zero, n, k, shift, offset, mean, zero, float64)
+    keep_gradient_numbers(squares, sums, products, k, eps, rstds, bs, cs, zero)
+    # xhat does not depend on the scale of x: the shares of dweight and dbias come from dy as it is
+    add_shares(dy, start, row, dweight, dbias, sum_shift, n, mean, kept(rstds, zero, row))
+    write_row_gradient(
+        gradient, row, weight, result, absent_with(dweight, unused), absent_with(dbias, unused), 0, n, zero, k, shift,
+        zero, offset, means, rstds, bs, cs, zero, zero, zero, centred,
+    )  # fmt: skip
     exponent = math.frexp(scale)[1] - math.frexp(dy_scale)[1]
     for i in range(n):
         result[i] = math.ldexp(result[i], exponent)
-    copy_row(result, 0, dx, start, n)
+    copy_row(result, zero, dx, start, n)
+
+
+@piece
+def add_shares(
+    dy: Any, start: int, x: Any, dweight: Any, dbias: Any, sum_shift: int, n: int, mean: Any, rstd: Any
+) -> None:
+    """dy · xhat and dy of one row, added to what stands at sum_shift; that row of dy is at `start`, of x at 0."""
+    like = rounded(zeros(x, float64))
+    for i in range(0, n, LANES):
+        count = min(LANES, n - i)
+        lanes = load(dy, start + i, like, count)
+        if dweight is not None:
+            xhat = minus(load(x, i, float64, count), mean) * rstd
+            sums = rounded(load(dweight, sum_shift + i, like, count))
+            store(dweight, sum_shift + i, add_product(sums, xhat, lanes), count)
+        if dbias is not None:
+            sums = rounded(load(dbias, sum_shift + i, like, count))
+            store(dbias, sum_shift + i, sums + rounded(lanes), count)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rmsnorm_np import _formulas
 from rmsnorm_np.cpu.jit import contracted, inlined, optional
-from rmsnorm_np.cpu.rows import kept_mean, minus, reciprocal_root, scale_of, segment_squares, times
+from rmsnorm_np.cpu.rows import kept_mean, reciprocal_root, segment_squares
 from rmsnorm_np.cpu.simd import (
     LANES,
     SEGMENT,
@@ -15,13 +15,15 @@ from rmsnorm_np.cpu.simd import (
     add_product,
     float64,
     keep,
-    keeps_errors,
     kept,
     load,
+    minus,
+    plus,
     prefetch_second,
     rounded,
     store,
     stream,
+    times,
     until_aligned,
     zeros,
 )
@@ -33,7 +35,7 @@ layer_gradient = contracted(_formulas.layer_gradient)
 @inlined
 def scaled_gradient(dy: Any, weight: Any, i: int, shift: int, offset: Any, like: Any, count: Any) -> Any:
     """g = dy · (weight_offset + weight)."""
-    return times(load(dy, i, like, count), scale_of(weight, offset, shift + i, like, count))
+    return times(load(dy, i, like, count), plus(load(weight, shift + i, like, count), offset))
 
 
 @optional("mean", lambda total, lanes, mean: total)
@@ -42,6 +44,7 @@ def add_if_centred(total: Any, lanes: Any, mean: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------- sums over a row
+# Two vectors in each turn, as in `rows`; one for float64, whose pairs fill the registers as it is.
 
 
 @inlined
@@ -51,7 +54,7 @@ def segment_products(
     """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean); weight of element i is at shift + i."""
     a, b, a_sum, b_sum = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
     i = start
-    while not keeps_errors(x) and i + 2 * LANES <= stop:
+    while i + 2 * LANES <= stop:
         g = scaled_gradient(dy, weight, i, shift, offset, a, None)
         h = scaled_gradient(dy, weight, i + LANES, shift, offset, a, None)
         a_sum = add_if_centred(a_sum, g, mean)
@@ -60,15 +63,12 @@ def segment_products(
         b = add_product(b, h, minus(load(x, i + LANES, work), mean))
         prefetch_second(dy, i + ahead)
         i += 2 * LANES
-    while i + LANES <= stop:
-        g = scaled_gradient(dy, weight, i, shift, offset, a, None)
+    while i < stop:
+        count = min(LANES, stop - i)
+        g = scaled_gradient(dy, weight, i, shift, offset, a, count)
         a_sum = add_if_centred(a_sum, g, mean)
-        a = add_product(a, g, minus(load(x, i, work), mean))
+        a = add_product(a, g, minus(load(x, i, work, count), mean))
         i += LANES
-    if i < stop:
-        g = scaled_gradient(dy, weight, i, shift, offset, a, stop - i)
-        b_sum = add_if_centred(b_sum, g, mean)
-        b = add_product(b, g, minus(load(x, i, work, stop - i), mean))
     return across(a_sum + b_sum), across(a + b)
 
 
@@ -79,7 +79,7 @@ def segment_squares_and_products(
     """Sums of x² and of g · x, from one reading of x."""
     a, b, a_squares, b_squares = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
     i = start
-    while not keeps_errors(x) and i + 2 * LANES <= stop:
+    while i + 2 * LANES <= stop:
         lanes, more = load(x, i, work), load(x, i + LANES, work)
         a_squares = add_exact_square(a_squares, lanes)
         b_squares = add_exact_square(b_squares, more)
@@ -87,15 +87,12 @@ def segment_squares_and_products(
         b = add_product(b, scaled_gradient(dy, weight, i + LANES, shift, offset, a, None), more)
         prefetch_second(dy, i + ahead)
         i += 2 * LANES
-    while i + LANES <= stop:
-        lanes = load(x, i, work)
+    while i < stop:
+        count = min(LANES, stop - i)
+        lanes = load(x, i, work, count)
         a_squares = add_exact_square(a_squares, lanes)
-        a = add_product(a, scaled_gradient(dy, weight, i, shift, offset, a, None), lanes)
+        a = add_product(a, scaled_gradient(dy, weight, i, shift, offset, a, count), lanes)
         i += LANES
-    if i < stop:
-        lanes = load(x, i, work, stop - i)
-        b_squares = add_exact_square(b_squares, lanes)
-        b = add_product(b, scaled_gradient(dy, weight, i, shift, offset, a, stop - i), lanes)
     return across(a_squares + b_squares), across(a + b)
 
 
@@ -167,7 +164,7 @@ def gradient_lanes(
     if dbias is not None:
         sums = rounded(load(dbias, sum_shift + i, rounded(like), count))
         store(dbias, sum_shift + i, sums + rounded(load(dy, i, like, count)), count)
-    g = times(u, scale_of(weight, offset, shift + i, like, count))
+    g = times(u, plus(load(weight, shift + i, like, count), offset))
     if b is not None:
         return layer_gradient(g, lanes, b, c)
     if inside:
@@ -181,34 +178,23 @@ def write_gradient(
     offset: Any, mean: Any, rstd: Any, b: Any, c: Any, inside: int, streaming: int, ahead: int, work: Any,
 ) -> None:  # fmt: skip
     """Dx from start to stop, the shares of dweight and dbias, and a prefetch of what lies `ahead` of x."""
-    head = start
-    if streaming:
-        head = min(start + until_aligned(dx, start), stop)
-        if start < head:
-            first = gradient_lanes(
-                dy, x, weight, dweight, dbias, start, shift, sum_shift, offset, mean, rstd, b, c, inside, work,
-                head - start,
-            )  # fmt: skip
-            store(dx, start, first, head - start)
+    head = min(start + until_aligned(dx, start), stop) if streaming else start
     body = stop - (stop - head) % LANES
-    if streaming:
-        for i in range(head, body, LANES):
-            lanes = gradient_lanes(
-                dy, x, weight, dweight, dbias, i, shift, sum_shift, offset, mean, rstd, b, c, inside, work, None
-            )
+    for i in range(head, body, LANES):
+        lanes = gradient_lanes(
+            dy, x, weight, dweight, dbias, i, shift, sum_shift, offset, mean, rstd, b, c, inside, work, None
+        )
+        if streaming:
             stream(dx, i, lanes)
             prefetch_second(x, i + ahead)
-    else:
-        for i in range(head, body, LANES):
-            lanes = gradient_lanes(
-                dy, x, weight, dweight, dbias, i, shift, sum_shift, offset, mean, rstd, b, c, inside, work, None
-            )
+        else:
             store(dx, i, lanes)
-    if body < stop:
-        last = gradient_lanes(
-            dy, x, weight, dweight, dbias, body, shift, sum_shift, offset, mean, rstd, b, c, inside, work, stop - body
-        )
-        store(dx, body, last, stop - body)
+    for i, count in ((start, head - start), (body, stop - body)):  # what is before the first and after the last vector
+        if count > 0:
+            lanes = gradient_lanes(
+                dy, x, weight, dweight, dbias, i, shift, sum_shift, offset, mean, rstd, b, c, inside, work, count
+            )
+            store(dx, i, lanes, count)
 
 
 @inlined

@@ -16,6 +16,7 @@ from numba.np.ufunc.parallel import _launch_threads
 
 from rmsnorm_np.cpu import arithmetic, lowering  # noqa: F401  (registers how simd compiles)
 from rmsnorm_np.cpu.cache import cached
+from rmsnorm_np.cpu.simd import keeps_errors
 
 _OPTIONS: dict[str, Any] = {
     "error_model": "numpy",  # division by zero gives inf or NaN, as the formula says, and no branch
@@ -23,19 +24,24 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
+# No entry from Python or C for what only kernels call: that spares 2/5 of the time of compiling a kernel. Python must
+# not call these functions then; it would crash.
+_PIECE: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
 def inlined(function: Callable[..., Any]) -> Any:
     """A piece of a kernel that passes lanes: always inlined, so that lanes stay in registers."""
-    return numba.njit(forceinline=True, **_OPTIONS)(function)
+    return numba.njit(forceinline=True, **_PIECE)(function)
 
 
 def contracted(function: Callable[..., Any]) -> Any:
     """As `inlined`, and its one sum of a product is a multiply-add where the processor has that."""
-    return numba.njit(forceinline=True, fastmath={"contract"}, **_OPTIONS)(function)
+    return numba.njit(forceinline=True, fastmath={"contract"}, **_PIECE)(function)
 
 
 def piece(function: Callable[..., Any]) -> Any:
     """A piece of a kernel that passes pointers and numbers."""
-    return numba.njit(**_OPTIONS)(function)
+    return numba.njit(**_PIECE)(function)
 
 
 def optional(name: str, absent: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -44,18 +50,28 @@ def optional(name: str, absent: Callable[..., Any]) -> Callable[[Callable[..., A
     The choice is made by type, when the caller is compiled: the other text need not even compile. (Numba's own
     pruning of ``if x is None`` drops a branch where x is None, but keeps both where it is not.)
     """
+    return _either(name, absent, lambda value: value is None, lambda type_: isinstance(type_, numba.types.NoneType))
 
-    def decorate(present: Callable[..., Any]) -> Any:
-        position = list(inspect.signature(present).parameters).index(name)
+
+def unless_exact(name: str, exact: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """The decorated function, and `exact` where what is loaded from argument `name` keeps its rounding errors."""
+    return _either(name, exact, keeps_errors, lambda type_: type_.dtype == numba.types.float64)
+
+
+def _either(
+    name: str, other: Callable[..., Any], is_other: Callable[[Any], bool], is_type_of_other: Callable[[Any], bool]
+) -> Callable[[Callable[..., Any]], Any]:
+    def decorate(function: Callable[..., Any]) -> Any:
+        position = list(inspect.signature(function).parameters).index(name)
 
         def either(*args: Any) -> Any:
-            return (absent if args[position] is None else present)(*args)
+            return (other if is_other(args[position]) else function)(*args)
 
-        either.__name__, either.__doc__ = present.__name__, present.__doc__
+        either.__name__, either.__doc__ = function.__name__, function.__doc__
 
-        @numba.extending.overload(either, strict=False, jit_options={"forceinline": True, **_OPTIONS})
+        @numba.extending.overload(either, strict=False, jit_options={"forceinline": True, **_PIECE})
         def choose(*args: Any) -> Any:
-            return absent if isinstance(args[position], numba.types.NoneType) else present
+            return other if is_type_of_other(args[position]) else function
 
         return either
 
@@ -70,7 +86,7 @@ class Kernel:
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self.dispatcher = cached(numba.njit(**_OPTIONS)(function))
+        self.dispatcher = cached(numba.njit(no_cfunc_wrapper=True, **_OPTIONS)(function))
         self.compiled: dict[Any, Callable[..., None]] = {}
 
     def compile(self, key: Any, args: tuple[Any, ...]) -> Callable[..., None]:

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from rmsnorm_np.cpu.extreme import forward_extreme_row, is_ordinary, is_ordinary_gradient, write_extreme_gradient
 from rmsnorm_np.cpu.gradients import clear, keep_gradient_numbers, moments_of, write_row_gradient
 from rmsnorm_np.cpu.jit import Kernel, inlined, piece
@@ -37,6 +35,7 @@ from rmsnorm_np.cpu.simd import (
     LANES,
     SEGMENT,
     add_atomically,
+    counters,
     data,
     float64,
     keep,
@@ -47,7 +46,7 @@ from rmsnorm_np.cpu.simd import (
     store,
     zeros,
 )
-from rmsnorm_np.cpu.threads import in_parallel
+from rmsnorm_np.cpu.threads import PARALLEL_ELEMENTS, in_parallel
 
 # Elements in a block of rows, which is read twice: in float32 x alone, or x and dy, fit a first-level cache of 32 KiB.
 # (Backward with 16384: 5 % slower.)
@@ -61,11 +60,6 @@ APART = 8  # places between two queues: a cache line
 @inlined
 def part_start(part: int, items: int, parts: int) -> int:
     return items * part // parts
-
-
-@piece
-def new_queues(parts: int) -> Any:
-    return np.zeros(parts * APART, np.int64)
 
 
 @inlined
@@ -128,14 +122,14 @@ def _forward_task(
     for turn in range(tasks):
         part = (task + turn) % tasks
         stop = part_start(part + 1, blocks, tasks)
-        b = take(data(queues), part, part_start(part, blocks, tasks), share)
+        b = take(queues, part, part_start(part, blocks, tasks), share)
         while b < stop:
             for first in range(b * block, min(min(b + share, stop) * block, rows), block):
                 _forward_block(
                     x, weight, bias, y, first, min(block, rows - first), n, k, m, bias_m, offset, eps, streaming,
                     centred, wide,
                 )  # fmt: skip
-            b = take(data(queues), part, part_start(part, blocks, tasks), share)
+            b = take(queues, part, part_start(part, blocks, tasks), share)
 
 
 def _forward(
@@ -143,7 +137,7 @@ def _forward(
     centred: Any, wide: Any, threads: int, y: Any,
 ) -> None:  # fmt: skip
     rows, n = x.shape
-    queues = new_queues(threads)
+    queues = counters(threads * APART)
     in_parallel(
         _forward_task, threads, threads,
         (threads, queues, data(x), data(weight), data(bias), data(y), rows, n, k, m, bias_m, offset, eps, streaming,
@@ -197,7 +191,7 @@ def _backward_task(
     block = block_rows(n)
     for turn in range(tasks):
         part = (task + turn) % tasks
-        t = take(data(queues), part, part_start(part, chunks * m, tasks), 1)
+        t = take(queues, part, part_start(part, chunks * m, tasks), 1)
         while t < part_start(part + 1, chunks * m, tasks):
             first, stop = groups * (t // m) // chunks, groups * (t // m + 1) // chunks
             clear(weight_partial, t * n, n)
@@ -207,7 +201,7 @@ def _backward_task(
                     dy, x, weight, dx, weight_partial, bias_partial, min(block, stop - g), (g * m + t % m) * n, m * n,
                     n, k, t % m % weight_m * n, t * n, offset, eps, streaming, centred, wide,
                 )  # fmt: skip
-            t = take(data(queues), part, part_start(part, chunks * m, tasks), 1)
+            t = take(queues, part, part_start(part, chunks * m, tasks), 1)
 
 
 def _backward(
@@ -215,19 +209,20 @@ def _backward(
     centred: Any, wide: Any, threads: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any, dbias: Any,
 ) -> None:  # fmt: skip
     rows, n = x.shape
-    queues = new_queues(threads)
+    queues = counters(threads * APART)
     in_parallel(
         _backward_task, threads, threads,
         (threads, queues, data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial), rows, n,
          k, weight_m, m, chunks, offset, eps, streaming, centred, wide),
     )  # fmt: skip
     pieces = (n + SEGMENT - 1) // SEGMENT
+    adders = threads if chunks * m * n >= PARALLEL_ELEMENTS else 1
     if dweight is not None:
         in_parallel(
-            _add_partials, pieces, threads, (data(weight_partial), data(dweight), chunks * m, dweight.shape[0], n)
+            _add_partials, pieces, adders, (data(weight_partial), data(dweight), chunks * m, dweight.shape[0], n)
         )
     if dbias is not None:
-        in_parallel(_add_partials, pieces, threads, (data(bias_partial), data(dbias), chunks * m, dbias.shape[0], n))
+        in_parallel(_add_partials, pieces, adders, (data(bias_partial), data(dbias), chunks * m, dbias.shape[0], n))
 
 
 @piece

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.extending import lower_builtin, models, register_model, type_callable
 
 from rmsnorm_np.cpu import simd
@@ -80,19 +80,11 @@ def _no_data(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
-@type_callable(simd.keeps_errors)
-def _type_keeps_errors(context: Any) -> Any:
-    return lambda source: types.boolean
-
-
-@lower_builtin(simd.keeps_errors, types.CPointer)
-def _keeps_errors(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return ir.Constant(ir.IntType(1), int(sig.args[0].dtype == types.float64))
-
-
 @type_callable(simd.load)
 def _type_load(context: Any) -> Any:
     def typer(array: Any, start: Any, work: Any, count: Any = None) -> Any:
+        if isinstance(array, types.NoneType):
+            return types.none
         if isinstance(array, types.CPointer) and isinstance(start, types.Integer):
             return _loaded_type(array, work)
 
@@ -112,6 +104,11 @@ def _load(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     else:
         value = builder.load(pointer, align=align)
     return _convert_loaded(context, builder, array.dtype, value, sig.return_type.kind)
+
+
+@lower_builtin(simd.load, types.NoneType, types.VarArg(types.Any))
+def _load_nothing(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return context.get_dummy_value()
 
 
 @type_callable(simd.store)
@@ -221,6 +218,18 @@ def _scratch(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     with builder.goto_entry_block():  # not cgutils.alloca_once, which would fill it with zeros at each call
         room = builder.alloca(ir.ArrayType(DOUBLE, 2 * BLOCK))
     return builder.bitcast(room, DOUBLE.as_pointer())
+
+
+@type_callable(simd.counters)
+def _type_counters(context: Any) -> Any:
+    return lambda count: types.CPointer(types.int64)
+
+
+@lower_builtin(simd.counters, types.Integer)
+def _counters(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    room = builder.alloca(I64, args[0])
+    cgutils.memset(builder, room, builder.mul(args[0], ir.Constant(args[0].type, 8)), 0)
+    return room
 
 
 @type_callable(simd.keep)

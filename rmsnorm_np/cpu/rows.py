@@ -1,6 +1,7 @@
 """What happens to one row: its sums, and the elements it gives. Shared by the kernels for blocks and for long rows.
 
 RMSNorm and LayerNorm are one text: where `mean` or `centred` is None nothing is subtracted, and Numba drops the branch.
+So for weight and bias: what is loaded from None is None, and adding or multiplying by that changes nothing.
 Arguments are pointers (:func:`simd.data`), flat offsets and numbers; `_formulas` has the mathematics.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from rmsnorm_np import _formulas
-from rmsnorm_np.cpu.jit import inlined, optional
+from rmsnorm_np.cpu.jit import inlined, optional, unless_exact
 from rmsnorm_np.cpu.simd import (
     LANES,
     SEGMENT,
@@ -19,43 +20,19 @@ from rmsnorm_np.cpu.simd import (
     float32,
     float64,
     keep,
-    keeps_errors,
     kept,
     load,
+    minus,
+    plus,
     prefetch,
     store,
     stream,
+    times,
     until_aligned,
     zeros,
 )
 
 reciprocal_root = inlined(_formulas.reciprocal_root)
-
-
-@optional("mean", lambda lanes, mean: lanes)
-def minus(lanes: Any, mean: Any) -> Any:
-    return lanes - mean
-
-
-@optional("offset", lambda lanes, offset: lanes)
-def plus(lanes: Any, offset: Any) -> Any:
-    return lanes + offset
-
-
-@optional("weight", lambda weight, offset, i, like, count: None)
-def scale_of(weight: Any, offset: Any, i: int, like: Any, count: Any) -> Any:
-    """(weight_offset + weight), or None without a weight; an offset of zero is passed as None."""
-    return plus(load(weight, i, like, count), offset)
-
-
-@optional("scale", lambda lanes, scale: lanes)
-def times(lanes: Any, scale: Any) -> Any:
-    return lanes * scale
-
-
-@optional("bias", lambda lanes, bias, i, like, count: lanes)
-def plus_bias(lanes: Any, bias: Any, i: int, like: Any, count: Any) -> Any:
-    return lanes + load(bias, i, like, count)
 
 
 @optional("centred", lambda centred: float32)
@@ -73,26 +50,35 @@ def add_square(total: Any, lanes: Any, mean: Any, count: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------- sums over a row
 # Each adds SEGMENT elements in the lanes and the lanes by halves; what is longer is the sum of its segments, in order.
-# Four sums at once, for an addition takes four cycles and two AVX2 registers are added in each; fewer where a sum takes
+# Four sums at once, for an addition takes four cycles and two AVX2 registers are added in each; two where a sum takes
 # two registers for one (float64: up to 1.1 times as fast as with registers that spill) or two kinds of sums are taken.
 
 
-@inlined
+def segment_sum_in_twos(x: Any, start: int, stop: int, work: Any) -> Any:
+    a, b = zeros(x, work), zeros(x, work)
+    i = start
+    while i + 2 * LANES <= stop:
+        a = a + load(x, i, work)
+        b = b + load(x, i + LANES, work)
+        i += 2 * LANES
+    while i < stop:
+        a = a + load(x, i, work, min(LANES, stop - i))
+        i += LANES
+    return across(a + b)
+
+
+@unless_exact("x", segment_sum_in_twos)
 def segment_sum(x: Any, start: int, stop: int, work: Any) -> Any:
     """Sum of x."""
     a, b, c, d = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
     i = start
-    while not keeps_errors(x) and i + 4 * LANES <= stop:
+    while i + 4 * LANES <= stop:
         a = a + load(x, i, work)
         b = b + load(x, i + LANES, work)
         c = c + load(x, i + 2 * LANES, work)
         d = d + load(x, i + 3 * LANES, work)
         i += 4 * LANES
-    while i + 2 * LANES <= stop:
-        a = a + load(x, i, work)
-        b = b + load(x, i + LANES, work)
-        i += 2 * LANES
-    if i + LANES <= stop:
+    while i + LANES <= stop:
         a = a + load(x, i, work)
         i += LANES
     if i < stop:
@@ -100,22 +86,32 @@ def segment_sum(x: Any, start: int, stop: int, work: Any) -> Any:
     return across((a + b) + (c + d))
 
 
-@inlined
+def segment_squares_in_twos(x: Any, start: int, stop: int, mean: Any, work: Any) -> Any:
+    a, b = zeros(x, work), zeros(x, work)
+    i = start
+    while i + 2 * LANES <= stop:
+        a = add_square(a, load(x, i, work), mean, None)
+        b = add_square(b, load(x, i + LANES, work), mean, None)
+        i += 2 * LANES
+    while i < stop:
+        count = min(LANES, stop - i)
+        a = add_square(a, load(x, i, work, count), mean, count)
+        i += LANES
+    return across(a + b)
+
+
+@unless_exact("x", segment_squares_in_twos)
 def segment_squares(x: Any, start: int, stop: int, mean: Any, work: Any) -> Any:
     """Sum of (x - mean)²."""
     a, b, c, d = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
     i = start
-    while not keeps_errors(x) and i + 4 * LANES <= stop:
+    while i + 4 * LANES <= stop:
         a = add_square(a, load(x, i, work), mean, None)
         b = add_square(b, load(x, i + LANES, work), mean, None)
         c = add_square(c, load(x, i + 2 * LANES, work), mean, None)
         d = add_square(d, load(x, i + 3 * LANES, work), mean, None)
         i += 4 * LANES
-    while i + 2 * LANES <= stop:
-        a = add_square(a, load(x, i, work), mean, None)
-        b = add_square(b, load(x, i + LANES, work), mean, None)
-        i += 2 * LANES
-    if i + LANES <= stop:
+    while i + LANES <= stop:
         a = add_square(a, load(x, i, work), mean, None)
         i += LANES
     if i < stop:
@@ -169,8 +165,8 @@ def output_lanes(
     """Y of the elements from i on; weight and bias of element i are at shift + i and bias_shift + i."""
     lanes = load(x, i, work, count)
     xhat = minus(lanes, mean) * rstd
-    y = times(xhat, scale_of(weight, offset, shift + i, lanes, count))
-    return plus_bias(y, bias, bias_shift + i, lanes, count)
+    y = times(xhat, plus(load(weight, shift + i, lanes, count), offset))
+    return plus(y, load(bias, bias_shift + i, lanes, count))
 
 
 @inlined
@@ -179,25 +175,19 @@ def write_output(
     mean: Any, rstd: Any, streaming: int, ahead: int, work: Any,
 ) -> None:  # fmt: skip
     """Y from start to stop, and a prefetch of what lies `ahead` of x (0: none)."""
-    head = start
-    if streaming:
-        head = min(start + until_aligned(y, start), stop)
-        if start < head:
-            count = head - start
-            first = output_lanes(x, weight, bias, start, shift, bias_shift, offset, mean, rstd, work, count)
-            store(y, start, first, count)
+    head = min(start + until_aligned(y, start), stop) if streaming else start
     body = stop - (stop - head) % LANES
-    if streaming:
-        for i in range(head, body, LANES):
-            stream(y, i, output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, None))
+    for i in range(head, body, LANES):
+        lanes = output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, None)
+        if streaming:
+            stream(y, i, lanes)
             prefetch(x, i + ahead)
-    else:
-        for i in range(head, body, LANES):
-            store(y, i, output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, None))
-    if body < stop:
-        count = stop - body
-        last = output_lanes(x, weight, bias, body, shift, bias_shift, offset, mean, rstd, work, count)
-        store(y, body, last, count)
+        else:
+            store(y, i, lanes)
+    for i, count in ((start, head - start), (body, stop - body)):  # what is before the first and after the last vector
+        if count > 0:
+            lanes = output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, count)
+            store(y, i, lanes, count)
 
 
 @inlined

@@ -50,15 +50,18 @@ def data(array: NDArray[Any] | None) -> Any:
 
 
 def keeps_errors(source: Any) -> bool:
-    """Whether numbers from here are `exact`, and their sums pairs; known when the kernel is compiled."""
+    """Whether numbers from here are `exact`, and their sums pairs."""
     return bool(source.dtype == np.float64)
 
 
 def load(source: Any, start: int, work: Any, count: int | None = None) -> Lanes:
     """Elements ``start`` to ``start + count`` (LANES by default), and zeros in the lanes behind.
 
-    ``work`` is the precision for half types, `float32` or `float64`; or it is lanes, whose kind is matched.
+    ``work`` is the precision for half types, `float32` or `float64`; or it is lanes, whose kind is matched. From None
+    comes None.
     """
+    if source is None:
+        return None
     lanes = zeros(source, work)
     count = LANES if count is None else count
     stored = source[start : start + count]
@@ -115,6 +118,21 @@ def add_atomically(numbers: Any, i: int, number: int) -> int:
     return before
 
 
+def plus(lanes: Any, other: Any) -> Any:
+    """``lanes + other``; ``lanes`` where one of them is None."""
+    return lanes if lanes is None or other is None else lanes + other
+
+
+def minus(lanes: Lanes, other: Any) -> Lanes:
+    """``lanes - other``, or ``lanes`` where that is None."""
+    return lanes if other is None else lanes - other
+
+
+def times(lanes: Lanes, other: Any) -> Lanes:
+    """``lanes * other``, or ``lanes`` where that is None."""
+    return lanes if other is None else lanes * other
+
+
 def first_lanes(lanes: Lanes, count: int | None) -> Lanes:
     """The first ``count`` lanes, and zeros in the lanes behind; all lanes for None."""
     return lanes if count is None else np.where(np.arange(LANES) < count, lanes, lanes.dtype.type(0))
@@ -150,6 +168,11 @@ def rounded(number: Any) -> Any:
 def scratch() -> Any:
     """Room on the stack for BLOCK numbers, for `keep` and `kept`; elsewhere: two float64 for each number."""
     return np.empty(2 * BLOCK)
+
+
+def counters(count: int) -> Any:
+    """Room on the stack for so many int64, all zero. Stack that a loop asks for is not given back before the end."""
+    return np.zeros(count, np.int64)
 
 
 def keep(room: Any, j: int, number: Any) -> None:
