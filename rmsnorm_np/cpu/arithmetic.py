@@ -15,6 +15,7 @@ from rmsnorm_np.cpu.llvm import DOUBLE, FLOAT, I32, intrinsic, mask, splat
 from rmsnorm_np.cpu.lowering import LanesType
 from rmsnorm_np.cpu.pairs import (
     add_parts,
+    add_positive_parts,
     collapse,
     divide_parts,
     fma,
@@ -22,6 +23,7 @@ from rmsnorm_np.cpu.pairs import (
     negate_parts,
     pair,
     parts,
+    rounded_product,
 )
 
 KINDS = ("single", "double", "exact", "pair")  # in the order of promotion
@@ -111,7 +113,31 @@ def _add_exact_square(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return intrinsic(builder, f"llvm.fmuladd.v{total.type.count}{suffix}", total.type, [lanes, lanes, total])
     value = parts(kind, lanes, builder)
     square = multiply_parts(builder, value, value)
-    return add_parts(builder, parts("pair", total, builder), parts("pair", square, builder))
+    return add_positive_parts(builder, parts("pair", total, builder), parts("pair", square, builder))
+
+
+@type_callable(simd.rounded_product)
+def _type_rounded_product(context: Any) -> Any:
+    def typer(a: Any, b: Any) -> Any:
+        if isinstance(a, LanesType) and isinstance(b, LanesType):
+            kind, count = _common(a, b)
+            return LanesType("single" if kind == "single" else "double", count)
+        if isinstance(a, LanesType) and isinstance(b, types.NoneType):
+            return a
+
+    return typer
+
+
+@lower_builtin(simd.rounded_product, LanesType, types.NoneType)
+def _no_product(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return args[0]
+
+
+@lower_builtin(simd.rounded_product, LanesType, LanesType)
+def _rounded_product(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    kind, count = _common(*sig.args)
+    a, b = (_operand(context, builder, t, v, kind, count) for t, v in zip(sig.args, args, strict=True))
+    return rounded_product(builder, a, b)
 
 
 @type_callable(simd.add_product)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsnorm_np.cpu.gradients import absent_with, keep_gradient_numbers, moments_of, write_row_gradient
+from rmsnorm_np.cpu.gradients import absent_with, keep_gradient_numbers, keep_moments, write_row_gradient
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.rows import (
     forward_precision,
@@ -107,8 +107,8 @@ def write_extreme_gradient(
     means, rstds, bs, cs = scratch(), scratch(), scratch(), scratch()
     keep_mean(row, zero, n, means, zero, centred)
     mean = kept_mean(means, zero, row, centred)
-    squares, sums, products = moments_of(gradient, row, weight, zero, n, k, shift, offset, mean, zero, float64)
-    keep_gradient_numbers(squares, sums, products, k, eps, rstds, bs, cs, zero)
+    keep_moments(gradient, row, weight, zero, n, k, shift, offset, mean, zero, rstds, bs, cs, zero)
+    keep_gradient_numbers(row, k, eps, rstds, bs, cs, zero)
     # xhat does not depend on the scale of x: the shares of dweight and dbias come from dy as it is
     add_shares(dy, start, row, dweight, dbias, sum_shift, n, mean, kept(rstds, zero, row))
     write_row_gradient(

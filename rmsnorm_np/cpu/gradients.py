@@ -120,30 +120,35 @@ def segment_moments(
 
 
 @inlined
-def moments_of(
-    dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, mean: Any, ahead: int, work: Any
-) -> Any:
-    squares = sums = products = across(zeros(x, work))
+def keep_moments(
+    dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, mean: Any, ahead: int,
+    squares: Any, sums: Any, products: Any, j: int,
+) -> None:  # fmt: skip
+    """Put the sums of (x - mean)², of g and of g · (x - mean) over the row at `start` in place j."""
+    square_total = sum_total = product_total = across(zeros(x, float64))
     for first in range(start, start + n, SEGMENT):
         stop = min(first + SEGMENT, start + n)
         square, g_sum, product = segment_moments(
-            dy, x, weight, first, stop, start + k, shift, offset, mean, ahead, work
+            dy, x, weight, first, stop, start + k, shift, offset, mean, ahead, float64
         )
-        squares = squares + square
-        sums = sums + g_sum
-        products = products + product
-    return squares, sums, products
+        square_total = square_total + square
+        sum_total = sum_total + g_sum
+        product_total = product_total + product
+    keep(squares, j, square_total)
+    keep(sums, j, sum_total)
+    keep(products, j, product_total)
 
 
 @inlined
-def keep_gradient_numbers(
-    squares: Any, sums: Any, products: Any, k: int, eps: float, rstds: Any, bs: Any, cs: Any, j: int
-) -> None:
-    """Put what a row's gradient needs in place j: rstd, b = rstd · mean(g) and c = rstd² · mean(g · xhat)."""
-    rstd = reciprocal_root(squares, k, eps)
+def keep_gradient_numbers(x: Any, k: int, eps: float, rstds: Any, bs: Any, cs: Any, j: int) -> None:
+    """From what `keep_moments` put in place j, what a row's gradient needs.
+
+    These are rstd, b = rstd · mean(g) and c = rstd² · mean(g · xhat).
+    """
+    rstd = reciprocal_root(kept(rstds, j, x), k, eps)
     keep(rstds, j, rstd)
-    keep(bs, j, sums / k * rstd)
-    keep(cs, j, products * rstd / k * rstd * rstd)
+    keep(bs, j, kept(bs, j, x) / k * rstd)
+    keep(cs, j, kept(cs, j, x) * rstd / k * rstd * rstd)
 
 
 # ------------------------------------------------------------------------------------------------ what a row gives
@@ -214,6 +219,26 @@ def write_row_gradient(
                 dy, x, weight, dx, dweight, dbias, start + begin, start + end, shift - start, sum_shift - start, offset,
                 mean, rstd, b, c, inside, streaming, ahead, float64,
             )  # fmt: skip
+
+
+@inlined
+def write_short_gradient(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, start: int, n: int, shift: int, sum_shift: int,
+    offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, j: int, streaming: int, ahead: int, centred: Any,
+) -> None:  # fmt: skip
+    """`write_row_gradient` of a row that has neither head nor tail, all of it in the RMS."""
+    mean, b = kept_mean(means, j, x, centred), kept_mean(bs, j, x, centred)
+    rstd, c = kept(rstds, j, x), kept(cs, j, x)
+    for i in range(start, start + n, LANES):
+        lanes = gradient_lanes(
+            dy, x, weight, dweight, dbias, i, shift - start, sum_shift - start, offset, mean, rstd, b, c, 1, float64,
+            None,
+        )  # fmt: skip
+        if streaming:
+            stream(dx, i, lanes)
+            prefetch_second(x, i + ahead)
+        else:
+            store(dx, i, lanes)
 
 
 # ------------------------------------------------------------------------------------- rows of sums over many rows

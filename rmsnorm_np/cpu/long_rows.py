@@ -205,7 +205,10 @@ def _add_gradient_sums(
         product = product + kept(products, s, x)
     if centred is not None:
         keep(means, j, kept(mean, 0, x))
-    keep_gradient_numbers(square, g_sum, product, k, eps, rstds, bs, cs, j)
+    keep(rstds, j, square)
+    keep(bs, j, g_sum)
+    keep(cs, j, product)
+    keep_gradient_numbers(x, k, eps, rstds, bs, cs, j)
     return is_ordinary(square, k, eps, wide) and is_ordinary_gradient(g_sum, product, wide)
 
 

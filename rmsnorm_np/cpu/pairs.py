@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 
-from rmsnorm_np.cpu.llvm import FLOAT, intrinsic
+from rmsnorm_np.cpu.llvm import FLOAT, constant, intrinsic
 
 
 def parts(kind: str, value: Any, builder: Any) -> tuple[Any, Any]:
@@ -64,6 +65,35 @@ def multiply_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
     if b[1] is not None:
         low = fma(builder, a[0], b[1], low)
     return pair(builder, product, low)
+
+
+def add_positive_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
+    """`add_parts` of numbers that are not negative: the larger is known, and its error takes one operation less."""
+    total = builder.fadd(a[0], b[0])
+    a_is_larger = builder.fcmp_ordered(">", a[0], b[0])
+    larger, smaller = builder.select(a_is_larger, a[0], b[0]), builder.select(a_is_larger, b[0], a[0])
+    low = builder.fsub(smaller, builder.fsub(total, larger))
+    for part in (a[1], b[1]):
+        if part is not None:
+            low = builder.fadd(low, part)
+    return pair(builder, total, low)
+
+
+def rounded_product(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
+    """The product as one float64, rounded once: the low parts add to the error before the high parts are multiplied.
+
+    Where that meets an infinity it may be infinite or NaN itself; it is put in bounds, then the high parts decide.
+    """
+    low = None
+    for part, other in ((a[1], b[0]), (b[1], a[0])):
+        if part is not None:
+            low = builder.fmul(part, other) if low is None else fma(builder, part, other, low)
+    if low is None:
+        return builder.fmul(a[0], b[0])
+    least, largest = (constant(low.type, sign * float(np.finfo(np.float64).max)) for sign in (-1, 1))
+    low = builder.select(builder.fcmp_ordered(">", low, least), low, least)
+    low = builder.select(builder.fcmp_ordered("<", low, largest), low, largest)
+    return fma(builder, a[0], b[0], low)
 
 
 def divide_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:

@@ -25,6 +25,7 @@ from rmsnorm_np.cpu.simd import (
     minus,
     plus,
     prefetch,
+    rounded_product,
     store,
     stream,
     times,
@@ -157,6 +158,11 @@ def keep_statistics(
 # ------------------------------------------------------------------------------------------------ what a row gives
 
 
+@optional("shift", lambda xhat, scale, shift: rounded_product(xhat, scale))
+def scaled_and_shifted(xhat: Any, scale: Any, shift: Any) -> Any:
+    return times(xhat, scale) + shift
+
+
 @inlined
 def output_lanes(
     x: Any, weight: Any, bias: Any, i: int, shift: int, bias_shift: int, offset: Any, mean: Any, rstd: Any,
@@ -165,8 +171,8 @@ def output_lanes(
     """Y of the elements from i on; weight and bias of element i are at shift + i and bias_shift + i."""
     lanes = load(x, i, work, count)
     xhat = minus(lanes, mean) * rstd
-    y = times(xhat, plus(load(weight, shift + i, lanes, count), offset))
-    return plus(y, load(bias, bias_shift + i, lanes, count))
+    scale = plus(load(weight, shift + i, lanes, count), offset)
+    return scaled_and_shifted(xhat, scale, load(bias, bias_shift + i, lanes, count))
 
 
 @inlined

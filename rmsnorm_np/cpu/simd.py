@@ -133,6 +133,12 @@ def times(lanes: Lanes, other: Any) -> Lanes:
     return lanes if other is None else lanes * other
 
 
+def rounded_product(lanes: Lanes, other: Any) -> Lanes:
+    """`times`, where nothing is to be computed from the product: for `exact` and `pair` it is plain float64."""
+    product = times(lanes, other)
+    return product if other is None else product.astype(min(product.dtype, np.dtype(np.float64)))
+
+
 def first_lanes(lanes: Lanes, count: int | None) -> Lanes:
     """The first ``count`` lanes, and zeros in the lanes behind; all lanes for None."""
     return lanes if count is None else np.where(np.arange(LANES) < count, lanes, lanes.dtype.type(0))
