@@ -165,6 +165,27 @@ def test_special_values_follow_the_formula_and_stay_in_their_row(op, dtype, back
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_special_weights_stay_in_their_column(op, dtype, backend, rng):
+    """An infinite weight gives infinities, also where the product's rounding error would be infinite or NaN."""
+    x, weight, bias, _ = arrays(rng, (4, 70), dtype)
+    x[2, 3] = 0
+    weight[3], weight[40], weight[60] = np.inf, -np.inf, np.nan
+    for shift in (bias, None):
+        y = (
+            rn.layer_norm(x, weight, shift, eps=1e-6, backend=backend)
+            if op == "layer"
+            else rn.rms_norm(x, weight, shift, eps=1e-6, p=0.3 if op == "partial" else 1.0, backend=backend)
+        )
+        y = y.astype(np.float64)
+        xhat = x.astype(np.float64) - (x.astype(np.float64).mean(axis=1, keepdims=True) if op == "layer" else 0)
+        with np.errstate(invalid="ignore"):
+            assert np.array_equal(y[:, 3], xhat[:, 3] * np.inf, equal_nan=True)
+            assert np.array_equal(y[:, 40], xhat[:, 40] * -np.inf, equal_nan=True)
+        assert np.isnan(y[:, 60]).all()
+        assert np.isfinite(np.delete(y, [3, 40, 60], axis=1)).all()
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_zero_rows(op, dtype, backend, rng):
     x, weight, bias, dy = arrays(rng, (3, 40), dtype)
     x[1] = 0

@@ -80,7 +80,7 @@ def forward_extreme_row(
     eps = eps * scale * scale  # not scale * scale, which can overflow
     means, totals = scratch(), scratch()
     work = forward_precision(centred)  # means nothing for the copy, and gives the code that ordinary float64 rows have
-    keep_statistics(row, zero, n, k, means, totals, zero, centred, work)
+    keep_statistics(row, zero, n, k, means, totals, zero, centred, work, zero)
     rstd = reciprocal_root(kept(totals, zero, row), k, eps)
     mean = kept_mean(means, zero, row, centred)
     write_output(row, weight, bias, result, zero, n, shift, bias_shift, offset, mean, rstd, zero, zero, work)

@@ -104,7 +104,7 @@ def segment_rms_moments(
     if stop <= border:
         squares, products = segment_squares_and_products(dy, x, weight, start, stop, shift, offset, ahead, work)
     else:
-        squares = segment_squares(x, start, max(start, border), None, work)
+        squares = segment_squares(x, start, max(start, border), None, work, 0)
         products = segment_products(dy, x, weight, start, stop, shift, offset, None, ahead, work)[1]
     return squares, across(zeros(x, work)), products
 
@@ -116,7 +116,7 @@ def segment_moments(
 ) -> Any:  # fmt: skip
     """The sums of (x - mean)², of g and of g · (x - mean)."""
     sums, products = segment_products(dy, x, weight, start, stop, shift, offset, mean, ahead, work)
-    return segment_squares(x, start, stop, mean, work), sums, products
+    return segment_squares(x, start, stop, mean, work, 0), sums, products
 
 
 @inlined

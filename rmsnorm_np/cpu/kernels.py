@@ -93,7 +93,7 @@ def _forward_block(
     work = forward_precision(centred)
     means, totals, rstds = scratch(), scratch(), scratch()
     for j in range(rows):
-        keep_statistics(x, (first + j) * n, n, k, means, totals, j, centred, work)
+        keep_statistics(x, (first + j) * n, n, k, means, totals, j, centred, work, rows * n if streaming else 0)
     for j in range(rows):  # a loop of its own: LLVM takes several roots and divisions at once
         keep(rstds, j, reciprocal_root(kept(totals, j, x), k, eps))
     h, bias_h = first % m, first % bias_m

@@ -89,7 +89,7 @@ def _piece_squares(p: int, x: Any, start: int, n: int, k: int, means: Any, sums:
     mean = kept_mean(data(means), 0, x, centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, k), SEGMENT):
         stop = min(first + SEGMENT, k)
-        keep(data(sums), first // SEGMENT, segment_squares(x, start + first, start + stop, mean, work))
+        keep(data(sums), first // SEGMENT, segment_squares(x, start + first, start + stop, mean, work, 0))
 
 
 @piece
