@@ -81,11 +81,13 @@ def segment_sum(x: Any, start: int, stop: int, work: Any) -> Any:
         c = c + load(x, i + 2 * LANES, work)
         d = d + load(x, i + 3 * LANES, work)
         i += 4 * LANES
-    while i + LANES <= stop:
+    if i + 2 * LANES <= stop:
         a = a + load(x, i, work)
+        b = b + load(x, i + LANES, work)
+        i += 2 * LANES
+    while i < stop:
+        c = c + load(x, i, work, min(LANES, stop - i))
         i += LANES
-    if i < stop:
-        b = b + load(x, i, work, stop - i)
     return across((a + b) + (c + d))
 
 
@@ -116,11 +118,14 @@ def segment_squares(x: Any, start: int, stop: int, mean: Any, work: Any, ahead: 
         c = add_square(c, load(x, i + 2 * LANES, work), mean, None)
         d = add_square(d, load(x, i + 3 * LANES, work), mean, None)
         i += 4 * LANES
-    while i + LANES <= stop:
+    if i + 2 * LANES <= stop:
         a = add_square(a, load(x, i, work), mean, None)
+        b = add_square(b, load(x, i + LANES, work), mean, None)
+        i += 2 * LANES
+    while i < stop:
+        count = min(LANES, stop - i)
+        c = add_square(c, load(x, i, work, count), mean, count)
         i += LANES
-    if i < stop:
-        b = add_square(b, load(x, i, work, stop - i), mean, stop - i)
     return across((a + b) + (c + d))
 
 
