@@ -52,42 +52,50 @@ def _in_parallel(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     shared = cgutils.alloca_once_value(builder, values)
     run = _runner(context, builder, task, args_type, shared.type)
 
-    one, no_pointer = count.type(1), ir.Constant(cgutils.voidptr_t, None)
+    one = count.type(1)
+    # a thread gets args[0] + t * steps[0] for the first turn t that is its own: with a null pointer and steps of one, t
+    start = cgutils.alloca_once_value(builder, ir.Constant(cgutils.voidptr_t, None))
+    step = cgutils.alloca_once_value(builder, one)
+    turns = cgutils.alloca_once_value(builder, count)
+    pointers = [builder.bitcast(pointer, cgutils.voidptr_t) for pointer in (start, turns, step, shared)]
     alone = builder.or_(builder.icmp_signed("<=", threads, one), builder.icmp_signed("<=", count, one))
     with builder.if_else(alone) as (here, on_threads):
-        with here, cgutils.for_range(builder, count) as loop:
-            number = cgutils.alloca_once_value(builder, builder.inttoptr(loop.index, cgutils.voidptr_t))
-            builder.call(run, [number, no_pointer, no_pointer, builder.bitcast(shared, cgutils.voidptr_t)])
+        with here:
+            builder.call(run, [start, *pointers[1:]])
         with on_threads:
             ask = cgutils.get_or_insert_function(builder.module, ir.FunctionType(count.type, []), "get_num_threads")
             allowed = builder.call(ask, [])
             fewer = builder.icmp_signed("<", allowed, threads)
-            # args[0] + t * steps[0] is what run gets as args[0] in turn t: with a null pointer and steps of one, t
-            start = cgutils.alloca_once_value(builder, no_pointer)
-            step = cgutils.alloca_once_value(builder, one)
-            counts = cgutils.alloca_once_value(builder, count)
-            pointers = [run, start, counts, step, shared]
             numbers = [count.type(0), one, builder.select(fewer, allowed, threads)]
             function = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] * 5 + [count.type] * 3)
             parallel_for = cgutils.get_or_insert_function(builder.module, function, "numba_parallel_for")
-            builder.call(parallel_for, [builder.bitcast(pointer, cgutils.voidptr_t) for pointer in pointers] + numbers)
+            builder.call(parallel_for, [builder.bitcast(run, cgutils.voidptr_t), *pointers, *numbers])
     return context.get_dummy_value()
 
 
 def _runner(context: Any, builder: Any, task: Any, args_type: Any, shared_type: Any) -> Any:
-    """One turn as Numba's threads call it: run(args, dimensions, steps, data), where data points at the task's args."""
+    """Some turns as Numba's threads call them: run(args, dimensions, steps, data).
+
+    The first is number args[0], dimensions[0] is how many they are, and data points at the task's own arguments.
+    """
     pointer = cgutils.voidptr_t
     function_type = ir.FunctionType(ir.VoidType(), [pointer.as_pointer(), pointer, pointer, pointer])
     run = ir.Function(builder.module, function_type, builder.module.get_unique_name(f"{builder.function.name}.task"))
     run.linkage = "internal"
     inner = ir.IRBuilder(run.append_basic_block("entry"))
-    number = inner.ptrtoint(inner.load(run.args[0]), context.get_value_type(types.intp))
+    number_type = context.get_value_type(types.intp)
+    first = inner.ptrtoint(inner.load(run.args[0]), number_type)
+    turns = inner.load(inner.bitcast(run.args[1], number_type.as_pointer()))
     values = inner.load(inner.bitcast(run.args[3], shared_type))
     call = task.get_call_type(context.typing_context, (types.intp, *args_type.types), {})
     compiled = task.dispatcher.get_compile_result(call)
     context.add_linking_libs([compiled.library])
-    context.call_internal_no_propagate(
-        inner, compiled.fndesc, call, [number, *(inner.extract_value(values, i) for i in range(len(args_type)))]
-    )
+    with cgutils.for_range(inner, turns) as loop:
+        context.call_internal_no_propagate(
+            inner,
+            compiled.fndesc,
+            call,
+            [inner.add(first, loop.index), *(inner.extract_value(values, i) for i in range(len(args_type)))],
+        )
     inner.ret_void()
     return run

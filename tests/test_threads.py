@@ -1,0 +1,51 @@
+"""Tasks on threads: each is done once, whatever Numba's threading layer makes of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numba
+import pytest
+
+from rmsnorm_np.cpu import threads
+
+PROGRAM = """
+import hashlib
+import numba
+import numpy as np
+import rmsnorm_np as rn
+
+rng = np.random.default_rng(0)
+digest = hashlib.sha256()
+for shape in ((600, 1024), (2, 400_001)):  # a task for each thread; more tasks than threads
+    x, dy, weight = (rng.standard_normal(s, dtype=np.float32) for s in (shape, shape, shape[1:]))
+    for result in (rn.rms_norm(x, weight), *rn.rms_norm_backward(dy, x, weight)[:2]):
+        digest.update(result)
+print(numba.threading_layer(), digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT there is one thread")
+def test_each_layer_and_number_of_threads_gives_the_same_bits():
+    """The layers cut the tasks differently: one at a time, or a run of them for each thread."""
+    digests = set()
+    for layer, count in (("default", 1), ("workqueue", 2), ("workqueue", 3), ("omp", 2), ("omp", 3)):
+        environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": str(count)}
+        out = subprocess.run(
+            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
+        )
+        if "No threading layer could be loaded" in out.stderr:  # not every platform has OpenMP
+            continue
+        assert out.returncode == 0, out.stderr
+        used, digest = out.stdout.split()
+        assert layer in ("default", used)
+        digests.add(digest)
+    assert len(digests) == 1
+
+
+def test_one_task_after_the_other_in_plain_python():
+    seen = []
+    threads.in_parallel(lambda t, a, b: seen.append((t, a, b)), 3, 2, ("a", None))
+    assert seen == [(0, "a", None), (1, "a", None), (2, "a", None)]
