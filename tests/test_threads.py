@@ -45,6 +45,38 @@ def test_each_layer_and_number_of_threads_gives_the_same_bits():
     assert len(digests) == 1
 
 
+FORKED = """
+import os
+import sys
+import numpy as np
+import rmsnorm_np as rn
+
+x = np.random.default_rng(0).standard_normal((600, 1024), dtype=np.float32)
+if sys.argv[1] == "after a small call":
+    rn.rms_norm(x[:1])
+if sys.argv[1] == "after a call on threads":
+    rn.rms_norm(x)
+child = os.fork()
+if child == 0:
+    same = rn.rms_norm(x).tobytes() == np.concatenate([rn.rms_norm(row) for row in np.split(x, 600)]).tobytes()
+    os._exit(0 if same else 3)
+assert os.waitpid(child, 0)[1] == 0, "the child died, or computed something else"
+rn.rms_norm(x)
+"""
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT there is one thread")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+@pytest.mark.parametrize("when", ["before any call", "after a small call", "after a call on threads"])
+def test_a_forked_child_computes_the_same(layer, when):
+    environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
+    out = subprocess.run(
+        [sys.executable, "-c", FORKED, when], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert out.returncode == 0, out.stderr
+
+
 def test_one_task_after_the_other_in_plain_python():
     seen = []
     threads.in_parallel(lambda t, a, b: seen.append((t, a, b)), 3, 2, ("a", None))

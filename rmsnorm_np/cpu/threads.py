@@ -6,6 +6,7 @@ as long as all else. Here a kernel is compiled once and calls the function behin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,25 @@ from numba.core.extending import lower_builtin, type_callable
 PARALLEL_ELEMENTS = 32768
 
 
+_lost_threads = False  # whether this process was forked from one whose OpenMP threads it cannot use
+
+
 def choose(elements: int) -> int:
-    """On how many threads to work: on all of Numba's, or on one where that is sooner done."""
-    return 1 if elements < PARALLEL_ELEMENTS else int(numba.config.NUMBA_NUM_THREADS)
+    """On how many threads to work: on all of Numba's, or on one where that is sooner done or all there is."""
+    return 1 if elements < PARALLEL_ELEMENTS or _lost_threads else int(numba.config.NUMBA_NUM_THREADS)
+
+
+def _after_fork() -> None:
+    """GNU OpenMP has no threads in a forked child, and Numba ends a child that asks for some."""
+    global _lost_threads
+    try:
+        _lost_threads = numba.threading_layer() == "omp"
+    except ValueError:  # none was started before the fork
+        _lost_threads = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def in_parallel(task: Callable[..., None], count: int, threads: int, args: tuple[Any, ...]) -> None:
