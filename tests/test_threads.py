@@ -45,6 +45,43 @@ def test_each_layer_and_number_of_threads_gives_the_same_bits():
     assert len(digests) == 1
 
 
+AT_ONCE = """
+import sys
+import threading
+import time
+import numpy as np
+import rmsnorm_np as rn
+
+x = np.random.default_rng(0).standard_normal((600, 1024), dtype=np.float32)
+want = [rn.rms_norm(x).tobytes(), rn.rms_norm_backward(x, x).dx.tobytes()]
+end, wrong = time.monotonic() + 3, []
+
+def work():
+    while time.monotonic() < end:
+        if [rn.rms_norm(x).tobytes(), rn.rms_norm_backward(x, x).dx.tobytes()] != want:
+            wrong.append(1)
+
+others = [threading.Thread(target=work) for _ in range(7)]
+for other in others:
+    other.start()
+work()
+for other in others:
+    other.join()
+sys.exit(len(wrong))
+"""
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT there is one thread")
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_eight_python_threads_at_once(layer):
+    """The workqueue layer ends the process when two Python threads use it at once."""
+    environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
+    out = subprocess.run(
+        [sys.executable, "-c", AT_ONCE], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert out.returncode == 0, out.stderr
+
+
 FORKED = """
 import os
 import sys

@@ -7,6 +7,7 @@ as long as all else. Here a kernel is compiled once and calls the function behin
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +15,31 @@ import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.extending import lower_builtin, type_callable
+from numba.np.ufunc.parallel import _launch_threads
 
 # Starting threads costs as long as one thread needs for so many elements in float32: two are 1.06 to 1.09 times as fast
 # forward and as fast backward, and with half as many 0.9 and 0.75 times as fast.
 PARALLEL_ELEMENTS = 32768
 
 
+_layer: str | None = None  # Numba's threading layer, once it is known
 _lost_threads = False  # whether this process was forked from one whose OpenMP threads it cannot use
 
 
 def choose(elements: int) -> int:
     """On how many threads to work: on all of Numba's, or on one where that is sooner done or all there is."""
-    return 1 if elements < PARALLEL_ELEMENTS or _lost_threads else int(numba.config.NUMBA_NUM_THREADS)
+    if elements < PARALLEL_ELEMENTS or _lost_threads or _is_one_at_a_time():
+        return 1
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+def _is_one_at_a_time() -> bool:
+    """Whether another Python thread may be using the layer, and that layer ends the process when two do."""
+    global _layer
+    if _layer is None:
+        _launch_threads()  # Numba offers no public way to settle which layer it is before a kernel runs
+        _layer = numba.threading_layer()
+    return _layer == "workqueue" and threading.current_thread() is not threading.main_thread()
 
 
 def _after_fork() -> None:
