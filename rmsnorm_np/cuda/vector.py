@@ -27,7 +27,7 @@ _GLOBAL = 1  # LLVM's number for the address space of device memory
 
 def inlined(function: Any) -> Any:
     """A device function that becomes part of its caller, so that the caller's arrays can stay in registers."""
-    return cuda.jit(device=True, inline="always")(function)
+    return cuda.jit(device=True, forceinline=True)(function)
 
 
 def words_of(name: str, lanes: int) -> int:
