@@ -626,7 +626,8 @@ def exact_gradient(plan: Plan) -> Any:
             tail = rms_gradient(rms_gradient(tail, xhat, c_tail), xhat_tail, c)
         correction = gradient * numbers[RSTD_TAIL] + tail * rstd
         # an infinite number has no correction: infinity less infinity is NaN
-        return cuda.fma(gradient, rstd, correction if abs(correction) < math.inf else zero), xhat
+        gradient = cuda.fma(gradient, rstd, correction if abs(correction) < math.inf else zero)
+        return gradient, xhat + (xhat_tail if abs(xhat_tail) < math.inf else zero)
 
     return gradient_of
 

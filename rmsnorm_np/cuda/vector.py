@@ -310,7 +310,6 @@ def keep_4(loaded: Any, words: Any, at: int) -> None:
 
 
 NO_WORDS = (np.uint32(0),) * 4
-keepers = {1: keep_1, 2: keep_2, 4: keep_4}
 
 
 @lru_cache
@@ -321,7 +320,7 @@ def reader(name: str, lanes: int, aligned: bool) -> Any:
     load = {1: load_1, 2: load_2, 4: load_4}[count]
     step = count * WORD // itemsize
     word = WORD // itemsize if itemsize < WORD else 1
-    keep = keepers[count]
+    keep = {1: keep_1, 2: keep_2, 4: keep_4}[count]
 
     if aligned:
 

@@ -1,8 +1,8 @@
 """How far a result of the CUDA engine may be from the exact one: the units and terms of `tolerances`, other bounds.
 
-float16, bfloat16: as on the CPU. float32 is computed in float32 on a GPU, float64 in float64; what most roundings lose is
-kept in a second number. For y the last rounding counts, half an ULP, and in longer rows those of the sums. For dx there
-are two more: of xhat · c, unless it is fused with the subtraction, and of the difference.
+float16, bfloat16: as on the CPU. float32 is computed in float32 on a GPU, float64 in float64; what most roundings lose
+is kept in a second number. For y the last rounding counts, half an ULP, and in longer rows those of the sums. For dx
+there are two more: of xhat · c, unless it is fused with the subtraction, and of the difference.
 """
 
 from __future__ import annotations
