@@ -13,15 +13,27 @@ import numpy as np
 from numba import cuda
 
 from rmsnorm_np.cuda.launch import Plan
-from rmsnorm_np.cuda.reduce import WARP, WARP_LEVELS, add_to_pair, adder, lane_of, leads, levels_of, pair_total
+from rmsnorm_np.cuda.reduce import (
+    WARP,
+    WARP_LEVELS,
+    add_to_pair,
+    adder,
+    lane_of,
+    leads,
+    levels_of,
+    pair_tail,
+    pair_total,
+)
 from rmsnorm_np.cuda.rows import (
     DY_SCALE,
     DY_TIMES,
     G_SUM,
+    G_TAIL,
     MOMENTS,
     NUMBERS,
     PAIRS,
     PRODUCTS,
+    PRODUCTS_TAIL,
     SQUARES,
     SUM,
     SUM_TAIL,
@@ -36,7 +48,7 @@ from rmsnorm_np.cuda.rows import (
     sharer,
     team_maximum,
 )
-from rmsnorm_np.cuda.vector import encoder, inlined, words_of, writer
+from rmsnorm_np.cuda.vector import encoder, inlined, unrolled, words_of, writer
 
 COLUMNS = WARP  # of a block that adds up partial sums
 SLICES = 8  # of the partial sums, added side by side
@@ -103,7 +115,8 @@ def backward(plan: Plan) -> Any:
     has_weight, has_bias = plan.weight is not None, plan.bias is not None
     measure, finish, share = measurer(plan), finisher(plan), sharer(team, NUMBERS, 0)
     write_gradient, write_sums = gradient_writer(plan), partial_writer(plan)
-    zero, elements = work(0), trips * lanes
+    elements = trips * lanes
+    clear = clearer(elements, work)
 
     @_jit(plan)
     def backward_kernel(
@@ -124,9 +137,7 @@ def backward(plan: Plan) -> Any:
         lane = np.int64(lane_of(team) if teams > 1 else cuda.threadIdx.x)
         h, chunk, groups = task % m, task // m, rows // m
         first, last = groups * chunk // chunks, groups * (chunk + 1) // chunks
-        for j in range(elements):
-            weight_sums[j] = zero
-            bias_sums[j] = zero
+        clear(weight_sums, bias_sums)
         if has_weight:
             read_weight(weight, h % weight_rows * n, lane, n, w_words)
         for base in range(first, last, teams):
@@ -152,6 +163,18 @@ def backward(plan: Plan) -> Any:
 
 
 @lru_cache
+def clearer(elements: int, work: Any) -> Any:
+    """clear(first, second): zeros in both arrays."""
+    zero = work(0)
+
+    @inlined
+    def clear_element(j: Any, first: Any, second: Any) -> None:
+        first[j], second[j] = zero, zero
+
+    return unrolled(clear_element, elements)
+
+
+@lru_cache
 def partial_writer(plan: Plan) -> Any:
     """write_sums(sums, start, n, lane, partial): the block's sums to partial[start : start + n]."""
     team, teams, work, lanes, trips = plan.team, plan.teams, plan.work, plan.lanes, plan.trips
@@ -163,27 +186,36 @@ def partial_writer(plan: Plan) -> Any:
     if teams == 1:
 
         @inlined
-        def write_sums(sums: Any, start: Any, stop: Any, lane: Any, partial: Any) -> None:
+        def put_element(e: Any, t: Any, sums: Any, vector: Any) -> None:
+            put(vector, 0, e, sums[t * lanes + e])
+
+        put_elements = unrolled(put_element, lanes)
+
+        @inlined
+        def write_vector(t: Any, sums: Any, start: Any, stop: Any, lane: Any, partial: Any) -> None:
             vector = cuda.local.array(count, np.uint32)
-            for t in range(trips):
-                i = (t * team + lane) * lanes
-                for e in range(lanes):
-                    put(vector, 0, e, sums[t * lanes + e])
-                write(partial, start + i, start + stop, vector)
+            i = (t * team + lane) * lanes
+            put_elements(t, sums, vector)
+            write(partial, start + i, start + stop, vector)
+
+        write_sums = unrolled(write_vector, trips)
 
     else:
         put_one, write_one = encoder(name, False), writer(name, 1, False)
         one, table_shape = words_of(name, 1), (teams, length)
 
         @inlined
+        def put_down(j: Any, sums: Any, lane: Any, table: Any) -> None:
+            table[cuda.threadIdx.x >> levels, (j // lanes * team + lane) * lanes + j % lanes] = sums[j]
+
+        put_all_down = unrolled(put_down, trips * lanes)
+
+        @inlined
         def write_sums(sums: Any, start: Any, stop: Any, lane: Any, partial: Any) -> None:
             table = cuda.shared.array(table_shape, work)
             vector = cuda.local.array(one, np.uint32)
             cuda.syncthreads()
-            for t in range(trips):
-                i = (t * team + lane) * lanes
-                for e in range(lanes):
-                    table[cuda.threadIdx.x >> levels, i + e] = sums[t * lanes + e]
+            put_all_down(sums, lane, table)
             cuda.syncthreads()
             for i in range(cuda.threadIdx.x, stop, block):
                 total = table[0, i]
@@ -326,14 +358,17 @@ def merger(plan: Plan) -> Any:
             if backward:
                 dy_times = dy_scale / kept[at + DY_SCALE]
                 add_to_pair(sums, 2, kept[at + PRODUCTS] * scale * dy_times)
+                sums[3] += kept[at + PRODUCTS_TAIL] * scale * dy_times
                 if centred:
                     g_sum = kept[at + G_SUM] * dy_times
                     add_to_pair(sums, 2, g_sum * distance)
                     add_to_pair(sums, 4, g_sum)
+                    sums[5] += kept[at + G_TAIL] * dy_times
         add_up(sums, scratch)
         if leads(block):
             moments[SQUARES] = pair_total(sums, 0)
-            moments[PRODUCTS], moments[G_SUM] = pair_total(sums, 2), pair_total(sums, 4)
+            moments[PRODUCTS], moments[PRODUCTS_TAIL] = sums[2], pair_tail(sums, 2)
+            moments[G_SUM], moments[G_TAIL] = sums[4], pair_tail(sums, 4)
             moments[X_SCALE], moments[DY_SCALE] = x_scale, dy_scale
 
     return merge
@@ -400,7 +435,8 @@ def piece_backward(plan: Plan) -> Any:
     write_gradient, write_sums = gradient_writer(plan), partial_writer(plan)
     rescale_x, rescale_dy = rescaler(plan, plan.x), rescaler(plan, dy_name)
     x_scalable, dy_scalable = plan.x != "float16", dy_name != "float16"
-    zero, elements = work(0), trips * lanes
+    elements = trips * lanes
+    clear = clearer(elements, work)
 
     @_jit(plan)
     def piece_backward_kernel(
@@ -424,9 +460,7 @@ def piece_backward(plan: Plan) -> Any:
         h, chunk, groups = task % m, task // m, rows // m
         first, last = groups * chunk // chunks, groups * (chunk + 1) // chunks
         stop = min(length, n - begin)
-        for j in range(elements):
-            weight_sums[j] = zero
-            bias_sums[j] = zero
+        clear(weight_sums, bias_sums)
         if has_weight:
             read_weight(weight, h % weight_rows * n + begin, lane, stop, w_words)
         for group in range(first, last):

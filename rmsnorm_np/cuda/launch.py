@@ -21,6 +21,10 @@ FORWARD_WARP_TRIPS = 8  # one warp needs no barrier: worth more vectors per thre
 FORWARD_LONG_TRIPS = 8  # 32 registers for the row; 64 KB of it in a block
 BACKWARD_TRIPS = 2  # a vector of half floats is 4 registers of x, 4 of dy, 4 of weight, 8 of dweight, 8 of dbias
 
+# Vectors of a row whose sums need the rounding error of every product. A vector's sum in plain float32 is off by half
+# an ULP or so; over as many vectors as this, a fifth of that is left.
+SHORT = WARP
+
 # dweight and dbias: so many partial sums, four for each of an H100's 132 multiprocessors, each over enough rows that
 # writing and reading it again is little against reading the rows. A constant, so that no result depends on the GPU.
 CHUNKS = 528
@@ -48,6 +52,16 @@ class Plan:
     teams: int  # per block
     trips: int  # vectors of x per thread
     full: bool  # the vectors are exactly as many as the row has: nothing to check
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result has as many digits as the type inside: what roundings lose must be kept."""
+        return self.x in ("float32", "float64")
+
+    @property
+    def short(self) -> bool:
+        """Whether so few numbers are summed that their rounding errors do not cancel out."""
+        return not self.split and self.team * self.trips <= SHORT
 
     @property
     def lanes(self) -> int:
@@ -122,7 +136,7 @@ def plan_for(
     team, trips = (PIECE_TEAM, FORWARD_TRIPS if dy is None else BACKWARD_TRIPS) if shape is None else shape
     if split and dy is not None and "float64" in (dy, weight, bias) and x != "float64":
         trips = 1
-    teams = 1 if split else max(1, BLOCK // team)
+    teams = BLOCK // team if team <= WARP and not split else 1  # warps of one row meet at barriers of the whole block
     return Plan(
         x, dy, weight, bias, centred, partial, offset, aligned, native_bfloat16, split, team, teams, trips,
         full=n % (team * trips * lanes) == 0,

@@ -39,6 +39,13 @@ def pair_total(sums: Any, j: int) -> Any:
     return total if total == total else head
 
 
+@inlined
+def pair_tail(sums: Any, j: int) -> Any:
+    """The tail as a float64, zero for the NaN that a head of infinity leaves there."""
+    tail = np.float64(sums[j + 1])
+    return tail if tail == tail else 0.0
+
+
 @lru_cache
 def adder(team: int, count: int, work: Any) -> Any:
     """add_up(sums, scratch): `count` pairs of each thread become the team's, in all threads that `leads` names.

@@ -28,6 +28,7 @@ from rmsnorm_np.cuda.reduce import (
     lane_of,
     leads,
     levels_of,
+    pair_tail,
     pair_total,
     team_mask,
 )
@@ -37,7 +38,9 @@ from rmsnorm_np.cuda.vector import (
     encoder,
     float64_of_bits,
     inlined,
+    product,
     reader,
+    unrolled,
     words_of,
     writer,
 )
@@ -48,8 +51,10 @@ rms_gradient = inlined(_formulas.rms_gradient)
 layer_gradient = inlined(_formulas.layer_gradient)
 
 # Places of the moments, and of the numbers.
-SUM, SUM_TAIL, SQUARES, G_SUM, PRODUCTS, X_SCALE, DY_SCALE, MOMENTS = range(8)
-MEAN, MEAN_TAIL, RSTD, RSTD_TAIL, B, C, X_TIMES, DY_TIMES, DY_UNDO, UNDO, UNDO_AGAIN, NUMBERS = range(12)
+SUM, SUM_TAIL, SQUARES, G_SUM, G_TAIL, PRODUCTS, PRODUCTS_TAIL, X_SCALE, DY_SCALE, MOMENTS = range(10)
+(
+    MEAN, MEAN_TAIL, RSTD, RSTD_TAIL, B, B_TAIL, C, C_TAIL, X_TIMES, DY_TIMES, DY_UNDO, UNDO, UNDO_AGAIN, NUMBERS,
+) = range(14)  # fmt: skip
 FLAG = NUMBERS  # behind the numbers, in shared memory
 
 PAIRS = 3  # the most that are summed at once
@@ -76,9 +81,18 @@ def power_of_two(exponent: Any) -> Any:
 
 
 @inlined
-def times_pair(value: Any, head: Any, tail: Any) -> Any:
-    """value · (head + tail), with one rounding that counts."""
-    return cuda.fma(value, head, value * tail)
+def lost_in_difference(a: Any, b: Any, difference: Any) -> Any:
+    """a - b - difference, what the difference a - b rounded off: Knuth's TwoSum, as in `add_to_pair`."""
+    taken = difference - a
+    return (a - (difference - taken)) - (b + taken)
+
+
+@inlined
+def add_product_to_pair(sums: Any, j: int, a: Any, a_tail: Any, b: Any, b_tail: Any) -> None:
+    """The pair sums[j] + sums[j + 1] plus (a + a_tail) · (b + b_tail), with what all roundings lose."""
+    head = product(a, b)
+    add_to_pair(sums, j, head)
+    sums[j + 1] += cuda.fma(a, b, -head) + (a * b_tail + a_tail * b)
 
 
 @lru_cache
@@ -145,11 +159,10 @@ def row_reader(plan: Plan, name: str) -> Any:
     words_per_vector, team, trips, lanes = words_of(name, plan.lanes), plan.team, plan.trips, plan.lanes
 
     @inlined
-    def read_row(array: Any, start: Any, lane: Any, stop: Any, words: Any) -> None:
-        for t in range(trips):
-            read(array, start + (t * team + lane) * lanes, start + stop, words, t * words_per_vector)
+    def read_vector(t: Any, array: Any, start: Any, lane: Any, stop: Any, words: Any) -> None:
+        read(array, start + (t * team + lane) * lanes, start + stop, words, t * words_per_vector)
 
-    return read_row
+    return unrolled(read_vector, trips)
 
 
 @lru_cache
@@ -174,21 +187,55 @@ def factor(plan: Plan, again: bool = False) -> Any:
 
 
 @lru_cache
+def factor_pair(plan: Plan) -> Any:
+    """scaled_pair(value, words, at, e, offset): value · (weight_offset + weight[e]), as a pair."""
+    if plan.weight is None:
+        zero = plan.work(0)
+
+        @inlined
+        def unscaled(value: Any, words: Any, at: int, e: int, offset: Any) -> Any:
+            return value, zero
+
+        return unscaled
+    element = decoder(plan.weight, plan.work, again=True)
+    has_offset = plan.offset
+
+    @inlined
+    def scaled_pair(value: Any, words: Any, at: int, e: int, offset: Any) -> Any:
+        weight = element(words, at, e)
+        scale = offset + weight if has_offset else weight
+        head = product(value, scale)
+        tail = cuda.fma(value, scale, -head)
+        if has_offset:
+            tail += value * lost_in_difference(offset, -weight, scale)
+        return head, tail
+
+    return scaled_pair
+
+
+@lru_cache
 def rescaler(plan: Plan, name: str) -> Any:
     """rescale(words, scale): every element times a power of two, in place."""
     element, put = decoder(name, plan.work, again=True), encoder(name, plan.native_bfloat16)
     trips, lanes, per_vector = plan.trips, plan.lanes, words_of(name, plan.lanes)
 
     @inlined
-    def rescale(words: Any, scale: Any) -> None:
-        vector = cuda.local.array(per_vector, np.uint32)
-        for t in range(trips):
-            for e in range(lanes):
-                put(vector, 0, e, element(words, t * per_vector, e) * scale)
-            for j in range(per_vector):
-                words[t * per_vector + j] = vector[j]
+    def rescale_element(e: Any, t: Any, words: Any, scale: Any, vector: Any) -> None:
+        put(vector, 0, e, element(words, t * per_vector, e) * scale)
 
-    return rescale
+    @inlined
+    def put_back(j: Any, t: Any, words: Any, vector: Any) -> None:
+        words[t * per_vector + j] = vector[j]
+
+    rescale_all, put_all_back = unrolled(rescale_element, lanes), unrolled(put_back, per_vector)
+
+    @inlined
+    def rescale_vector(t: Any, words: Any, scale: Any) -> None:
+        vector = cuda.local.array(per_vector, np.uint32)
+        rescale_all(t, words, scale, vector)
+        put_all_back(t, words, vector)
+
+    return unrolled(rescale_vector, trips)
 
 
 @lru_cache
@@ -253,63 +300,107 @@ def measurer(plan: Plan) -> Any:
     per_element = 0 if plan.aligned else 1
     # A mean far from zero needs every digit of the sum. Half types have few digits themselves: the sum of a vector is
     # right to a small part of the distance between two of them.
-    wide = plan.x in ("float32", "float64")
+    wide = plan.exact
     zero, one, places = work(0), work(1), 2 * PAIRS
 
     @inlined
-    def add_x(x: Any, sums: Any) -> None:
-        for t in range(trips):
-            if wide:
-                for e in range(lanes):
-                    add_to_pair(sums, 0, x_element(x, 4 * t, e))
-            else:
-                total = zero
-                for e in range(lanes):
-                    total += x_element(x, 4 * t, e)
-                add_to_pair(sums, 0, total)
+    def add_x_element(e: Any, t: Any, x: Any, parts: Any) -> None:
+        if wide:
+            add_to_pair(parts, 0, x_element(x, 4 * t, e))
+        else:
+            parts[0] += x_element(x, 4 * t, e)
+
+    add_x_elements = unrolled(add_x_element, lanes)
 
     @inlined
-    def add_products(
-        x: Any, dy: Any, weight: Any, lane: Any, stop: Any, k: Any, offset: Any, mean: Any, sums: Any
+    def add_vector_of_x(t: Any, x: Any, sums: Any) -> None:
+        if wide:
+            add_x_elements(t, x, sums)
+        else:
+            parts = cuda.local.array(1, work)
+            parts[0] = zero
+            add_x_elements(t, x, parts)
+            add_to_pair(sums, 0, parts[0])
+
+    @inlined
+    def add_element(
+        e: Any, t: Any, i: Any, x: Any, dy: Any, weight: Any, stop: Any, k: Any, offset: Any, mean: Any, parts: Any
     ) -> None:
-        for t in range(trips):
-            i = (t * team + lane) * lanes
-            squares, products, g_sum = zero, zero, zero
-            for e in range(lanes):
-                value = x_element(x, 4 * t, e)
-                if centred:
-                    value = (value - mean[0]) - mean[1]
-                    if checked and i + e * per_element >= stop:
-                        value = zero
-                squares += value * value if not partial or i + e < k else zero
-                if backward:
-                    g = scaled(dy_element(dy, t * dy_words, e), weight, t * weight_words, e, offset)
-                    products += g * value
-                    g_sum += g
-            add_to_pair(sums, 0, squares)
+        value = x_element(x, 4 * t, e)
+        if centred:
+            value = (value - mean[0]) - mean[1]
+            if checked and i + e * per_element >= stop:
+                value = zero
+        parts[0] += value * value if not partial or i + e < k else zero
+        if backward:
+            g = scaled(dy_element(dy, t * dy_words, e), weight, t * weight_words, e, offset)
+            parts[1] += g * value
+            parts[2] += g
+
+    scaled_pair = factor_pair(plan)
+
+    @inlined
+    def add_exact_element(
+        e: Any, t: Any, i: Any, x: Any, dy: Any, weight: Any, stop: Any, k: Any, offset: Any, mean: Any, sums: Any
+    ) -> None:
+        value, tail = x_element(x, 4 * t, e), zero
+        if centred:
+            distance = value - mean[0]
+            tail = lost_in_difference(value, mean[0], distance) - mean[1]
+            value = distance
+            if checked and i + e * per_element >= stop:
+                value, tail = zero, zero
+        if not partial or i + e < k:
+            add_product_to_pair(sums, 0, value, tail, value, tail)
+        if backward:
+            g, g_tail = scaled_pair(dy_element(dy, t * dy_words, e), weight, t * weight_words, e, offset)
+            add_product_to_pair(sums, 2, g, g_tail, value, tail)
+            if centred:
+                add_to_pair(sums, 4, g)
+                sums[5] += g_tail
+
+    exact = plan.exact and plan.short
+    add_elements = unrolled(add_exact_element if exact else add_element, lanes)
+
+    @inlined
+    def add_vector_of_products(
+        t: Any, x: Any, dy: Any, weight: Any, lane: Any, stop: Any, k: Any, offset: Any, mean: Any, sums: Any
+    ) -> None:
+        i = (t * team + lane) * lanes
+        if exact:
+            add_elements(t, i, x, dy, weight, stop, k, offset, mean, sums)
+        else:
+            parts = cuda.local.array(3, work)  # of squares, products and g
+            parts[0], parts[1], parts[2] = zero, zero, zero
+            add_elements(t, i, x, dy, weight, stop, k, offset, mean, parts)
+            add_to_pair(sums, 0, parts[0])
             if backward:
-                add_to_pair(sums, 2, products)
+                add_to_pair(sums, 2, parts[1])
                 if centred:
-                    add_to_pair(sums, 4, g_sum)
+                    add_to_pair(sums, 4, parts[2])
 
     @inlined
-    def largest_x(x: Any, lane: Any, k: Any) -> Any:
-        largest = 0.0
-        for t in range(trips):
-            i = (t * team + lane) * lanes
-            for e in range(lanes):
-                if not partial or i + e < k:
-                    largest = max(largest, abs(np.float64(x_again(x, 4 * t, e))))
-        return largest
+    def take_x(e: Any, t: Any, i: Any, x: Any, k: Any, largest: Any) -> None:
+        if not partial or i + e < k:
+            largest[0] = max(largest[0], abs(np.float64(x_again(x, 4 * t, e))))
 
     @inlined
-    def largest_g(dy: Any, weight: Any, offset: Any) -> Any:
-        largest = 0.0
-        for t in range(trips):
-            for e in range(lanes):
-                d = np.float64(dy_again(dy, t * dy_words, e))
-                largest = max(largest, abs(weighed(d, weight, t * weight_words, e, offset)))
-        return largest
+    def take_g(e: Any, t: Any, dy: Any, weight: Any, offset: Any, largest: Any) -> None:
+        d = np.float64(dy_again(dy, t * dy_words, e))
+        largest[0] = max(largest[0], abs(weighed(d, weight, t * weight_words, e, offset)))
+
+    take_all_x, take_all_g = unrolled(take_x, lanes), unrolled(take_g, lanes)
+
+    @inlined
+    def largest_x_of_vector(t: Any, x: Any, lane: Any, k: Any, largest: Any) -> None:
+        take_all_x(t, (t * team + lane) * lanes, x, k, largest)
+
+    @inlined
+    def largest_g_of_vector(t: Any, dy: Any, weight: Any, offset: Any, largest: Any) -> None:
+        take_all_g(t, dy, weight, offset, largest)
+
+    add_x, add_products = unrolled(add_vector_of_x, trips), unrolled(add_vector_of_products, trips)
+    largest_x, largest_g = unrolled(largest_x_of_vector, trips), unrolled(largest_g_of_vector, trips)
 
     @inlined
     def measure(
@@ -319,11 +410,13 @@ def measurer(plan: Plan) -> Any:
         sums = cuda.local.array(places, work)
         mean = cuda.local.array(2, work)
         flag = cuda.local.array(1, work)
+        largest = cuda.local.array(1, np.float64)
         x_scale, dy_scale = 1.0, 1.0
         again = True
         while again:
             again = False
-            moments[SUM], moments[SUM_TAIL], moments[G_SUM], moments[PRODUCTS] = 0.0, 0.0, 0.0, 0.0
+            moments[SUM], moments[SUM_TAIL], moments[G_SUM], moments[G_TAIL] = 0.0, 0.0, 0.0, 0.0
+            moments[PRODUCTS], moments[PRODUCTS_TAIL] = 0.0, 0.0
             if centred:
                 sums[0], sums[1] = zero, zero
                 add_x(x, sums)
@@ -341,20 +434,24 @@ def measurer(plan: Plan) -> Any:
                 mean_square = moments[SQUARES] / k_row + eps * x_scale * x_scale
                 ordinary = least < mean_square < most
                 if backward:
-                    moments[PRODUCTS] = pair_total(sums, 2)
+                    moments[PRODUCTS], moments[PRODUCTS_TAIL] = np.float64(sums[2]), pair_tail(sums, 2)
                     ordinary = ordinary and least < abs(moments[PRODUCTS]) < most
                     if centred:
-                        moments[G_SUM] = pair_total(sums, 4)
+                        moments[G_SUM], moments[G_TAIL] = np.float64(sums[4]), pair_tail(sums, 4)
                         ordinary = ordinary and abs(moments[G_SUM]) < most
                 flag[0] = one if ordinary else zero
             if scalable and x_scale == 1.0 and dy_scale == 1.0:
                 share_flag(flag, shared)
                 if flag[0] == zero:
                     if x_scalable:
-                        x_scale = power(maximum(max(largest_x(x, lane, k), math.sqrt(eps)), maxima))
+                        largest[0] = math.sqrt(eps)
+                        largest_x(x, lane, k, largest)
+                        x_scale = power(maximum(largest[0], maxima))
                         rescale_x(x, work(x_scale))
                     if dy_scalable:
-                        dy_scale = power(maximum(largest_g(dy, weight, offset), maxima))
+                        largest[0] = 0.0
+                        largest_g(dy, weight, offset, largest)
+                        dy_scale = power(maximum(largest[0], maxima))
                         rescale_dy(dy, work(dy_scale))
                     again = x_scale != 1.0 or dy_scale != 1.0
         moments[X_SCALE], moments[DY_SCALE] = x_scale, dy_scale
@@ -382,8 +479,12 @@ def finisher(plan: Plan) -> Any:
         if centred:
             store_pair(numbers, MEAN, moments[SUM], moments[SUM_TAIL], n)
         if backward:
-            numbers[B] = work(moments[G_SUM] / k)
-            numbers[C] = work(moments[PRODUCTS] * rstd / k)
+            products, rstd_tail = moments[PRODUCTS], 0.0 if work is np.float32 else np.float64(numbers[RSTD_TAIL])
+            c = products * rstd
+            c_tail = cuda.fma(products, rstd, -c) + products * rstd_tail + moments[PRODUCTS_TAIL] * rstd
+            store_pair(numbers, C, c, c_tail if c_tail == c_tail else 0.0, k)
+            if centred:
+                store_pair(numbers, B, moments[G_SUM], moments[G_TAIL], k)
             exponent = exponent_of(x_scale) - exponent_of(dy_scale)
             numbers[DY_TIMES] = work(dy_scale)
             numbers[DY_UNDO] = work(power_of_two(-exponent_of(dy_scale)))
@@ -409,26 +510,126 @@ def root_correction(rstd: Any, total: Any, k: Any, eps: Any) -> Any:
 
 @lru_cache
 def standardiser(plan: Plan) -> Any:
-    """standardised(value, numbers): xhat, with one rounding that counts."""
-    wide = plan.x in ("float32", "float64")
-    if plan.centred:
+    """standardised(value, numbers): xhat for half types.
 
-        @inlined
-        def standardised(value: Any, numbers: Any) -> Any:
-            distance = value - numbers[MEAN]
-            lost = numbers[MEAN_TAIL]
-            if wide:  # what the difference rounds off, as in `add_to_pair`; half types are far from needing it
-                taken = distance - value
-                lost -= (value - (distance - taken)) - (numbers[MEAN] + taken)
-            return cuda.fma(distance, numbers[RSTD], distance * numbers[RSTD_TAIL] - lost * numbers[RSTD])
+    They need the whole mean, of which little may be left in the difference, but not the whole rstd.
+    """
+    centred = plan.centred
 
-    else:
-
-        @inlined
-        def standardised(value: Any, numbers: Any) -> Any:
-            return times_pair(value, numbers[RSTD], numbers[RSTD_TAIL])
+    @inlined
+    def standardised(value: Any, numbers: Any) -> Any:
+        distance = (value - numbers[MEAN]) - numbers[MEAN_TAIL] if centred else value
+        return distance * numbers[RSTD]
 
     return standardised
+
+
+@lru_cache
+def standardiser_pair(plan: Plan) -> Any:
+    """standardised_pair(value, numbers): xhat, as a pair."""
+    centred = plan.centred
+
+    @inlined
+    def standardised_pair(value: Any, numbers: Any) -> Any:
+        rstd, rstd_tail = numbers[RSTD], numbers[RSTD_TAIL]
+        if centred:
+            distance = value - numbers[MEAN]
+            lost = numbers[MEAN_TAIL] - lost_in_difference(value, numbers[MEAN], distance)
+            head = product(distance, rstd)
+            tail = cuda.fma(distance, rstd, -head) + (distance * rstd_tail - lost * rstd)
+        else:
+            head = product(value, rstd)
+            tail = cuda.fma(value, rstd, -head) + value * rstd_tail
+        return head, tail
+
+    return standardised_pair
+
+
+@lru_cache
+def simple_value(plan: Plan) -> Any:
+    """value_of(x, weight, e, bias, offset, numbers): y of one element, for half types."""
+    standardised, scaled, has_bias = standardiser(plan), factor(plan), plan.bias is not None
+
+    @inlined
+    def value_of(x: Any, weight: Any, e: Any, bias: Any, offset: Any, numbers: Any) -> Any:
+        value = scaled(standardised(x, numbers), weight, 0, e, offset)
+        return value + bias if has_bias else value
+
+    return value_of
+
+
+@lru_cache
+def exact_value(plan: Plan) -> Any:
+    """As `simple_value`, where the result has as many digits as the type inside: one rounding counts, the last."""
+    standardised_pair, scaled_pair, scaled = standardiser_pair(plan), factor_pair(plan), factor(plan)
+    has_bias, zero = plan.bias is not None, plan.work(0)
+
+    @inlined
+    def value_of(x: Any, weight: Any, e: Any, bias: Any, offset: Any, numbers: Any) -> Any:
+        xhat, xhat_tail = standardised_pair(x, numbers)
+        value, tail = scaled_pair(xhat, weight, 0, e, offset)
+        tail += scaled(xhat_tail, weight, 0, e, offset)
+        if has_bias:
+            shifted = value + bias
+            tail += lost_in_difference(value, -bias, shifted)
+            value = shifted
+        # an infinite number has no tail: infinity less infinity is NaN
+        return value + (tail if abs(tail) < math.inf else zero)
+
+    return value_of
+
+
+@lru_cache
+def simple_gradient(plan: Plan) -> Any:
+    """gradient_of(x, d, weight, at, e, inside, offset, numbers): (dx, xhat) of one element; inside: it is in the RMS.
+
+    For half types: float32 inside has digits to spare.
+    """
+    centred = plan.centred
+    scaled, standardised = factor(plan, again=True), standardiser(plan)
+
+    @inlined
+    def gradient_of(x: Any, d: Any, weight: Any, at: Any, e: Any, inside: Any, offset: Any, numbers: Any) -> Any:
+        xhat, g = standardised(x, numbers), scaled(d, weight, at, e, offset)
+        if centred:
+            gradient = layer_gradient(g, xhat, numbers[B], numbers[C])
+        else:
+            gradient = rms_gradient(g, xhat, numbers[C]) if inside else g
+        return gradient * numbers[RSTD], xhat
+
+    return gradient_of
+
+
+@lru_cache
+def exact_gradient(plan: Plan) -> Any:
+    """As `simple_gradient`, where the result has as many digits as the type inside.
+
+    g, b, c and xhat are pairs. The formula of their heads rounds once; the tails, and what g - b rounds off, go through
+    the same formula, which is linear in each. Two roundings count: that of the difference, and that of the result.
+    """
+    centred, zero = plan.centred, plan.work(0)
+    scaled_pair, standardised_pair = factor_pair(plan), standardiser_pair(plan)
+
+    @inlined
+    def gradient_of(x: Any, d: Any, weight: Any, at: Any, e: Any, inside: Any, offset: Any, numbers: Any) -> Any:
+        xhat, xhat_tail = standardised_pair(x, numbers)
+        g, g_tail = scaled_pair(d, weight, at, e, offset)
+        c, c_tail, rstd = numbers[C], numbers[C_TAIL], numbers[RSTD]
+        gradient, tail = g, g_tail
+        if centred:
+            b = numbers[B]
+            gradient = layer_gradient(g, xhat, b, c)
+            tail += lost_in_difference(g, b, g - b)
+            tail = rms_gradient(layer_gradient(tail, xhat, numbers[B_TAIL], c_tail), xhat_tail, c)
+        elif inside:
+            gradient = rms_gradient(g, xhat, c)
+            tail = rms_gradient(rms_gradient(tail, xhat, c_tail), xhat_tail, c)
+        correction = gradient * numbers[RSTD_TAIL] + tail * rstd
+        # an infinite number has no correction: infinity less infinity is NaN
+        gradient = cuda.fma(gradient, rstd, correction if abs(correction) < math.inf else zero)
+        return gradient, xhat + (xhat_tail if abs(xhat_tail) < math.inf else zero)
+
+    return gradient_of
 
 
 @lru_cache
@@ -443,32 +644,34 @@ def row_writer(plan: Plan) -> Any:
     weight_name, bias_name = plan.weight or "float32", plan.bias or "float32"
     read_weight, read_bias = (reader(name, lanes, plan.aligned) for name in (weight_name, bias_name))
     weight_words, bias_words = words_of(weight_name, lanes), words_of(bias_name, lanes)
-    scaled, bias_element = factor(plan), decoder(bias_name, work)
+    bias_element, zero = decoder(bias_name, work), work(0)
     write = writer(plan.x, lanes, plan.aligned)
-    standardised = standardiser(plan)
+    value_of = exact_value(plan) if plan.exact else simple_value(plan)
 
     @inlined
-    def write_row(
-        x: Any, weight: Any, bias: Any, y: Any, start: Any, weight_start: Any, bias_start: Any, lane: Any, stop: Any,
-        offset: Any, numbers: Any,
+    def put_element(e: Any, t: Any, x: Any, w: Any, b: Any, offset: Any, numbers: Any, result: Any) -> None:
+        bias = bias_element(b, 0, e) if has_bias else zero
+        put(result, 0, e, value_of(x_element(x, 4 * t, e), w, e, bias, offset, numbers))
+
+    put_elements = unrolled(put_element, lanes)
+
+    @inlined
+    def write_vector(
+        t: Any, x: Any, weight: Any, bias: Any, y: Any, start: Any, weight_start: Any, bias_start: Any, lane: Any,
+        stop: Any, offset: Any, numbers: Any,
     ) -> None:  # fmt: skip
         w = cuda.local.array(weight_words, np.uint32)
         b = cuda.local.array(bias_words, np.uint32)
         result = cuda.local.array(4, np.uint32)
-        for t in range(trips):
-            i = (t * team + lane) * lanes
-            if has_weight:
-                read_weight(weight, weight_start + i, weight_start + stop, w, 0)
-            if has_bias:
-                read_bias(bias, bias_start + i, bias_start + stop, b, 0)
-            for e in range(lanes):
-                value = scaled(standardised(x_element(x, 4 * t, e), numbers), w, 0, e, offset)
-                if has_bias:
-                    value += bias_element(b, 0, e)
-                put(result, 0, e, value)
-            write(y, start + i, start + stop, result)
+        i = (t * team + lane) * lanes
+        if has_weight:
+            read_weight(weight, weight_start + i, weight_start + stop, w, 0)
+        if has_bias:
+            read_bias(bias, bias_start + i, bias_start + stop, b, 0)
+        put_elements(t, x, w, b, offset, numbers, result)
+        write(y, start + i, start + stop, result)
 
-    return write_row
+    return unrolled(write_vector, trips)
 
 
 @lru_cache
@@ -478,42 +681,41 @@ def gradient_writer(plan: Plan) -> Any:
     x, dy, weight: words, the same elements of each. dweight and dbias, this thread's sums, take their share.
     """
     work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
-    centred, partial = plan.centred, plan.partial
+    partial = plan.partial
     has_weight, has_bias = plan.weight is not None, plan.bias is not None
     dy_name = plan.dy or "float32"
     x_element, dy_element = decoder(plan.x, work, again=True), decoder(dy_name, work, again=True)
     put = encoder(plan.x, plan.native_bfloat16)
     dy_words, weight_words = words_of(dy_name, lanes), words_of(plan.weight or "float32", lanes)
-    scaled, standardised = factor(plan, again=True), standardiser(plan)
+    gradient_of = exact_gradient(plan) if plan.exact else simple_gradient(plan)
     write = writer(plan.x, lanes, plan.aligned)
 
     @inlined
-    def write_gradient(
-        x: Any, dy: Any, weight: Any, dx: Any, start: Any, lane: Any, stop: Any, k: Any, offset: Any, numbers: Any,
+    def put_element(
+        e: Any, t: Any, i: Any, x: Any, dy: Any, weight: Any, k: Any, offset: Any, numbers: Any, result: Any,
         dweight: Any, dbias: Any,
     ) -> None:  # fmt: skip
-        result = cuda.local.array(4, np.uint32)
-        for t in range(trips):
-            i = (t * team + lane) * lanes
-            for e in range(lanes):
-                xhat = standardised(x_element(x, 4 * t, e), numbers)
-                d = dy_element(dy, t * dy_words, e)
-                g = scaled(d, weight, t * weight_words, e, offset)
-                # rstd is a pair, and what the formulas give without it is multiplied by the pair
-                if centred:
-                    gradient = layer_gradient(g, xhat, numbers[B], numbers[C])
-                elif partial and i + e >= k:
-                    gradient = g
-                else:
-                    gradient = rms_gradient(g, xhat, numbers[C])
-                gradient = times_pair(gradient, numbers[RSTD], numbers[RSTD_TAIL])
-                put(result, 0, e, gradient * numbers[UNDO] * numbers[UNDO_AGAIN])
-                if has_weight or has_bias:
-                    d *= numbers[DY_UNDO]
-                if has_weight:
-                    dweight[t * lanes + e] += d * xhat
-                if has_bias:
-                    dbias[t * lanes + e] += d
-            write(dx, start + i, start + stop, result)
+        d = dy_element(dy, t * dy_words, e)
+        inside = not partial or i + e < k
+        gradient, xhat = gradient_of(x_element(x, 4 * t, e), d, weight, t * weight_words, e, inside, offset, numbers)
+        put(result, 0, e, gradient * numbers[UNDO] * numbers[UNDO_AGAIN])
+        if has_weight or has_bias:
+            d *= numbers[DY_UNDO]
+        if has_weight:
+            dweight[t * lanes + e] += d * xhat
+        if has_bias:
+            dbias[t * lanes + e] += d
 
-    return write_gradient
+    put_elements = unrolled(put_element, lanes)
+
+    @inlined
+    def write_vector(
+        t: Any, x: Any, dy: Any, weight: Any, dx: Any, start: Any, lane: Any, stop: Any, k: Any, offset: Any,
+        numbers: Any, dweight: Any, dbias: Any,
+    ) -> None:  # fmt: skip
+        result = cuda.local.array(4, np.uint32)
+        i = (t * team + lane) * lanes
+        put_elements(t, i, x, dy, weight, k, offset, numbers, result, dweight, dbias)
+        write(dx, start + i, start + stop, result)
+
+    return unrolled(write_vector, trips)

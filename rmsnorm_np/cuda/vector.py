@@ -26,8 +26,42 @@ _GLOBAL = 1  # LLVM's number for the address space of device memory
 
 
 def inlined(function: Any) -> Any:
-    """A device function that becomes part of its caller, so that the caller's arrays can stay in registers."""
-    return cuda.jit(device=True, inline="always")(function)
+    """A device function that becomes part of its caller, so that the caller's arrays can stay in registers.
+
+    LLVM does it (`forceinline`), not Numba (`inline="always"`), which would type every copy anew and take four times
+    as long.
+    """
+    return cuda.jit(device=True, forceinline=True)(function)
+
+
+def unrolled(step: Any, count: int) -> Any:
+    """each(*args): step(0, *args), step(1, *args), … step(count - 1, *args), one after the other, without a loop.
+
+    An array lies in registers only if the compiler knows all indices into it when it places it. Compilers for compute
+    capability 10.0 and more unroll a loop later than that, and loops over `range` not at all at times.
+    """
+    steps = _steps_from(step, count)
+
+    @inlined
+    def each(*args: Any) -> None:
+        steps(np.int64(0), *args)  # a literal 0 would have `step` compiled once more, for this literal
+
+    return each
+
+
+def _steps_from(step: Any, count: int) -> Any:
+    """steps(first, *args): `count` steps, first its first half, then its second."""
+    if count == 1:
+        return step
+    half = count // 2
+    first_half, second_half = _steps_from(step, half), _steps_from(step, count - half)
+
+    @inlined
+    def steps(first: Any, *args: Any) -> None:
+        first_half(first, *args)
+        second_half(first + half, *args)
+
+    return steps
 
 
 def words_of(name: str, lanes: int) -> int:
@@ -133,6 +167,21 @@ def float32_to_bfloat16(typing_context: Any, value: Any) -> Any:
         return builder.asm(kind, "cvt.rn.bf16.f32 $0, $1;", "=h,f", arguments, side_effect=False)
 
     return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def product(typing_context: Any, a: Any, b: Any) -> Any:
+    """a · b, rounded. The compiler does not fuse it with an addition: what it rounds off can be computed."""
+    name = f"f{a.bitwidth}"
+    letter = {"f32": "f", "f64": "d"}[name]
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = context.get_value_type(signature.return_type)
+        kind = ir.FunctionType(number, [number, number])
+        constraints = f"={letter},{letter},{letter}"
+        return builder.asm(kind, f"mul.rn.{name} $0, $1, $2;", constraints, arguments, side_effect=False)
+
+    return a(a, a), codegen
 
 
 @intrinsic
@@ -242,6 +291,27 @@ def encoder(name: str, native_bfloat16: bool) -> Any:
     return put
 
 
+@inlined
+def keep_1(loaded: Any, words: Any, at: int) -> None:
+    """What was loaded becomes words[at]."""
+    words[at] = loaded[0]
+
+
+@inlined
+def keep_2(loaded: Any, words: Any, at: int) -> None:
+    """What was loaded becomes words[at] and the next."""
+    words[at], words[at + 1] = loaded[0], loaded[1]
+
+
+@inlined
+def keep_4(loaded: Any, words: Any, at: int) -> None:
+    """What was loaded becomes words[at] and the next three."""
+    words[at], words[at + 1], words[at + 2], words[at + 3] = loaded[0], loaded[1], loaded[2], loaded[3]
+
+
+NO_WORDS = (np.uint32(0),) * 4
+
+
 @lru_cache
 def reader(name: str, lanes: int, aligned: bool) -> Any:
     """read(array, i, stop, words, at): the vector from array[i], with zeros for elements from `stop` on."""
@@ -250,41 +320,39 @@ def reader(name: str, lanes: int, aligned: bool) -> Any:
     load = {1: load_1, 2: load_2, 4: load_4}[count]
     step = count * WORD // itemsize
     word = WORD // itemsize if itemsize < WORD else 1
+    keep = {1: keep_1, 2: keep_2, 4: keep_4}[count]
 
     if aligned:
 
         @inlined
-        def read(array: Any, i: int, stop: int, words: Any, at: int) -> None:
-            for c in range(total // count):
-                if i < stop:
-                    loaded = load(array, i + c * step)
-                    for j in range(count):
-                        words[at + c * count + j] = loaded[j]
-                else:
-                    for j in range(count):
-                        words[at + c * count + j] = np.uint32(0)
+        def read_one(c: Any, array: Any, i: int, stop: int, words: Any, at: int) -> None:
+            first = at + c * count
+            if i < stop:
+                keep(load(array, i + c * step), words, first)
+            else:
+                keep(NO_WORDS, words, first)
 
-    elif itemsize == 8:
+        return unrolled(read_one, total // count)
+
+    if itemsize == 8:
 
         @inlined
-        def read(array: Any, i: int, stop: int, words: Any, at: int) -> None:
-            for e in range(lanes):
-                bits = np.uint64(array[i + e]) if i + e < stop else np.uint64(0)
-                words[at + 2 * e] = np.uint32(bits & np.uint64(0xFFFFFFFF))
-                words[at + 2 * e + 1] = np.uint32(bits >> np.uint64(32))
+        def read_one(e: Any, array: Any, i: int, stop: int, words: Any, at: int) -> None:
+            bits = np.uint64(array[i + e]) if i + e < stop else np.uint64(0)
+            words[at + 2 * e] = np.uint32(bits & np.uint64(0xFFFFFFFF))
+            words[at + 2 * e + 1] = np.uint32(bits >> np.uint64(32))
 
     else:
 
         @inlined
-        def read(array: Any, i: int, stop: int, words: Any, at: int) -> None:
-            for e in range(lanes):
-                bits = np.uint32(array[i + e]) if i + e < stop else np.uint32(0)
-                if e % word == 0:
-                    words[at + e // word] = bits
-                else:
-                    words[at + e // word] |= np.uint32(bits << np.uint32(16))
+        def read_one(e: Any, array: Any, i: int, stop: int, words: Any, at: int) -> None:
+            bits = np.uint32(array[i + e]) if i + e < stop else np.uint32(0)
+            if e % word == 0:
+                words[at + e // word] = bits
+            else:
+                words[at + e // word] |= np.uint32(bits << np.uint32(16))
 
-    return read
+    return unrolled(read_one, lanes)
 
 
 @lru_cache
@@ -299,34 +367,32 @@ def writer(name: str, lanes: int, aligned: bool) -> Any:
     if aligned and count == 4:
 
         @inlined
-        def write(array: Any, i: int, stop: int, words: Any) -> None:
+        def write_one(c: Any, array: Any, i: int, stop: int, words: Any) -> None:
+            at = 4 * c
             if i < stop:
-                for c in range(total // 4):
-                    at = 4 * c
-                    store(array, i + c * step, (words[at], words[at + 1], words[at + 2], words[at + 3]))
+                store(array, i + c * step, (words[at], words[at + 1], words[at + 2], words[at + 3]))
 
-    elif itemsize == 8:
+        return unrolled(write_one, total // 4)
+
+    if itemsize == 8:
 
         @inlined
-        def write(array: Any, i: int, stop: int, words: Any) -> None:
-            for e in range(lanes):
-                if i + e < stop:
-                    array[i + e] = np.uint64(words[2 * e]) | (np.uint64(words[2 * e + 1]) << np.uint64(32))
+        def write_one(e: Any, array: Any, i: int, stop: int, words: Any) -> None:
+            if i + e < stop:
+                array[i + e] = np.uint64(words[2 * e]) | (np.uint64(words[2 * e + 1]) << np.uint64(32))
 
     elif itemsize == 4:
 
         @inlined
-        def write(array: Any, i: int, stop: int, words: Any) -> None:
-            for e in range(lanes):
-                if i + e < stop:
-                    array[i + e] = words[e]
+        def write_one(e: Any, array: Any, i: int, stop: int, words: Any) -> None:
+            if i + e < stop:
+                array[i + e] = words[e]
 
     else:
 
         @inlined
-        def write(array: Any, i: int, stop: int, words: Any) -> None:
-            for e in range(lanes):
-                if i + e < stop:
-                    array[i + e] = np.uint16((words[e // word] >> np.uint32(16 * (e % word))) & np.uint32(0xFFFF))
+        def write_one(e: Any, array: Any, i: int, stop: int, words: Any) -> None:
+            if i + e < stop:
+                array[i + e] = np.uint16((words[e // word] >> np.uint32(16 * (e % word))) & np.uint32(0xFFFF))
 
-    return write
+    return unrolled(write_one, lanes)

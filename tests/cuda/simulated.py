@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from fractions import Fraction
@@ -63,7 +64,8 @@ def run_block(self, grid_point, *args):
 
 def run_thread(self):
     try:  # what it raises, of any kind, `run_block` raises again
-        threading.Thread.run(self)
+        with np.errstate(all="ignore"):  # registers wrap around and become infinite in silence
+            threading.Thread.run(self)
     except Exception as error:  # noqa: BLE001
         self.exception = (error, error.__traceback__)
         for meeting in (self._manager.barrier, *(meeting for meeting, _ in self._manager.meetings.values())):
@@ -95,10 +97,20 @@ def shfl_xor_sync(self, mask, value, lane_mask):
 
 
 def fma(self, a, b, c):
-    if not (np.isfinite(a) and np.isfinite(b) and np.isfinite(c)):
+    """a · b + c, rounded once."""
+    if isinstance(a, np.float32):
+        # float64 has room for the product. The sum is rounded to an odd last digit there, which no tie of float32 has.
+        product, c = float(a) * float(b), float(c)
+        total = product + c
+        if math.isfinite(total):
+            added = total - product
+            lost = (product - (total - added)) + (c - added)
+            if lost and not np.float64(total).view(np.int64) & 1:
+                total = math.nextafter(total, math.copysign(math.inf, lost))
+        return np.float32(total)
+    if not (math.isfinite(a) and math.isfinite(b) and math.isfinite(c)):
         return a * b + c
-    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
-    return type(a)(float(exact))
+    return np.float64(float(Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))))
 
 
 def shared_array(self, shape, dtype, alignment=None):
@@ -147,6 +159,7 @@ INTRINSICS = {
     "float16_to_float32": lambda bits: np.float32(np.uint16(bits).view(np.float16)),
     "float32_to_float16": lambda value: np.float16(value).view(np.uint16),
     "opaque": lambda word: word,
+    "product": lambda a, b: a * b,
     "reciprocal_root": _formulas.reciprocal_root,  # NumPy's root and division know zero and infinity
 }
 
@@ -200,6 +213,8 @@ class _Cuda:
 
 def install(limits):
     """Make the engine run in the simulator, with these limits in place of those of `launch`."""
+    jit = cuda.jit
+    cuda.jit = lambda *args, forceinline=False, **options: jit(*args, **options)
     import rmsnorm_np.cuda as engine
     from rmsnorm_np.cuda import arrays, kernels, launch, reduce, rows, vector
 
