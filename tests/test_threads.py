@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numba
+import numpy as np
 import pytest
 
 from rmsnorm_np.cpu import threads
@@ -31,12 +32,20 @@ print(numba.threading_layer(), digest.hexdigest())
 def test_each_layer_and_number_of_threads_gives_the_same_bits():
     """The layers cut the tasks differently: one at a time, or a run of them for each thread."""
     digests = set()
-    for layer, count in (("default", 1), ("workqueue", 2), ("workqueue", 3), ("omp", 2), ("omp", 3)):
+    for layer, count in (
+        ("default", 1),
+        ("workqueue", 2),
+        ("workqueue", 3),
+        ("omp", 2),
+        ("omp", 3),
+        ("tbb", 2),
+        ("tbb", 3),
+    ):
         environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": str(count)}
         out = subprocess.run(
             [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
         )
-        if "No threading layer could be loaded" in out.stderr:  # not every platform has OpenMP
+        if "No threading layer could be loaded" in out.stderr:  # OpenMP and TBB are not everywhere
             continue
         assert out.returncode == 0, out.stderr
         used, digest = out.stdout.split()
@@ -112,6 +121,31 @@ def test_a_forked_child_computes_the_same(layer, when):
         [sys.executable, "-c", FORKED, when], env=environment, capture_output=True, text=True, check=False, timeout=120
     )
     assert out.returncode == 0, out.stderr
+
+
+def test_what_a_task_raises_is_raised():
+    """In this thread and on others: an exception that nobody hears of leaves an output half written."""
+
+    @numba.njit
+    def task(t, values, numbers):
+        if t == 3:
+            raise MemoryError("no room")
+        numbers[t] = values[t]
+
+    @numba.njit
+    def run(values, numbers, threads_):
+        threads.in_parallel(task, len(values), threads_, (values, numbers))
+
+    threads.layer()
+    for n in (3, 9):
+        for on_threads in (1, 2):
+            numbers = np.zeros(n)
+            if n > 3:
+                with pytest.raises(MemoryError, match="no room"):
+                    run(np.arange(1.0, n + 1), numbers, on_threads)
+            else:
+                run(np.arange(1.0, n + 1), numbers, on_threads)
+                assert np.array_equal(numbers, np.arange(1.0, n + 1))
 
 
 def test_one_task_after_the_other_in_plain_python():

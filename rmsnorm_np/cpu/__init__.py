@@ -61,10 +61,8 @@ def _forward(
         kernel, streaming, on_threads = kernels.forward, 0, 1
     else:
         y = memory.empty((rows, n), x.dtype, x) if out is None else out
-        kernel, on_threads = (
-            long_rows.long_forward if n > long_rows.LONG_ROW else kernels.forward,
-            threads.choose(x.size),
-        )
+        kernel = long_rows.long_forward if n > long_rows.LONG_ROW else kernels.forward
+        on_threads = threads.choose(x.size)
         streaming = memory.streams(y)
         if weight is not None and rows >= SCALED_ROWS:
             weight, weight_offset = _scale(x, weight, weight_offset, centred is None)
@@ -194,16 +192,14 @@ def describe() -> dict[str, Any]:
     import llvmlite
     import llvmlite.binding as llvm
     import numba
-    from numba.np.ufunc.parallel import _launch_threads
 
-    _launch_threads()  # which threading layer it is, is settled when the first kernel runs, or here
     return {
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,
         "cpu": numba.config.CPU_NAME or llvm.get_host_cpu_name(),
         "features": sorted(name for name, present in llvm.get_host_cpu_features().items() if present),
         "threads": numba.get_num_threads(),
-        "threading_layer": numba.threading_layer(),
+        "threading_layer": threads.layer(),
         "cache": None if cache.folder() is None else str(cache.folder()),
         "recycled_memory_limit": memory.limit(),
     }

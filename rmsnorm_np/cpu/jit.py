@@ -12,9 +12,8 @@ from typing import Any
 
 import numba
 import numba.extending
-from numba.np.ufunc.parallel import _launch_threads
 
-from rmsnorm_np.cpu import arithmetic, lowering  # noqa: F401  (registers how simd compiles)
+from rmsnorm_np.cpu import arithmetic, lowering, threads  # noqa: F401  (registers how simd compiles)
 from rmsnorm_np.cpu.cache import cached
 from rmsnorm_np.cpu.simd import keeps_errors
 
@@ -94,7 +93,7 @@ class Kernel:
         # with NUMBA_DISABLE_JIT=1 the dispatcher is the plain function
         code: Callable[..., None] = self.dispatcher
         if hasattr(code, "compile"):
-            _launch_threads()  # Numba offers no public way to have the names that threads.in_parallel calls known
+            threads.layer()
             code = code.compile(tuple(map(numba.typeof, args)))
         self.compiled[key] = code
         return code

@@ -6,6 +6,7 @@ as long as all else. Here a kernel is compiled once and calls the function behin
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from numba.np.ufunc.parallel import _launch_threads
 PARALLEL_ELEMENTS = 32768
 
 
-_layer: str | None = None  # Numba's threading layer, once it is known
 _lost_threads = False  # whether this process was forked from one whose OpenMP threads it cannot use
 
 
@@ -33,13 +33,16 @@ def choose(elements: int) -> int:
     return int(numba.config.NUMBA_NUM_THREADS)
 
 
+@functools.cache
+def layer() -> str:
+    """Numba's threading layer: omp, tbb or workqueue. From then on what compiled kernels call is known to LLVM."""
+    _launch_threads()  # Numba offers no public way to settle it before a kernel of its own runs
+    return str(numba.threading_layer())
+
+
 def _is_one_at_a_time() -> bool:
     """Whether another Python thread may be using the layer, and that layer ends the process when two do."""
-    global _layer
-    if _layer is None:
-        _launch_threads()  # Numba offers no public way to settle which layer it is before a kernel runs
-        _layer = numba.threading_layer()
-    return _layer == "workqueue" and threading.current_thread() is not threading.main_thread()
+    return layer() == "workqueue" and threading.current_thread() is not threading.main_thread()
 
 
 def _after_fork() -> None:
@@ -58,7 +61,7 @@ if hasattr(os, "register_at_fork"):
 def in_parallel(task: Callable[..., None], count: int, threads: int, args: tuple[Any, ...]) -> None:
     """Call ``task(t, *args)`` for each t below `count`, on that many threads, or fewer if `set_num_threads` says so.
 
-    For kernels. A task must not raise: nobody would hear of it.
+    For kernels. Where tasks raise, one of their exceptions is raised when all have ended.
     """
     for t in range(count):
         task(t, *args)
@@ -80,8 +83,10 @@ def _in_parallel(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     _, count, threads, values = args
     count = context.cast(builder, count, count_type, types.intp)
     threads = context.cast(builder, threads, threads_type, types.intp)
-    shared = cgutils.alloca_once_value(builder, values)
-    run = _runner(context, builder, task, args_type, shared.type)
+    # what the tasks share: their arguments, and the exception and the code of one that failed
+    room = ir.LiteralStructType([values.type, cgutils.voidptr_t, ir.IntType(32)])
+    shared = cgutils.alloca_once_value(builder, builder.insert_value(ir.Constant(room, None), values, 0))
+    run, status = _runner(context, builder, task, args_type, shared.type)
 
     one = count.type(1)
     # a thread gets args[0] + t * steps[0] for the first turn t that is its own: with a null pointer and steps of one, t
@@ -101,13 +106,18 @@ def _in_parallel(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             function = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] * 5 + [count.type] * 3)
             parallel_for = cgutils.get_or_insert_function(builder.module, function, "numba_parallel_for")
             builder.call(parallel_for, [builder.bitcast(run, cgutils.voidptr_t), *pointers, *numbers])
+    result = builder.load(shared)
+    exception = builder.bitcast(builder.extract_value(result, 1), status.excinfoptr.type)
+    code = builder.extract_value(result, 2)
+    with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, code)):
+        context.call_conv.return_status_propagate(builder, status._replace(code=code, excinfoptr=exception))
     return context.get_dummy_value()
 
 
 def _runner(context: Any, builder: Any, task: Any, args_type: Any, shared_type: Any) -> Any:
-    """Some turns as Numba's threads call them: run(args, dimensions, steps, data).
+    """Some turns as Numba's threads call them, run(args, dimensions, steps, data); and how one of them ended.
 
-    The first is number args[0], dimensions[0] is how many they are, and data points at the task's own arguments.
+    The first is number args[0], dimensions[0] is how many they are, and data points at what the tasks share.
     """
     pointer = cgutils.voidptr_t
     function_type = ir.FunctionType(ir.VoidType(), [pointer.as_pointer(), pointer, pointer, pointer])
@@ -117,16 +127,16 @@ def _runner(context: Any, builder: Any, task: Any, args_type: Any, shared_type: 
     number_type = context.get_value_type(types.intp)
     first = inner.ptrtoint(inner.load(run.args[0]), number_type)
     turns = inner.load(inner.bitcast(run.args[1], number_type.as_pointer()))
-    values = inner.load(inner.bitcast(run.args[3], shared_type))
+    shared = inner.bitcast(run.args[3], shared_type)
+    values = inner.load(cgutils.gep_inbounds(inner, shared, 0, 0))
     call = task.get_call_type(context.typing_context, (types.intp, *args_type.types), {})
     compiled = task.dispatcher.get_compile_result(call)
     context.add_linking_libs([compiled.library])
     with cgutils.for_range(inner, turns) as loop:
-        context.call_internal_no_propagate(
-            inner,
-            compiled.fndesc,
-            call,
-            [inner.add(first, loop.index), *(inner.extract_value(values, i) for i in range(len(args_type)))],
-        )
+        task_args = [inner.add(first, loop.index), *(inner.extract_value(values, i) for i in range(len(args_type)))]
+        status, _ = context.call_internal_no_propagate(inner, compiled.fndesc, call, task_args)
+        with cgutils.if_unlikely(inner, status.is_error):
+            inner.store(inner.bitcast(status.excinfoptr, pointer), cgutils.gep_inbounds(inner, shared, 0, 1))
+            inner.store(status.code, cgutils.gep_inbounds(inner, shared, 0, 2))
     inner.ret_void()
-    return run
+    return run, status
