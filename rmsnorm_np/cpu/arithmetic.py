@@ -185,6 +185,25 @@ def _first_lanes(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return selected[0] if len(selected) == 1 else pair(builder, *selected)
 
 
+@type_callable(simd.joined)
+def _type_joined(context: Any) -> Any:
+    return lambda first, rest, count: first if first == rest else None
+
+
+@lower_builtin(simd.joined, LanesType, LanesType, types.Integer)
+def _joined(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    first, rest, count = args
+    chosen = mask(builder, count, sig.args[0].count)
+    pieces = zip(parts(sig.args[0].kind, first, builder), parts(sig.args[1].kind, rest, builder), strict=True)
+    selected = [builder.select(chosen, a, b) for a, b in pieces if a is not None]
+    return selected[0] if len(selected) == 1 else pair(builder, *selected)
+
+
+@lower_builtin(simd.joined, LanesType, LanesType, types.none)
+def _all_of_first(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return args[0]
+
+
 @type_callable(simd.across)
 def _type_across(context: Any) -> Any:
     def typer(lanes: Any) -> Any:

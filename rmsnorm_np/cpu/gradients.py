@@ -14,6 +14,7 @@ from rmsnorm_np.cpu.simd import (
     add_exact_square,
     add_product,
     float64,
+    joined,
     keep,
     kept,
     load,
@@ -157,9 +158,12 @@ def keep_gradient_numbers(x: Any, k: int, eps: float, rstds: Any, bs: Any, cs: A
 @inlined
 def gradient_lanes(
     dy: Any, x: Any, weight: Any, dweight: Any, dbias: Any, i: int, shift: int, sum_shift: int, offset: Any, mean: Any,
-    rstd: Any, b: Any, c: Any, inside: int, work: Any, count: Any,
+    rstd: Any, b: Any, c: Any, inside: Any, work: Any, count: Any,
 ) -> Any:  # fmt: skip
-    """Dx of the elements from i on; their share of dweight and dbias is added to what stands at sum_shift + i."""
+    """Dx of the elements from i on, of which the first `inside` are in the RMS (None: all).
+
+    Their share of dweight and dbias is added to what stands at sum_shift + i.
+    """
     like = zeros(x, work)
     u = load(dy, i, like, count) * rstd
     lanes = minus(load(x, i, work, count), mean)
@@ -172,34 +176,45 @@ def gradient_lanes(
     g = times(u, plus(load(weight, shift + i, like, count), offset))
     if b is not None:
         return layer_gradient(g, lanes, b, c)
-    if inside:
-        return rms_gradient(g, lanes, c)
-    return g
+    return joined(rms_gradient(g, lanes, c), g, inside)
+
+
+@optional("border", lambda border, i: None)
+def before(border: Any, i: int) -> Any:
+    """How many elements there are from i on before the border."""
+    return border - i
 
 
 @inlined
-def write_gradient(
-    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, start: int, stop: int, shift: int, sum_shift: int,
-    offset: Any, mean: Any, rstd: Any, b: Any, c: Any, inside: int, streaming: int, ahead: int, work: Any,
+def write_gradient_lanes(
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, head: int, body: int, shift: int, sum_shift: int,
+    offset: Any, mean: Any, rstd: Any, b: Any, c: Any, border: Any, streaming: int, ahead: int,
 ) -> None:  # fmt: skip
-    """Dx from start to stop, the shares of dweight and dbias, and a prefetch of what lies `ahead` of x."""
-    head = min(start + until_aligned(dx, start), stop) if streaming else start
-    body = stop - (stop - head) % LANES
+    """The vectors from head to body, of a row in whose RMS are the elements before the border (None: all)."""
     for i in range(head, body, LANES):
         lanes = gradient_lanes(
-            dy, x, weight, dweight, dbias, i, shift, sum_shift, offset, mean, rstd, b, c, inside, work, None
+            dy,
+            x,
+            weight,
+            dweight,
+            dbias,
+            i,
+            shift,
+            sum_shift,
+            offset,
+            mean,
+            rstd,
+            b,
+            c,
+            before(border, i),
+            float64,
+            None,
         )
         if streaming:
             stream(dx, i, lanes)
             prefetch_second(x, i + ahead)
         else:
             store(dx, i, lanes)
-    for i, count in ((start, head - start), (body, stop - body)):  # what is before the first and after the last vector
-        if count > 0:
-            lanes = gradient_lanes(
-                dy, x, weight, dweight, dbias, i, shift, sum_shift, offset, mean, rstd, b, c, inside, work, count
-            )
-            store(dx, i, lanes, count)
 
 
 @inlined
@@ -208,17 +223,34 @@ def write_row_gradient(
     shift: int, sum_shift: int, offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, j: int, streaming: int,
     ahead: int, centred: Any,
 ) -> None:  # fmt: skip
-    """Columns first to last of the row at `start`, whose numbers are in place j."""
+    """Columns first to last of the row at `start`, whose numbers are in place j.
+
+    That is dx, the shares of dweight and dbias, and a prefetch of what lies `ahead` of x.
+    """
     mean, b = kept_mean(means, j, x, centred), kept_mean(bs, j, x, centred)
     rstd, c = kept(rstds, j, x), kept(cs, j, x)
-    border = max(first, min(k, last))  # the elements before it are in the RMS
-    for inside in range(1, -1, -1):  # a loop, and not two calls, which would take twice as long to compile
-        begin, end = (first, border) if inside else (border, last)
-        if begin < end:
-            write_gradient(
-                dy, x, weight, dx, dweight, dbias, start + begin, start + end, shift - start, sum_shift - start, offset,
-                mean, rstd, b, c, inside, streaming, ahead, float64,
+    begin, end, border = start + first, start + last, start + k
+    head = min(begin + until_aligned(dx, begin), end) if streaming else begin
+    body = end - (end - head) % LANES
+    # Not what is before the border, then what is behind: the cache line that is streamed in two parts took more than a
+    # third of the time of rows of 576 elements, and of k % LANES != 0.
+    if border >= end:
+        write_gradient_lanes(
+            dy, x, weight, dx, dweight, dbias, head, body, shift - start, sum_shift - start, offset, mean, rstd, b, c,
+            None, streaming, ahead,
+        )  # fmt: skip
+    else:
+        write_gradient_lanes(
+            dy, x, weight, dx, dweight, dbias, head, body, shift - start, sum_shift - start, offset, mean, rstd, b, c,
+            border, streaming, ahead,
+        )  # fmt: skip
+    for i, count in ((begin, head - begin), (body, end - body)):  # what is before the first and after the last vector
+        if count > 0:
+            lanes = gradient_lanes(
+                dy, x, weight, dweight, dbias, i, shift - start, sum_shift - start, offset, mean, rstd, b, c,
+                border - i, float64, count,
             )  # fmt: skip
+            store(dx, i, lanes, count)
 
 
 @inlined
@@ -231,8 +263,8 @@ def write_short_gradient(
     rstd, c = kept(rstds, j, x), kept(cs, j, x)
     for i in range(start, start + n, LANES):
         lanes = gradient_lanes(
-            dy, x, weight, dweight, dbias, i, shift - start, sum_shift - start, offset, mean, rstd, b, c, 1, float64,
-            None,
+            dy, x, weight, dweight, dbias, i, shift - start, sum_shift - start, offset, mean, rstd, b, c, None,
+            float64, None,
         )  # fmt: skip
         if streaming:
             stream(dx, i, lanes)

@@ -144,6 +144,11 @@ def first_lanes(lanes: Lanes, count: int | None) -> Lanes:
     return lanes if count is None else np.where(np.arange(LANES) < count, lanes, lanes.dtype.type(0))
 
 
+def joined(first: Lanes, rest: Lanes, count: int | None) -> Lanes:
+    """The first ``count`` lanes of ``first`` (None: all), and those of ``rest`` behind."""
+    return first if count is None else np.where(np.arange(LANES) < count, first, rest)
+
+
 def add_exact_square(total: Lanes, lanes: Lanes) -> Lanes:
     """``total + lanes * lanes``; the square is exact for every kind, so fusing it changes no bit."""
     return total + lanes * lanes
