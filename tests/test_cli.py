@@ -168,14 +168,18 @@ def test_bench_fits_the_screen(width):
 # Timing
 
 
-def test_interleave_takes_turns_and_leaves_the_first_call_out(monkeypatch):
+@pytest.mark.parametrize(("warm_seconds", "turns"), [(0.25, "aabb"), (0.004, "ab")])
+def test_interleave_takes_turns_and_leaves_the_first_call_out(monkeypatch, warm_seconds, turns):
     clock = itertools.count()  # a second passes between any two looks at the clock
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
     calls = []
     contenders = {name: lambda name=name: calls.append(name) for name in "ab"}
-    found = timing.interleave(contenders, rounds=4, turn_seconds=0.0, budget_seconds=0.0, min_rounds=2)
+    found = timing.interleave(
+        contenders, rounds=4, turn_seconds=0.0, warm_seconds=warm_seconds, budget_seconds=0.0, min_rounds=2
+    )
     assert found == {name: timing.Timing((1.0, 1.0)) for name in "ab"}  # the budget was spent after two rounds
-    assert "".join(calls) == "aabb" + "aabb" * 2  # to begin with one call and one to estimate; then warm-up and timed
+    # to begin with one call and one to estimate; then a turn with its warm-up, or without where the call is long
+    assert "".join(calls) == "aabb" + turns * 2
 
 
 def test_interleave_runs_all_rounds_within_its_budget():

@@ -44,20 +44,23 @@ def interleave(
 
     A turn is ``warm_seconds`` of calls that are not timed (they bring the contender's own data and threads back, while
     the last one's threads, which go on waiting for work, fall asleep), then as many as fill ``turn_seconds``, timed
-    together. No round starts when the budget is spent, but ``min_rounds`` always run.
+    together. A call that takes 25 times ``warm_seconds`` is its own warming up. No round starts when the budget is
+    spent, but ``min_rounds`` always run.
     """
-    calls_per_turn = {name: _calls_that_fill(turn_seconds, call) for name, call in contenders.items()}
+    estimates = {name: _estimate(call, turn_seconds / 100) for name, call in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + budget_seconds
     for done in range(rounds):
         if done >= min_rounds and time.perf_counter() > end:
             break
         for name, call in contenders.items():
-            warm = time.perf_counter() + warm_seconds
-            call()
-            while time.perf_counter() < warm:
+            if estimates[name] < 25 * warm_seconds:
+                warm = time.perf_counter() + warm_seconds
                 call()
-            seconds[name].append(_time(call, calls_per_turn[name]))
+                while time.perf_counter() < warm:
+                    call()
+            calls = max(1, min(10_000, round(turn_seconds / max(estimates[name], 1e-9))))
+            seconds[name].append(_time(call, calls))
     return {name: Timing(tuple(measured)) for name, measured in seconds.items()}
 
 
@@ -67,12 +70,11 @@ def ratio(slower: Timing, faster: Timing) -> Ratio:
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def _calls_that_fill(seconds: float, call: Call) -> int:
+def _estimate(call: Call, short: float) -> float:
+    """Seconds per call, from one, or from ten where that was short."""
     call()  # compiles, allocates, loads: whatever a first call does
     once = _time(call, 1)
-    if once < seconds / 100:
-        once = _time(call, 10)
-    return max(1, min(10_000, round(seconds / max(once, 1e-9))))
+    return _time(call, 10) if once < short else once
 
 
 def _time(call: Call, calls: int) -> float:
