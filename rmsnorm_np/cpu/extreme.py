@@ -23,7 +23,20 @@ from rmsnorm_np.cpu.rows import (
     reciprocal_root,
     write_output,
 )
-from rmsnorm_np.cpu.simd import LANES, add_product, data, float64, kept, load, minus, rounded, scratch, store, zeros
+from rmsnorm_np.cpu.simd import (
+    LANES,
+    add_product,
+    data,
+    float64,
+    hold,
+    kept,
+    load,
+    minus,
+    rounded,
+    scratch,
+    store,
+    zeros,
+)
 
 
 @inlined
@@ -85,6 +98,7 @@ def forward_extreme_row(
     mean = kept_mean(means, zero, row, centred)
     write_output(row, weight, bias, result, zero, n, shift, bias_shift, offset, mean, rstd, zero, zero, work)
     copy_row(result, zero, y, start, n)
+    hold(room)
 
 
 @piece
@@ -119,6 +133,7 @@ def write_extreme_gradient(
     for i in range(n):
         result[i] = math.ldexp(result[i], exponent)
     copy_row(result, zero, dx, start, n)
+    hold(room)
 
 
 @piece

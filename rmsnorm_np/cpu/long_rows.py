@@ -28,7 +28,7 @@ from rmsnorm_np.cpu.rows import (
     segment_sum,
     write_output,
 )
-from rmsnorm_np.cpu.simd import SEGMENT, data, float64, keep, kept
+from rmsnorm_np.cpu.simd import SEGMENT, data, float64, hold, keep, kept
 from rmsnorm_np.cpu.threads import in_parallel
 
 LONG_ROW = 65536
@@ -233,6 +233,7 @@ def _piece_gradient(
             )  # fmt: skip
         put_sums(dweight, h * n + first, weight_sums, last - first, streaming)
         put_sums(dbias, h * n + first, bias_sums, last - first, streaming)
+    hold(room)
 
 
 long_forward = Kernel(_long_forward)

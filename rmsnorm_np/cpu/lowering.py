@@ -80,6 +80,16 @@ def _no_data(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
+@type_callable(simd.hold)
+def _type_hold(context: Any) -> Any:
+    return lambda array: types.none
+
+
+@lower_builtin(simd.hold, types.Array)
+def _hold(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return context.get_dummy_value()
+
+
 @type_callable(simd.load)
 def _type_load(context: Any) -> Any:
     def typer(array: Any, start: Any, work: Any, count: Any = None) -> Any:

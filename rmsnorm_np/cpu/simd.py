@@ -49,6 +49,12 @@ def data(array: NDArray[Any] | None) -> Any:
     return None if array is None else array.reshape(-1)
 
 
+def hold(array: NDArray[Any]) -> None:
+    """Keep the memory of an array that a kernel made for itself until here, where its pointers were used last. Compiled
+    code gives it back after the last line that names the array, and a pointer does not.
+    """
+
+
 def keeps_errors(source: Any) -> bool:
     """Whether numbers from here are `exact`, and their sums pairs."""
     return bool(source.dtype == np.float64)
