@@ -14,6 +14,17 @@ BACKENDS = ("reference", "cpu")
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes or gigabytes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes or gigabytes: run with --slow"))
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """The name of an engine on the host."""
