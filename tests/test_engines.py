@@ -71,7 +71,7 @@ class Exact:
         self.y = xhat * weight + bias
         self.y_terms = np.maximum(np.abs(xhat * weight), np.abs(bias))
         c = (g * xhat).sum(axis=1, keepdims=True) / k
-        self.dx = rstd * (g - (mean_of(g) if centred else 0) - xhat * c * (np.arange(n) < k))
+        self.dx = rstd * (g - (mean_of(g) if centred else 0) - np.where(np.arange(n) < k, xhat * c, 0))
         self.dx_terms = dx_terms(g, xhat, rstd, k, centred=centred)
         self.dweight, self.dweight_terms = (dy * xhat).sum(axis=0), np.abs(dy * xhat).sum(axis=0)
         self.dbias, self.dbias_terms = dy.sum(axis=0), np.abs(dy).sum(axis=0)
