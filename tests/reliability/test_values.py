@@ -1,0 +1,114 @@
+"""Every kind of number in every place: right where it stands, and without a trace in any other row or column."""
+
+from __future__ import annotations
+
+import itertools
+
+import ml_dtypes
+import numba
+import numpy as np
+import pytest
+from test_engines import OPS, Exact, call, k_of
+from tolerances import DX_ULP, LONGDOUBLE_IS_WIDER, Y_ULP, ulp_distance
+
+pytestmark = [
+    pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="65,536 rows take plain Python many minutes"),
+    pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by"),
+]
+
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+PATTERNS = np.arange(65536, dtype=np.uint16)
+
+
+def assert_follows(op, x, weight, bias, dy, eps):
+    """y and dx of each row, NaN where the formula has NaN and nowhere else; and the sign of zeros and infinities."""
+    copies = [a.tobytes() for a in (x, weight, bias, dy)]
+    with np.errstate(all="ignore"):
+        exact = Exact(op, x, weight, bias, dy, eps, k_of(op, x.shape[1]))
+    y, dx, *_ = call(op, x, weight, bias, dy, eps, "cpu")
+    assert copies == [a.tobytes() for a in (x, weight, bias, dy)]
+    for got, want, terms, bound in ((y, exact.y, exact.y_terms, Y_ULP), (dx, exact.dx, exact.dx_terms, DX_ULP)):
+        with np.errstate(all="ignore"):
+            wrong = ulp_distance(got, want, np.where(np.isfinite(terms), terms, 0.0)) > bound[x.dtype.name]
+        rows = np.flatnonzero(wrong.any(axis=1))[:3]
+        assert not len(rows), f"{len(rows)} or more rows: x {x[rows]}, dy {dy[rows]}, got {got[rows]}, not {want[rows]}"
+
+
+def ordinary(rng, shape, dtype):
+    """x, weight, bias and dy of a magnitude from 0.5 to 1.5, of either sign."""
+    return [
+        (rng.uniform(0.5, 1.5, s) * rng.choice([-1.0, 1.0], s)).astype(dtype)
+        for s in (shape, shape[-1:], shape[-1:], shape)
+    ]
+
+
+@pytest.mark.parametrize("place", ["in a vector", "behind the last vector", "in the whole row"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_every_half_as_x(op, dtype, place, rng):
+    x, weight, bias, dy = ordinary(rng, (65536, 9), dtype)
+    columns = {"in a vector": 2, "behind the last vector": 8, "in the whole row": slice(None)}[place]
+    x.view(np.uint16)[:, columns] = PATTERNS[:, None] if place == "in the whole row" else PATTERNS
+    assert_follows(op, x, weight, bias, dy, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_every_half_as_dy(op, dtype, rng):
+    x, weight, bias, dy = ordinary(rng, (65536, 9), dtype)
+    dy.view(np.uint16)[:, 2] = PATTERNS
+    dy.view(np.uint16)[:, 8] = PATTERNS[::-1]
+    assert_follows(op, x, weight, bias, dy, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_every_half_as_weight_and_as_bias(op, dtype, rng):
+    """A column each; backward, a NaN among the weights makes all of dx NaN."""
+    x, weight, bias, dy = ordinary(rng, (2, 65536), dtype)
+    for parameter in (weight, bias):
+        kept = parameter.copy()
+        parameter.view(np.uint16)[:] = PATTERNS
+        assert_follows(op, x, weight, bias, dy, 1e-6)
+        parameter[:] = kept
+
+
+def specials(dtype):
+    """Zeros, infinities, NaN of several payloads, and finite numbers at the borders of the format; of either sign."""
+    info = ml_dtypes.finfo(dtype)
+    bits = np.dtype(f"u{dtype.itemsize}")
+    infinity = int(np.array(np.inf, dtype).view(bits))
+    nans = np.array([infinity + 1, infinity + (infinity & -infinity) // 2, 2 * infinity + 1 | infinity, -1 % 2**info.bits])
+    nans = nans.astype(bits).view(dtype)
+    numbers = [0.0, info.smallest_subnormal, info.smallest_normal, info.max, np.inf, 1.0]
+    numbers = np.array([*numbers, *np.negative(numbers)], dtype)
+    largest_subnormal = (np.array(info.smallest_normal, dtype).view(bits) - bits.type(1)).view(dtype)
+    return np.concatenate([numbers, nans, [largest_subnormal, -largest_subnormal]]).astype(dtype)
+
+
+ROWS_OF_PAIRS = 11
+PATHS = ["in one piece", "past the cache", "cut into pieces"]
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """How the engine goes about a small array: as ever, or as if it were larger, or longer."""
+    from rmsnorm_np.cpu import long_rows, memory, threads
+
+    if request.param != "in one piece":
+        monkeypatch.setattr(threads, "PARALLEL_ELEMENTS", 0)
+        monkeypatch.setattr(memory, "streams", lambda y: 1)
+    if request.param == "cut into pieces":
+        monkeypatch.setattr(long_rows, "LONG_ROW", 0)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("op", OPS)
+def test_two_special_values_in_a_row(op, dtype, eps, path, rng):
+    """In x or in dy: inside and outside of the RMS of pRMSNorm, in a vector and behind the last one."""
+    pairs = np.array(list(itertools.product(specials(dtype), repeat=2)), dtype)
+    for places in ((1, 10), (10, 3), (5, 6)):
+        for special in ("x", "dy"):
+            x, weight, bias, dy = ordinary(rng, (len(pairs), ROWS_OF_PAIRS), dtype)
+            (x if special == "x" else dy)[:, places] = pairs
+            assert_follows(op, x, weight, bias, dy, eps)
