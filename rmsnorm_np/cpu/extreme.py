@@ -25,8 +25,6 @@ from rmsnorm_np.cpu.rows import (
 )
 from rmsnorm_np.cpu.simd import (
     LANES,
-    across,
-    add_exact_square,
     add_product,
     data,
     float64,
@@ -34,7 +32,6 @@ from rmsnorm_np.cpu.simd import (
     kept,
     load,
     minus,
-    plus,
     rounded,
     scratch,
     store,
@@ -49,24 +46,6 @@ def is_ordinary(total: Any, k: int, eps: float, wide: Any) -> Any:
         return True
     mean_square = rounded(total) / k + eps
     return 1.0 / wide[0] < mean_square < wide[0]
-
-
-@inlined
-def size_outside(x: Any, start: int, stop: int, wide: Any) -> Any:
-    """The sum of squares of what is not in the RMS, in plain float64: an element of any size may stand there."""
-    total = rounded(zeros(x, float64))
-    if wide is not None:
-        for i in range(start, stop, LANES):
-            total = add_exact_square(total, load(x, i, total, min(LANES, stop - i)))
-    return across(total)
-
-
-@inlined
-def is_ordinary_size(size: Any, wide: Any) -> Any:
-    """Whether elements whose squares add up to this, times the rstd of an ordinary row, stay in the range."""
-    if wide is None:
-        return True
-    return size < wide[0]
 
 
 @inlined
@@ -104,12 +83,12 @@ def forward_extreme_row(
     eps: float, centred: Any, wide: Any,
 ) -> None:  # fmt: skip
     zero = n - n  # a literal would have all it is passed to compiled once more
-    room = np.empty((3, n), wide.dtype)
-    row, result, exponents = data(room[0]), data(room[1]), data(room[2])
+    room = np.empty((2, n), wide.dtype)
+    row, result = data(room[0]), data(room[1])
     copy_row(x, start, row, zero, n)
-    scale = power_of_two(row, k, math.sqrt(eps))
+    scale = power_of_two(row, n, math.sqrt(eps))
     if scale != 1.0:
-        for i in range(k):
+        for i in range(n):
             row[i] *= scale
     eps = eps * scale * scale  # not scale * scale, which can overflow
     means, totals = scratch(), scratch()
@@ -117,19 +96,8 @@ def forward_extreme_row(
     keep_statistics(row, zero, n, k, means, totals, zero, centred, work, zero)
     rstd = reciprocal_root(kept(totals, zero, row), k, eps)
     mean = kept_mean(means, zero, row, centred)
-    # what is not in the RMS may be of any other size: each element is scaled so that times rstd it is about 1
-    rstd_exponent = math.frexp(rounded(rstd))[1]
-    for i in range(k, n):
-        fraction, exponent = math.frexp(row[i])
-        row[i] = math.ldexp(fraction, -rstd_exponent)
-        exponents[i] = exponent + rstd_exponent + math.frexp(scale)[1] - 1
-    write_output(row, weight, None, result, zero, n, shift, bias_shift, offset, mean, rstd, zero, zero, work)
-    for i in range(k, n):
-        result[i] = math.ldexp(result[i], int(exponents[i]))
-    like = rounded(zeros(row, float64))
-    for i in range(0, n, LANES):
-        count = min(LANES, n - i)
-        store(y, start + i, plus(load(result, i, like, count), load(bias, bias_shift + i, like, count)), count)
+    write_output(row, weight, bias, result, zero, n, shift, bias_shift, offset, mean, rstd, zero, zero, work)
+    copy_row(result, zero, y, start, n)
     hold(room)
 
 

@@ -10,14 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsnorm_np.cpu.extreme import (
-    forward_extreme_row,
-    is_ordinary,
-    is_ordinary_gradient,
-    is_ordinary_size,
-    size_outside,
-    write_extreme_gradient,
-)
+from rmsnorm_np.cpu.extreme import forward_extreme_row, is_ordinary, is_ordinary_gradient, write_extreme_gradient
 from rmsnorm_np.cpu.gradients import (
     absent_with,
     clear,
@@ -57,8 +50,8 @@ def _long_forward(
         if centred is not None:
             in_parallel(_piece_sums, pieces, threads, (data(x), start, n, sums[0], centred))
             _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]))
-        in_parallel(_piece_squares, pieces, threads, (data(x), start, n, k, sums[2], sums[1], sums[0], centred, wide))
-        ordinary = _add_squares(data(x), k, eps, pieces, data(sums[1]), data(sums[0]), centred, wide)
+        in_parallel(_piece_squares, pieces, threads, (data(x), start, n, k, sums[2], sums[1], centred))
+        ordinary = _add_squares(data(x), k, eps, data(sums[1]), centred, wide)
         shift = r % m * n - start
         bias_shift = r % bias_m * n - start
         if ordinary:
@@ -91,30 +84,22 @@ def _add_segments(x: Any, n: int, segments: int, sums: Any, means: Any) -> None:
 
 
 @piece
-def _piece_squares(
-    p: int, x: Any, start: int, n: int, k: int, means: Any, sums: Any, outside: Any, centred: Any, wide: Any
-) -> None:
-    """Into `sums` the squares of each segment, into `outside` those of what the piece has outside the RMS."""
+def _piece_squares(p: int, x: Any, start: int, n: int, k: int, means: Any, sums: Any, centred: Any) -> None:
     work = forward_precision(centred)
     mean = kept_mean(data(means), 0, x, centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, k), SEGMENT):
         stop = min(first + SEGMENT, k)
         keep(data(sums), first // SEGMENT, segment_squares(x, start + first, start + stop, mean, work, 0))
-    first, stop = max(p * PIECE, k), min(p * PIECE + PIECE, n)
-    keep(data(outside), p, size_outside(x, start + first, start + stop, wide))
 
 
 @piece
-def _add_squares(x: Any, k: int, eps: float, pieces: int, sums: Any, outside: Any, centred: Any, wide: Any) -> Any:
-    """rstd, in place 0 of `sums`; returns whether the sums are ordinary."""
+def _add_squares(x: Any, k: int, eps: float, sums: Any, centred: Any, wide: Any) -> Any:
+    """rstd, in place 0 of `sums`; returns whether the sum is ordinary."""
     total = kept(sums, 0, x)
     for s in range(1, (k + SEGMENT - 1) // SEGMENT):
         total = total + kept(sums, s, x)
     keep(sums, 0, reciprocal_root(total, k, eps))
-    size = 0.0
-    for p in range(pieces):
-        size += outside[p]
-    return is_ordinary(total, k, eps, wide) and is_ordinary_size(size, wide)
+    return is_ordinary(total, k, eps, wide)
 
 
 @piece
