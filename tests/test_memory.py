@@ -80,6 +80,23 @@ def test_memory_is_not_used_again_while_it_can_be_seen(export):
     assert address in [one.ctypes.data for one in [memory.empty(SHAPE, DTYPE) for _ in range(6)]]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_has_memory_of_its_own(own_pool):
+    """What it computes in there is not to be seen in its parent, nor in another child: in outputs, and in free memory."""
+    kept, freed = filled(1.0), filled(1.0)
+    address = freed.ctypes.data
+    del freed
+    child = os.fork()
+    if child == 0:
+        kept[...] = 2.0
+        again = filled(2.0)
+        os._exit(0 if again.ctypes.data == address else 3)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (kept == 1.0).all()
+    assert (np.frombuffer(own_pool.free[0].mapped, DTYPE, SHAPE[0] * SHAPE[1]) == 1.0).all()
+
+
 def test_outputs_are_aligned_and_far_from_their_inputs():
     for offset in (0, 16, 1024, 2048, 4032):
         room = np.zeros(NBYTES + 8192, np.uint8)

@@ -35,7 +35,8 @@ class _Buffer:
 
     def __init__(self, size: int) -> None:
         try:
-            self.mapped = mmap.mmap(-1, size)
+            # a copy for each process: by default, what is forked would go on writing to the memory of its parent
+            self.mapped = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise MemoryError(f"{size} bytes for an output could not be allocated") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
