@@ -12,11 +12,14 @@ The folder: ``NUMBA_CACHE_DIR`` where that is set; else ``__pycache__`` beside t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib.resources
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +31,22 @@ from numba.core.serialize import dumps
 _DIGEST = 32  # bytes of a SHA-256
 
 
+def _candidates() -> Iterator[Path]:
+    if config.CACHE_DIR:
+        yield Path(config.CACHE_DIR)
+        return
+    yield Path(__file__).parent / "__pycache__"
+    user = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    try:
+        yield Path(user) if user else Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in a container that knows the number alone
+        return
+
+
 @functools.cache
 def folder() -> Path | None:
     """Where compiled kernels are kept, None where no place can be written to."""
-    if config.CACHE_DIR:
-        candidates = [Path(config.CACHE_DIR)]
-    else:
-        user = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-        candidates = [Path(__file__).parent / "__pycache__", Path(user or "~/.cache").expanduser()]
-    for candidate in candidates:
+    for candidate in _candidates():
         path = candidate / "rmsnorm_np"
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -48,17 +58,19 @@ def folder() -> Path | None:
 
 
 @functools.cache
-def _sources() -> bytes:
-    """A digest of this package's sources and of what compiles them."""
+def _sources() -> bytes | None:
+    """A digest of this package's files and of what compiles them, None where they cannot be read."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version} {config.BOUNDSCHECK}".encode())
-    package = Path(__file__).parent.parent
-    for path in (*sorted(package.glob("*.py")), *sorted(package.glob("cpu/*.py"))):
-        try:
-            digest.update(path.read_bytes())
-        except OSError:  # inside a zip file: its modification time stands for all
-            digest.update(str(package.parent.stat().st_mtime_ns).encode())
-            break
-    return digest.digest()
+    package = importlib.resources.files("rmsnorm_np")  # in a folder or in a zip file
+    files = [
+        file
+        for place in (package, package / "cpu")
+        for file in sorted(place.iterdir(), key=lambda file: file.name)
+        if file.name.endswith((".py", ".pyc"))  # an install can be without the sources
+    ]
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.digest() if files else None
 
 
 class KernelCache(caching.NullCache):  # type: ignore[misc]
@@ -84,7 +96,7 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         except OSError:
             return None
         payload = content[_DIGEST:]
-        if hashlib.sha256(payload).digest() != content[:_DIGEST]:
+        if _checksum(path, payload) != content[:_DIGEST]:
             return None
         import pickle
 
@@ -96,20 +108,31 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         if path is None or data.library.has_dynamic_globals:
             return
         payload = dumps(data._reduce())
+        part = None
         try:
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(hashlib.sha256(payload).digest() + payload)
-            Path(file.name).replace(path)
+                part = Path(file.name)
+                file.write(_checksum(path, payload) + payload)
+            part.replace(path)
         except OSError:  # a full or vanished disk costs the next process a compilation, not this one its result
             return
+        finally:
+            if part is not None:  # half a file, after an error or Ctrl-C
+                with contextlib.suppress(OSError):
+                    part.unlink()
 
     def _path(self, sig: Any, codegen: Any) -> Path | None:
-        path = folder()
-        if path is None:
+        path, sources = folder(), _sources()
+        if path is None or sources is None:
             return None
         key = f"{self._function.__qualname__} {sig} {codegen.magic_tuple()}".encode()
-        name = hashlib.sha256(_sources() + key).hexdigest()[:32]
+        name = hashlib.sha256(sources + key).hexdigest()[:32]
         return path / f"{self._function.__name__.lstrip('_')}-{name}.nbc"
+
+
+def _checksum(path: Path, payload: bytes) -> bytes:
+    """Of the name, too: a whole file can come back under another's name from a repaired file system."""
+    return hashlib.sha256(path.name.encode() + payload).digest()
 
 
 def cached(dispatcher: Any) -> Any:

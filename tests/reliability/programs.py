@@ -1,0 +1,52 @@
+"""Programs in interpreters of their own: what ends or blocks a process must not end or block the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numba
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = ("omp", "tbb", "workqueue")
+PATIENCE = 600  # seconds until a program counts as blocked, on a machine that does much else
+
+compiled = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT nothing is compiled or parallel")
+
+
+def environment(package=ROOT, **variables):
+    """This process's environment with two threads, the package as it lies there, and these variables; None unsets."""
+    libraries = os.pathsep.join(filter(None, (f"{sys.prefix}/lib", os.environ.get("LD_LIBRARY_PATH"))))  # pip's TBB
+    default = {"PYTHONPATH": str(package), "NUMBA_NUM_THREADS": "2", "LD_LIBRARY_PATH": libraries}
+    merged = os.environ | default | {name: None if value is None else str(value) for name, value in variables.items()}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def command(code, *arguments):
+    """The command line that runs a file, or some code, and turns warnings into errors."""
+    # Python 3.12 warns of every fork in a process with threads; that it goes well is what is tested here
+    warnings = ["-W", "error", "-W", "ignore:This process:DeprecationWarning"]
+    start = [str(code)] if isinstance(code, Path) else ["-c", code]
+    return [sys.executable, "-X", "faulthandler", *warnings, *start, *map(str, arguments)]
+
+
+def run(code, *arguments, preexec_fn=None, **variables):
+    """What a program prints. It must end well; a threading layer that is not installed skips the test."""
+    out = subprocess.run(
+        command(code, *arguments),
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        cwd=tempfile.gettempdir(),  # Python looks for packages where it is started, before it looks elsewhere
+        preexec_fn=preexec_fn,
+    )
+    if "No threading layer could be loaded" in out.stderr:
+        pytest.skip(f"{variables['NUMBA_THREADING_LAYER']} cannot be loaded here")
+    assert out.returncode == 0, f"{code if isinstance(code, Path) else ''} ended with {out.returncode}\n{out.stderr}"
+    return out.stdout
