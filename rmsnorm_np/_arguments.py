@@ -8,6 +8,7 @@ The functions that take a shape or a dtype, and not an array, serve arrays on an
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from numbers import Real
@@ -85,9 +86,7 @@ def axes_of(axis: Any, shape: Shape) -> Shape:
         raise ValueError("x has shape (), expected at least one axis to normalise over")
     axes = []
     for one in axis if isinstance(axis, tuple) else (axis,):
-        if isinstance(one, bool) or not hasattr(one, "__index__"):
-            raise TypeError(f"axis is {axis!r}, expected an int or a tuple of ints")
-        index = operator.index(one)
+        index = _index(axis, one)
         if not -len(shape) <= index < len(shape):
             raise ValueError(f"axis is {axis!r}, expected {-len(shape)} to {len(shape) - 1} for x.shape {shape}")
         axes.append(index % len(shape))
@@ -98,6 +97,13 @@ def axes_of(axis: Any, shape: Shape) -> Shape:
     if any(shape[i] == 0 for i in axes):
         raise ValueError(f"x has shape {shape}, expected at least one element along axis {axis!r}")
     return tuple(sorted(axes))
+
+
+def _index(axis: Any, one: Any) -> int:
+    if not isinstance(one, bool):
+        with contextlib.suppress(TypeError):  # every array has an __index__, and most raise there
+            return operator.index(one)
+    raise TypeError(f"axis is {axis!r}, expected an int or a tuple of ints")
 
 
 def are_trailing(axes: Shape, ndim: int) -> bool:
@@ -180,7 +186,20 @@ def check_out(out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
         raise TypeError(f"out has dtype {plain.dtype}, expected {dtype}, the dtype of the result")
     if not plain.flags.writeable:
         raise ValueError("out is read-only, expected a writable array")
+    if _folds(plain):
+        raise ValueError(f"out has strides {plain.strides}, expected elements that share no memory")
     return plain
+
+
+def _folds(a: Array) -> bool:
+    """Whether an axis steps by less than what the axes inside it span: what every view of distinct elements avoids."""
+    span = a.itemsize
+    for step, length in sorted((abs(step), length) for step, length in zip(a.strides, a.shape, strict=True)):
+        if length > 1:
+            if step < span:
+                return a.size > 0
+            span += step * (length - 1)
+    return False
 
 
 def _same_memory(a: Array, b: Array) -> bool:
