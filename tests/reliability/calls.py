@@ -1,0 +1,421 @@
+"""Calls of the four functions as hypothesis draws them, right ones and wrong ones, and what has to become of each.
+
+All arrays of a call are views of one arena of bytes, so that every byte can be compared afterwards, those between the
+elements of an array too, and so that `out` can lie across whatever else there is.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from conftest import DTYPES
+from hypothesis import strategies as st
+from tolerances import DX_ULP, Y_ULP, dx_terms, parameter_tolerance, spacing, ulp_distance
+
+import rmsnorm_np as rn
+from rmsnorm_np import _arguments
+
+FUNCTIONS = ("rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward")
+
+INTEGERS = tuple(map(np.dtype, ("?", "i1", "u2", "i8")))
+NO_NUMBERS = (
+    *map(np.dtype, ("c8", "c16", "g", "O", "U3", "S3", "M8[D]", "m8[s]", "V3", [("a", "f4")], np.dtypes.StringDType())),
+    *map(np.dtype, (ml_dtypes.float8_e4m3fn, ml_dtypes.int4)),
+)
+UNVIEWABLE = "OT"  # kinds of dtypes whose elements are references: arrays of their own, not of the arena
+
+# Python values where a number belongs. The errors are those of the argument's own check.
+NOT_A_NUMBER = (None, "1e-6", b"1", 1j, [0.5], (), np.ones(2), np.array(0.5), np.True_, np.ma.masked, object)
+
+
+class Subclass(np.ndarray):
+    """Neither a masked array nor a matrix."""
+
+
+class Place(NamedTuple):
+    """How an array lies in the arena."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    strides: tuple[int, ...]
+
+    def view(self, arena):
+        return np.ndarray(self.shape, self.dtype, arena, self.offset, self.strides)
+
+    def cover(self, mask):
+        """Mark the bytes of the elements."""
+        bytes_of = (*self.shape, self.dtype.itemsize)
+        np.ndarray(bytes_of, bool, mask, self.offset, (*self.strides, 1))[...] = True
+
+
+class Argument(NamedTuple):
+    """An array argument: where it lies, and how it is handed over."""
+
+    place: Place | None
+    kind: str  # plain, read-only, subclass, list, masked, matrix, or value
+    value: object = None
+
+    def of(self, arena):
+        if self.place is None:
+            return self.value
+        view = self.place.view(arena)
+        if self.kind == "read-only":
+            view.flags.writeable = False
+        if self.kind == "subclass":
+            return view.view(Subclass)
+        if self.kind == "list":
+            return view.tolist()
+        if self.kind == "masked":
+            return np.ma.masked_array(view)
+        return view.view(np.matrix) if self.kind == "matrix" else view
+
+
+class Call(NamedTuple):
+    """One call; `wrong` names each argument that must not be accepted, with the error that says so."""
+
+    function: str
+    arrays: dict[str, Argument]
+    options: dict[str, object]
+    size: int
+    seed: int
+    special: bool
+    wrong: frozenset[tuple[str, type[Exception]]]
+
+    def arena(self):
+        """Fresh memory with the same content each time: what is no element of an array is not zero either."""
+        rng = np.random.default_rng(self.seed)
+        arena = np.frombuffer(rng.bytes(self.size), np.uint8).copy()
+        for argument in self.arrays.values():
+            if argument.place is not None:
+                fill(argument.place.view(arena), rng, self.special)
+        return arena
+
+    def arguments(self, arena):
+        """All arguments, on the arrays of this arena."""
+        given = {name: argument.of(arena) for name, argument in self.arrays.items()}
+        return given | {n: given[value] if isinstance(value, Same) else value for n, value in self.options.items()}
+
+    def on(self, backend, arena):
+        """The result, and the arguments that were used."""
+        arguments = self.arguments(arena)
+        return getattr(rn, self.function)(**arguments, backend=backend), arguments
+
+
+class Same(str):
+    """An option that is the very object of another argument."""
+
+
+def fill(view, rng, special):
+    """Numbers of either sign and of magnitudes far apart; where they are special, a few infinities, NaN and zeros."""
+    if view.dtype.kind in "?biu":
+        view[...] = rng.integers(0, 2, view.shape)
+    elif view.dtype.newbyteorder("=") in DTYPES:
+        values = rng.standard_normal(view.shape) * 2.0 ** rng.uniform(-6, 6, view.shape)
+        if special:
+            odd = rng.choice([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-7, 6e4], view.shape)
+            values = np.where(rng.random(view.shape) < 0.05, odd, values)
+        view[...] = values.astype(view.dtype)
+
+
+class Arena:
+    """Gives places in memory that is not there yet."""
+
+    def __init__(self, draw):
+        self.draw = draw
+        self.size = 64
+
+    def place(self, shape, dtype, apart=False):
+        """Where no other array is, in any order of axes, with steps of any kind; `apart` keeps elements distinct."""
+        draw = self.draw
+        order = draw(st.permutations(range(len(shape)))) if draw(st.booleans()) else range(len(shape))[::-1]
+        usual = draw(st.booleans())
+        strides, step, low, high = [0] * len(shape), dtype.itemsize, 0, 0
+        for axis in order:  # from the innermost one out
+            factors = (1,) if usual else (1, 2, -1, -2, 3) if apart else (1, 2, -1, -2, 0, 0.5)
+            factor = draw(st.sampled_from(factors))
+            strides[axis] = int(step * factor) if factor != 0.5 else dtype.itemsize  # as in a sliding window
+            reach = strides[axis] * max(0, shape[axis] - 1)
+            low, high = low + min(0, reach), high + max(0, reach)
+            step = max(step * max(1, shape[axis]) * max(1, math.ceil(abs(factor))), dtype.itemsize)
+        start = -(-self.size // 64) * 64 + (0 if usual else draw(st.sampled_from([0, 0, 1, 4])))
+        self.size = start - low + high + dtype.itemsize + 64
+        return Place(shape, dtype, start - low, tuple(strides))
+
+
+@st.composite
+def calls(draw, mixed=True, most=200, special=True):
+    """A call. `mixed` has every dtype in every place; otherwise all arrays have that of x, as compiled kernels do."""
+    function = draw(st.sampled_from(FUNCTIONS))
+    backward, partial = function.endswith("backward"), function.startswith("rms")
+    arena, arrays, options, wrong = Arena(draw), {}, {}, set()
+
+    def seldom(odds=20):
+        return draw(st.integers(0, odds)) == odds
+
+    def refuse(name, error):
+        wrong.add((name, error))
+
+    def array(name, shape, dtype, apart=False):
+        if mixed and seldom():
+            dtype = draw(st.sampled_from(NO_NUMBERS))
+            refuse(name, TypeError)
+        elif dtype.isbuiltin == 1 and dtype.kind == "f" and seldom(6):
+            dtype = dtype.newbyteorder()
+        kind = "plain"
+        if seldom(5):
+            kinds = ["read-only", "subclass", "masked"]
+            kinds += ["matrix"] * (len(shape) == 2)
+            kinds += ["list"] * (math.prod(shape) > 0 and dtype.kind in "fbiu" and (mixed or dtype == np.float64))
+            kind = draw(st.sampled_from(kinds))
+        if kind in ("masked", "matrix"):
+            refuse(name, TypeError)
+        if dtype.kind in UNVIEWABLE:
+            return Argument(None, "value", np.zeros(shape, dtype))
+        place = arena.place(shape, dtype, apart)
+        return Argument(place, kind)
+
+    # x, axis
+    ndim = draw(st.integers(0, 4)) if seldom(10) else draw(st.integers(1, 4))
+    shape = tuple(draw(st.integers(0 if seldom(8) else 1, 7)) for _ in range(ndim))
+    if ndim and seldom(4):
+        shape = (*shape[:-1][-1:], draw(st.integers(1, most)))
+        ndim = len(shape)
+    axes = (-1,)
+    if ndim == 0:
+        refuse("x", ValueError)
+    elif draw(st.booleans()):
+        axes = tuple(draw(st.lists(st.integers(0, ndim - 1), min_size=1, max_size=ndim, unique=True)))
+        signs = draw(st.lists(st.booleans(), min_size=len(axes), max_size=len(axes)))
+        axes = tuple(a - ndim if s else a for a, s in zip(axes, signs, strict=True))
+        kind = draw(st.sampled_from([int, np.int8, np.int64]))
+        options["axis"] = kind(axes[0]) if len(axes) == 1 and draw(st.booleans()) else tuple(map(kind, axes))
+    axes = tuple(sorted(a % ndim for a in axes)) if ndim else ()
+    if ndim and seldom(15):
+        out_of_range = (ndim, -ndim - 1, (), (0, 0), (0, -ndim), (0, ndim))
+        no_axis = (1.0, "0", None, True, (0, 0.0), [0], np.array([0]), np.array(0.0), np.True_, np.array([0, 1]))
+        if draw(st.booleans()):
+            options["axis"] = draw(st.sampled_from(out_of_range))
+            refuse("axis", ValueError)
+        else:
+            options["axis"] = draw(st.sampled_from(no_axis))
+            refuse("axis", TypeError)
+    if any(shape[a] == 0 for a in axes):
+        refuse("x", ValueError)
+    dtype = draw(st.sampled_from(DTYPES if not mixed or not seldom(8) else INTEGERS))
+    arrays["x"] = array("x", shape, dtype)
+    if seldom(60):
+        junk = draw(st.sampled_from([None, "abc", b"abc", object(), {1}, {"a": 1}, [object()], [10**400], iter([1])]))
+        arrays["x"] = Argument(None, "value", junk)
+        refuse("x", TypeError)
+        refuse("x", ValueError)  # strings are 0-d, which is as good a reason
+    if seldom(60):
+        arrays["x"] = Argument(None, "value", draw(st.sampled_from([[[1.0], [2.0, 3.0]], 1.5, 7, True])))
+        refuse("x", ValueError)
+
+    # dy, weight, bias
+    def other():
+        return dtype if not mixed else draw(st.sampled_from(INTEGERS)) if seldom(8) else draw(st.sampled_from(DTYPES))
+
+    if backward:
+        dy_shape = shape
+        if seldom():
+            dy_shape = draw(st.sampled_from([shape[1:], (*shape, 1), (1, *shape), tuple(n + 1 for n in shape)]))
+        if dy_shape != shape:
+            refuse("dy", ValueError)
+        arrays["dy"] = array("dy", dy_shape, other())
+    trailing = axes == tuple(range(ndim - len(axes), ndim))
+    fits = [shape[i:] for i in range(ndim - len(axes) + 1)] if trailing else [tuple(shape[a] for a in axes)]
+    both = draw(st.booleans())
+    for name in ("weight", "bias"):
+        if not (both if not mixed else draw(st.booleans())):
+            continue
+        fit = draw(st.sampled_from(fits or [()]))
+        if seldom():
+            fit = draw(st.sampled_from([(), (1,), (*fit, 1), (1, *fit), tuple(n + 1 for n in fit), fit[:-1]]))
+            if fit not in fits:
+                refuse(name, ValueError)
+        arrays[name] = array(name, fit, other())
+
+    # numbers
+    def number(name, right, wrong_values):
+        if draw(st.booleans()):
+            return
+        if not seldom(12):
+            options[name] = draw(right)
+        elif draw(st.booleans()):
+            options[name] = draw(st.sampled_from(wrong_values))
+            refuse(name, ValueError)
+        else:
+            options[name] = draw(st.sampled_from(NOT_A_NUMBER))
+            refuse(name, TypeError)
+
+    infinite = (math.nan, math.inf, -math.inf, 10**400, Fraction(10) ** 400, np.float32("nan"), np.longdouble("inf"))
+    tenths = st.sampled_from([0, 0.0, -0.0, 1, 1e-6, np.float32(1e-5), np.float16(0.5), Fraction(1, 3), 5e-324, 3])
+    number("eps", tenths | st.floats(0, 1e6), (-1, -1e-300, True, False, Fraction(-1, 2), *infinite))
+    if partial:
+        number(
+            "p",
+            st.sampled_from([1, 1.0, 0.5, np.float32(0.07), Fraction(1, 3), 5e-324]) | st.floats(1e-3, 1),
+            (0, 0.0, -0.5, 2, np.nextafter(1.0, 2.0), True, False, Fraction(3, 2), np.float16(0), *infinite),
+        )
+    if "weight" in arrays:
+        number(
+            "weight_offset",
+            st.sampled_from([0, 1, 1.0, -1.0, np.float32(0.5), Fraction(1, 4)]) | st.floats(-1e3, 1e3),
+            (True, False, *infinite),
+        )
+    elif seldom(30):
+        options["weight_offset"] = 1.0
+        refuse("weight_offset", ValueError)
+
+    # out
+    if draw(st.booleans()):
+        x = arrays["x"]
+        plain = x.place is not None and x.kind != "list" and dtype in DTYPES
+        result = np.dtype(np.float64) if x.kind == "list" or dtype not in DTYPES else dtype
+        ways = ["fresh", "fresh", "shape", "dtype", "list", "masked", "read-only", "folded"]
+        if plain and x.place.dtype.newbyteorder("=") == result:
+            ways += ["x", "view of x", "across x", "reversed x"]
+        if backward and plain and arrays["dy"].place is not None and arrays["dy"].place.dtype == result:
+            ways += ["dy", "across dy"]
+        if plain and "weight" in arrays and arrays["weight"].place is not None:
+            ways += ["across weight"]
+        way = draw(st.sampled_from(ways))
+        options["out"] = out_of(draw, way, arena, arrays, shape, result, refuse)
+        if options["out"] is None:
+            del options["out"]
+        elif isinstance(options["out"], Argument):
+            arrays["out"] = options.pop("out")
+
+    return Call(
+        function,
+        arrays,
+        options,
+        arena.size + 64,
+        draw(st.integers(0, 2**32 - 1)),
+        special and draw(st.booleans()),
+        frozenset(wrong),
+    )
+
+
+def folds(place):
+    """Whether elements share memory: by counting the bytes they cover."""
+    reach = sum(max(0, step) * max(0, n - 1) for step, n in zip(place.strides, place.shape, strict=True))
+    mask = np.zeros(place.offset + reach + place.dtype.itemsize, bool)
+    place.cover(mask)
+    return mask.sum() < math.prod(place.shape) * place.dtype.itemsize
+
+
+def out_of(draw, way, arena, arrays, shape, dtype, refuse):
+    """An out of one kind, as an argument of its own or as the same object as another."""
+    if way == "fresh":
+        swapped = dtype.newbyteorder() if dtype.isbuiltin == 1 and draw(st.booleans()) else dtype
+        place = arena.place(shape, swapped, apart=True)
+        return Argument(place, draw(st.sampled_from(["plain", "plain", "subclass"])))
+    if way == "shape":
+        refuse("out", ValueError)
+        return Argument(arena.place((*shape, 2), dtype), "plain")
+    if way == "dtype":
+        refuse("out", TypeError)
+        wrong = [d for d in (*DTYPES, np.dtype("c8"), np.dtype("i8")) if d != dtype]
+        return Argument(arena.place(shape, draw(st.sampled_from(wrong))), "plain")
+    if way == "list":
+        refuse("out", TypeError)
+        return Argument(None, "value", draw(st.sampled_from([[0.0], 1.0, "out", (), bytearray(8)])))
+    if way == "masked":
+        refuse("out", TypeError)
+        return Argument(arena.place(shape, dtype, apart=True), "masked")
+    if way == "read-only":
+        refuse("out", ValueError)
+        return Argument(arena.place(shape, dtype, apart=True), "read-only")
+    if way == "folded":
+        place = arena.place(shape, dtype, apart=True)
+        strides = (*place.strides[:-1], 0) if shape else ()
+        place = place._replace(strides=strides)
+    else:
+        name = way.split()[-1]
+        source = arrays[name].place
+        if way in ("x", "dy"):
+            if arrays[name].kind in ("masked", "matrix"):
+                refuse("out", TypeError)
+            if arrays[name].kind == "read-only":
+                refuse("out", ValueError)
+            if arrays[name].kind == "list":
+                return None
+            place = source
+        elif way == "reversed x":
+            place = source
+            if shape and shape[0] > 1:
+                last = source.offset + source.strides[0] * (shape[0] - 1)
+                place = source._replace(offset=last, strides=(-source.strides[0], *source.strides[1:]))
+        elif way == "view of x":
+            place = source
+        else:  # across: moved by some bytes, often by a whole number of elements
+            place = arena.place(shape, dtype, apart=True)
+            by = draw(st.integers(-3, 3)) * dtype.itemsize + draw(st.sampled_from([0, 0, 0, 1]))
+            low = sum(min(0, s * max(0, n - 1)) for s, n in zip(place.strides, place.shape, strict=True))
+            place = place._replace(offset=max(source.offset + by, -low))
+        if way in ("x", "dy"):
+            if math.prod(shape) and folds(place):
+                refuse("out", ValueError)
+            return Same(name)
+    if math.prod(shape) and folds(place):
+        refuse("out", ValueError)
+    return Argument(place, "plain")
+
+
+# What a result may be off by, against that of the reference, which is rounded as well
+
+
+def assert_close(call, given, got, want):
+    """Each array of two results: the same dtype and shape, and values within the bounds of both."""
+    x, dy, w, b, k, eps, offset, _, restore = _arguments.prepare(
+        given["x"], given.get("dy"), given.get("weight"), given.get("bias"), given.get("eps", 1e-6),
+        given.get("p", 1.0), given.get("axis", -1), given.get("weight_offset", 0.0), None,
+    )  # fmt: skip
+    if x.size == 0:
+        for a, reference in zip(got, want, strict=True):
+            assert (a is None) == (reference is None)
+            assert a is None or (a.dtype == reference.dtype and np.array_equal(a, reference))
+        return
+    wide = np.longdouble
+    name, n = x.dtype.name, x.shape[-1]
+    with np.errstate(all="ignore"):
+        centred = call.function.startswith("layer")
+        xw = x.astype(wide)
+        if centred:
+            xw = xw - xw.mean(axis=-1, keepdims=True)
+        rstd = 1 / np.sqrt((xw[..., :k] ** 2).mean(axis=-1, keepdims=True) + wide(eps))
+        xhat = xw * rstd
+        scale = wide(1) if w is None else wide(offset) + w.astype(wide)
+        if dy is None:
+            terms = [np.maximum(np.abs(xhat * scale), 0 if b is None else np.abs(b.astype(wide)))]
+            bounds = [Y_ULP[name] + 0.5]
+        else:
+            g = np.broadcast_to(dy.astype(wide) * scale, x.shape)
+            terms, bounds = [dx_terms(g, xhat, rstd, k, centred=centred)], [DX_ULP[name] + 0.5]
+            for parameter, products in ((w, dy.astype(wide) * xhat), (b, dy.astype(wide))):
+                shared = () if parameter is None else tuple(range(x.ndim - parameter.ndim))
+                terms.append(np.abs(products).sum(axis=shared))
+    for i, (a, reference) in enumerate(zip(got, want, strict=True)):
+        assert (a is None) == (reference is None)
+        if a is None:
+            continue
+        assert (a.dtype, a.shape) == (reference.dtype, reference.shape)
+        bound = np.nan_to_num(terms[i], nan=0.0, posinf=0.0)
+        if i == 0:
+            native = reference.astype(x.dtype)
+            distance = ulp_distance(a.astype(x.dtype), native, restore(bound.reshape(x.shape)))
+            assert distance.max() <= bounds[0], f"{distance.max()} ULP"
+        else:
+            exact = reference.astype(wide)
+            allowed = parameter_tolerance(exact, bound.reshape(exact.shape), x.size // n, x.dtype, a.dtype)
+            with np.errstate(invalid="ignore"):
+                near = np.abs(a.astype(wide) - exact) <= allowed + 0.5 * spacing(exact, a.dtype)
+            alike = (np.isnan(exact) & np.isnan(a.astype(wide))) | (exact == a.astype(wide))
+            assert np.all(near | alike)

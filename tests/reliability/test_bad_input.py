@@ -1,0 +1,176 @@
+"""Whatever the arguments are: the reference's result within bounds, or an error that names the argument; nothing else.
+
+Most calls run on an engine of NumPy behind the same checks, for kernels compile for each combination of dtypes; the CPU
+engine itself gets the calls whose arrays have one dtype. `fuzz_arguments.py` looks for further calls by coverage.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import sys
+
+import numba
+import numpy as np
+import pytest
+from calls import Same, assert_close, calls
+from hypothesis import HealthCheck, given, settings
+
+from rmsnorm_np import _arguments, _backends, reference
+
+ARGUMENTS = ("x", "dy", "weight", "bias", "eps", "p", "axis", "weight_offset", "out")
+seen = collections.Counter()  # how many calls there were, and what became of them
+
+
+class NumPyEngine:
+    """An engine that demands what kernels rely on, and lets the reference compute."""
+
+    arguments = _arguments
+
+    def rms_forward(self, x, weight, bias, k, eps, offset, out):
+        return self._forward(reference.rms_norm, x, weight, bias, eps, offset, out, p=k / x.shape[1])
+
+    def layer_forward(self, x, weight, bias, eps, offset, out):
+        return self._forward(reference.layer_norm, x, weight, bias, eps, offset, out)
+
+    def rms_backward(self, dy, x, weight, bias, k, eps, offset, out):
+        return self._backward(reference.rms_norm_backward, dy, x, weight, bias, eps, offset, out, p=k / x.shape[1])
+
+    def layer_backward(self, dy, x, weight, bias, eps, offset, out):
+        return self._backward(reference.layer_norm_backward, dy, x, weight, bias, eps, offset, out)
+
+    def _forward(self, function, x, weight, bias, eps, offset, out, **p):
+        self._check(x, None, weight, bias, eps, offset, out)
+        y = function(x, self._spread(weight, x), self._spread(bias, x), eps=eps, weight_offset=offset, **p)
+        return self._written(y, out)
+
+    def _backward(self, function, dy, x, weight, bias, eps, offset, out, **p):
+        self._check(x, dy, weight, bias, eps, offset, out)
+        spread = self._spread(weight, x), self._spread(bias, x)
+        dx, *gradients = function(dy, x, *spread, eps=eps, weight_offset=offset, **p)
+        return self._written(dx, out), *map(self._gathered, gradients, (weight, bias))
+
+    @staticmethod
+    def _check(x, dy, weight, bias, eps, offset, out):
+        for array in (x, dy, weight, bias, out):
+            assert array is None or (type(array) is np.ndarray and array.ndim == 2 and array.flags.carray)
+            assert array is None or array.dtype in (*_arguments._native_dtypes,)
+        assert dy is None or dy.shape == x.shape
+        for parameter in (weight, bias):
+            assert parameter is None or parameter.shape[1] == x.shape[1]
+            assert parameter is None or len(x) == len(parameter) == 0 or len(x) % len(parameter) == 0
+            assert out is None or parameter is None or not np.may_share_memory(out, parameter)
+        assert type(eps) is type(offset) is float
+        assert 0.0 <= eps < np.inf
+        if out is not None:
+            assert (out.shape, out.dtype) == (x.shape, x.dtype)
+            for array in (x, dy):
+                if array is not None and np.may_share_memory(out, array):
+                    assert out.ctypes.data == array.ctypes.data
+                    assert out.dtype == array.dtype
+
+    @staticmethod
+    @np.errstate(invalid="ignore")  # bytes that were never meant as numbers can be a signalling NaN
+    def _spread(parameter, x):
+        """Row r has row r % m; in float64, so that sums of the gradient are not made of rounded numbers."""
+        return None if parameter is None else np.resize(parameter.astype(np.float64), x.shape)
+
+    @staticmethod
+    @np.errstate(all="ignore")
+    def _gathered(gradient, parameter):
+        if parameter is None:
+            return None
+        wide = gradient.astype(np.longdouble).reshape(-1, *parameter.shape)
+        return wide.sum(axis=0).astype(parameter.dtype)
+
+    @staticmethod
+    def _written(result, out):
+        if out is None:
+            return result
+        out[...] = result
+        return out
+
+
+def attempt(call, backend, arena):
+    """The error, or the result and the arguments."""
+    try:
+        return None, *call.on(backend, arena)
+    except (TypeError, ValueError) as error:
+        return error, None, None
+
+
+def check(call):
+    """Make the call, and hold what becomes of it against the reference and against what was meant to go wrong."""
+    seen["calls"] += 1
+    arena, other, before = call.arena(), call.arena(), call.arena()
+    error, result, used = attempt(call, "cpu", arena)
+    if error is not None:
+        message = str(error)
+        name = re.match(rf"({'|'.join(ARGUMENTS)}) (is|has) ", message)
+        assert name, f"an error that names no argument: {message}"
+        assert (name[1], type(error)) in call.wrong, message
+        assert arena.tobytes() == before.tobytes(), "memory was written before an error"
+        seen["refused"] += 1
+        if "complex" not in message:  # which the reference takes
+            again, _, _ = attempt(call, "reference", other)
+            assert (type(again), str(again)) == (type(error), message)
+        return
+    assert not call.wrong, "accepted"
+    seen["computed"] += 1
+    _, want, _ = attempt(call, "reference", other)
+    results, wants = ((a,) if isinstance(a, np.ndarray) else tuple(a) for a in (result, want))
+
+    written = np.zeros(len(arena), bool)
+    out = used.get("out")
+    if out is not None:
+        assert results[0] is out
+        same = isinstance(call.options.get("out"), Same)
+        (call.arrays[call.options["out"]] if same else call.arrays["out"]).place.cover(written)
+    for array in results[out is not None :]:
+        assert array is None or not np.shares_memory(array, arena)
+    assert np.array_equal(arena[~written], before[~written]), "memory was written that is not out's"
+    assert_close(call, call.arguments(before), results, wants)
+
+
+quiet = settings(deadline=None, suppress_health_check=list(HealthCheck))  # the strategy is large and at times slow
+
+
+@pytest.fixture
+def numpy_engine(monkeypatch):
+    monkeypatch.setitem(_backends._engines, "cpu", NumPyEngine())
+
+
+@pytest.fixture(autouse=True)
+def report():
+    seen.clear()
+    yield
+    sys.stdout.write(f"{dict(seen)}\n")  # shown with -rP
+
+
+@pytest.mark.usefixtures("numpy_engine")
+@settings(quiet, max_examples=1500)
+@given(call=calls())
+def test_any_call(call):
+    check(call)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("numpy_engine")
+@settings(quiet, max_examples=100_000)
+@given(call=calls())
+def test_many_calls(call):
+    check(call)
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="the same checks, on kernels in plain Python")
+@settings(quiet, max_examples=500)
+@given(call=calls(mixed=False))
+def test_any_call_of_the_compiled_engine(call):
+    check(call)
+
+
+@pytest.mark.slow
+@settings(quiet, max_examples=50_000)
+@given(call=calls(mixed=False, most=5000))
+def test_many_calls_of_the_compiled_engine(call):
+    check(call)
