@@ -41,6 +41,7 @@ from rmsnorm_np.cuda.rows import (
     X_TIMES,
     finisher,
     gradient_writer,
+    inverse_of_power,
     measurer,
     rescaler,
     row_reader,
@@ -326,17 +327,17 @@ def merger(plan: Plan) -> Any:
         x_inverse, dy_inverse = 0.0, 0.0  # of the smallest scale, a power of two
         for p in range(cuda.threadIdx.x, pieces, block):
             at = (first + p) * MOMENTS
-            x_inverse = max(x_inverse, 1.0 / kept[at + X_SCALE])
-            dy_inverse = max(dy_inverse, 1.0 / kept[at + DY_SCALE])
-        x_scale = 1.0 / maximum(x_inverse, maxima)
-        dy_scale = 1.0 / maximum(dy_inverse, maxima) if backward else 1.0
+            x_inverse = max(x_inverse, inverse_of_power(kept[at + X_SCALE]))
+            dy_inverse = max(dy_inverse, inverse_of_power(kept[at + DY_SCALE]))
+        x_scale = inverse_of_power(maximum(x_inverse, maxima))
+        dy_scale = inverse_of_power(maximum(dy_inverse, maxima)) if backward else 1.0
         mean[0] = 0.0
         moments[SUM], moments[SUM_TAIL] = 0.0, 0.0
         if centred:
             sums[0], sums[1] = 0.0, 0.0
             for p in range(cuda.threadIdx.x, pieces, block):
                 at = (first + p) * MOMENTS
-                scale = x_scale / kept[at + X_SCALE]
+                scale = x_scale * inverse_of_power(kept[at + X_SCALE])
                 add_to_pair(sums, 0, kept[at + SUM] * scale)
                 sums[1] += kept[at + SUM_TAIL] * scale
             add_up_x(sums, scratch)
@@ -348,7 +349,7 @@ def merger(plan: Plan) -> Any:
             sums[j] = 0.0
         for p in range(cuda.threadIdx.x, pieces, block):
             at = (first + p) * MOMENTS
-            scale = x_scale / kept[at + X_SCALE]
+            scale = x_scale * inverse_of_power(kept[at + X_SCALE])
             add_to_pair(sums, 0, kept[at + SQUARES] * scale * scale)
             distance = 0.0
             if centred:
@@ -356,7 +357,7 @@ def merger(plan: Plan) -> Any:
                 distance = (kept[at + SUM] + kept[at + SUM_TAIL]) / count * scale - mean[0]
                 add_to_pair(sums, 0, distance * distance * count)
             if backward:
-                dy_times = dy_scale / kept[at + DY_SCALE]
+                dy_times = dy_scale * inverse_of_power(kept[at + DY_SCALE])
                 add_to_pair(sums, 2, kept[at + PRODUCTS] * scale * dy_times)
                 sums[3] += kept[at + PRODUCTS_TAIL] * scale * dy_times
                 if centred:

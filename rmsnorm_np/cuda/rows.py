@@ -81,6 +81,12 @@ def power_of_two(exponent: Any) -> Any:
 
 
 @inlined
+def inverse_of_power(value: Any) -> Any:
+    """1 / value, for a power of two that `power_of_two` made."""
+    return power_of_two(-exponent_of(value))
+
+
+@inlined
 def lost_in_difference(a: Any, b: Any, difference: Any) -> Any:
     """a - b - difference, what the difference a - b rounded off: Knuth's TwoSum, as in `add_to_pair`."""
     taken = difference - a
@@ -252,13 +258,16 @@ def tail_of(work: Any) -> Any:
 
 @lru_cache
 def pair_storer(work: Any) -> Any:
-    """store(pair, j, head, tail, count): (head + tail) / count, all float64, as a pair of the type inside."""
+    """store(pair, j, head, tail, count): (head + tail) / count, all float64, as a pair of the type inside.
+
+    A division of float64 is a call, with registers kept around it. The compiler sees that several have one inverse.
+    """
     tail_or_zero = tail_of(work)
     if work is np.float32:
 
         @inlined
         def store(pair: Any, j: int, head: Any, tail: Any, count: Any) -> None:
-            quotient = (head + tail) / count
+            quotient = (head + tail) * (1.0 / count)
             pair[j] = np.float32(quotient)
             pair[j + 1] = tail_or_zero(quotient - np.float64(pair[j]))
 
@@ -266,9 +275,10 @@ def pair_storer(work: Any) -> Any:
 
         @inlined
         def store(pair: Any, j: int, head: Any, tail: Any, count: Any) -> None:
-            quotient = head / count
+            inverse = 1.0 / count
+            quotient = head * inverse
             pair[j] = quotient
-            pair[j + 1] = tail_or_zero((cuda.fma(-quotient, np.float64(count), head) + tail) / count)
+            pair[j + 1] = tail_or_zero((cuda.fma(-quotient, np.float64(count), head) + tail) * inverse)
 
     return store
 
@@ -487,7 +497,7 @@ def finisher(plan: Plan) -> Any:
                 store_pair(numbers, B, moments[G_SUM], moments[G_TAIL], k)
             exponent = exponent_of(x_scale) - exponent_of(dy_scale)
             numbers[DY_TIMES] = work(dy_scale)
-            numbers[DY_UNDO] = work(power_of_two(-exponent_of(dy_scale)))
+            numbers[DY_UNDO] = work(inverse_of_power(dy_scale))
             numbers[UNDO] = work(power_of_two(exponent >> 1))
             numbers[UNDO_AGAIN] = work(power_of_two(exponent - (exponent >> 1)))
 
