@@ -1,7 +1,8 @@
 """The CUDA engine: normalised device arrays in, device arrays out. Here a call gets its memory, its plan and its grid.
 
-Read on in `launch` (how work is cut), `kernels` (who takes which row), `rows` (what happens to a row), `reduce` (sums
-over threads), `vector` (what a thread moves).
+Read on in `launch` (how work is cut), `kernels` and `long_rows` (who takes which row), `moments` (what is summed over a
+row), `elements` (what becomes of it), `parameters` (dweight and dbias). Below: `rows` (a row in registers), `reduce`
+(sums over threads), `pairs` (numbers with twice the digits), `vector` (what a thread moves), `intrinsics`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 from numba import cuda
 from numba.core.errors import NumbaPerformanceWarning
 
-from rmsnorm_np.cuda import arrays, kernels, launch, vector
+from rmsnorm_np.cuda import arrays, kernels, launch, long_rows, parameters, vector
 from rmsnorm_np.cuda import arrays as arguments
 from rmsnorm_np.cuda.arrays import use_stream
-from rmsnorm_np.cuda.rows import MOMENTS
+from rmsnorm_np.cuda.moments import MOMENTS
 
 __all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_backward", "rms_forward", "use_stream"]
 
@@ -68,7 +69,7 @@ def _forward(x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: 
         blocks = -(-rows // plan.teams)
         _launch(
             kernels.forward(plan), blocks, plan.block, stream,
-            source, w, b, rows, n, k, weight_rows, bias_rows, weight_offset, eps, target,
+            source, w, b, rows, n, k, 1.0 / k, weight_rows, bias_rows, weight_offset, eps, target,
         )  # fmt: skip
         return y
     pieces = -(-n // plan.length)
@@ -77,12 +78,12 @@ def _forward(x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: 
     for first in range(0, rows, together):
         blocks = min(together, rows - first) * pieces
         _launch(
-            kernels.piece_moments(plan), blocks, plan.block, stream,
+            long_rows.piece_moments(plan), blocks, plan.block, stream,
             source, source, source, first, n, k, 1, 0.0, eps, kept,
         )  # fmt: skip
         _launch(
-            kernels.piece_forward(plan), blocks, plan.block, stream,
-            source, w, b, kept, first, n, k, weight_rows, bias_rows, weight_offset, eps, target,
+            long_rows.piece_forward(plan), blocks, plan.block, stream,
+            source, w, b, kept, first, n, k, 1.0 / k, weight_rows, bias_rows, weight_offset, eps, target,
         )  # fmt: skip
     return y
 
@@ -110,8 +111,8 @@ def _backward(
         total = arrays.empty((parameter_rows, n), parameter.dtype, stream)
         partial = partials[name] if partials else arrays.empty((1,), np.dtype(plan.work), stream)
         _launch(
-            kernels.add_partials(plan.work, parameter.dtype.name, plan.native_bfloat16),
-            parameter_rows * -(-n // kernels.COLUMNS), kernels.COLUMNS * kernels.SLICES, stream,
+            parameters.add_partials(plan.work, parameter.dtype.name, plan.native_bfloat16),
+            parameter_rows * -(-n // parameters.COLUMNS), parameters.COLUMNS * launch.SLICES, stream,
             partial, tasks, parameter_rows, n, arrays.flat(total),
         )  # fmt: skip
         totals.append(total)
@@ -140,8 +141,8 @@ def _whole_backward(
     sums = (arrays.flat(partials[name]) if name in partials else source for name in ("weight", "bias"))
     _launch(
         kernels.backward(plan), chunks * m, plan.block, stream,
-        arrays.flat(dy), source, w, rows, n, k, 1 if weight is None else weight.shape[0], m, chunks, weight_offset,
-        eps, arrays.flat(dx), *sums,
+        arrays.flat(dy), source, w, rows, n, k, 1.0 / k, 1 if weight is None else weight.shape[0], m, chunks,
+        weight_offset, eps, arrays.flat(dx), *sums,
     )  # fmt: skip
     return chunks * m, partials
 
@@ -165,13 +166,13 @@ def _split_backward(
     tasks = 0
     for (first, count), chunk in zip(parts, chunks, strict=True):
         _launch(
-            kernels.piece_moments(plan), count * m * pieces, plan.block, stream,
+            long_rows.piece_moments(plan), count * m * pieces, plan.block, stream,
             gradient, source, w, first * m, n, k, weight_rows, weight_offset, eps, kept,
         )  # fmt: skip
         _launch(
-            kernels.piece_backward(plan), chunk * m * pieces, plan.block, stream,
-            gradient, source, w, kept, first * m, count * m, tasks, n, k, weight_rows, m, chunk, weight_offset, eps,
-            result, *sums,
+            long_rows.piece_backward(plan), chunk * m * pieces, plan.block, stream,
+            gradient, source, w, kept, first * m, count * m, tasks, n, k, 1.0 / k, weight_rows, m, chunk, weight_offset,
+            eps, result, *sums,
         )  # fmt: skip
         tasks += chunk * m
     return tasks, partials

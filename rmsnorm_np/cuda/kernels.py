@@ -1,4 +1,4 @@
-"""The kernels: who takes which row. `rows` has what happens to a row, `launch` how the plans are chosen.
+"""The kernels for rows that a team holds: who takes which row. Those for longer rows are in `long_rows`.
 
 Arrays are flat, and unsigned integers of their item's size (see `vector`). An array that a plan does without is any
 other array, never looked at. All offsets have 64 bits.
@@ -12,56 +12,13 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
+from rmsnorm_np.cuda.elements import gradient_writer, row_writer
 from rmsnorm_np.cuda.launch import Plan
-from rmsnorm_np.cuda.reduce import (
-    WARP,
-    WARP_LEVELS,
-    add_to_pair,
-    adder,
-    lane_of,
-    leads,
-    levels_of,
-    pair_tail,
-    pair_total,
-)
-from rmsnorm_np.cuda.rows import (
-    DY_SCALE,
-    DY_TIMES,
-    G_SUM,
-    G_TAIL,
-    MOMENTS,
-    NUMBERS,
-    PAIRS,
-    PRODUCTS,
-    PRODUCTS_TAIL,
-    SQUARES,
-    SUM,
-    SUM_TAIL,
-    X_SCALE,
-    X_TIMES,
-    finisher,
-    gradient_writer,
-    inverse_of_power,
-    measurer,
-    rescaler,
-    row_reader,
-    row_writer,
-    sharer,
-    team_maximum,
-)
-from rmsnorm_np.cuda.vector import encoder, inlined, unrolled, words_of, writer
-
-COLUMNS = WARP  # of a block that adds up partial sums
-SLICES = 8  # of the partial sums, added side by side
-TABLE = (SLICES, COLUMNS)
-
-PLACES = 2 * PAIRS
-SHARED = NUMBERS + 1  # numbers and a flag, to share them
-
-
-def _jit(plan: Plan) -> Any:
-    """No fastmath: the tails of pairs are rounding errors, and NaN and infinity count."""
-    return cuda.jit(launch_bounds=plan.block)
+from rmsnorm_np.cuda.moments import MOMENTS, NUMBERS, PAIRS, SHARED, finisher, measurer
+from rmsnorm_np.cuda.parameters import clearer, partial_writer
+from rmsnorm_np.cuda.reduce import lane_of, leads, levels_of, sharer
+from rmsnorm_np.cuda.rows import row_reader
+from rmsnorm_np.cuda.vector import compiled, words_of
 
 
 @lru_cache
@@ -73,10 +30,10 @@ def forward(plan: Plan) -> Any:
     read_row, measure, finish = row_reader(plan, plan.x), measurer(plan), finisher(plan)
     share, write_row = sharer(team, NUMBERS, 0), row_writer(plan)
 
-    @_jit(plan)
+    @compiled(plan.block)
     def forward_kernel(
-        x: Any, weight: Any, bias: Any, rows: Any, n: Any, k: Any, weight_rows: Any, bias_rows: Any, offset: Any,
-        eps: Any, y: Any,
+        x: Any, weight: Any, bias: Any, rows: Any, n: Any, k: Any, inverse: Any, weight_rows: Any, bias_rows: Any,
+        offset: Any, eps: Any, y: Any,
     ) -> None:  # fmt: skip
         words = cuda.local.array(row_words, np.uint32)
         moments = cuda.local.array(MOMENTS, np.float64)
@@ -89,9 +46,9 @@ def forward(plan: Plan) -> Any:
         start = row * n
         stop = n if row < rows else 0  # teams without a row do the same steps, on zeros
         read_row(x, start, lane, stop, words)
-        measure(words, words, words, lane, stop, n, k, k, eps, work(offset), moments, scratch, shared, maxima)
+        measure(words, words, words, lane, stop, n, inverse, k, k, eps, work(offset), moments, scratch, shared, maxima)
         if leads(team):
-            finish(moments, n, k, eps, numbers)
+            finish(moments, k, inverse, eps, numbers)
         share(numbers, shared)
         write_row(
             words, weight, bias, y, start, row % weight_rows * n, row % bias_rows * n, lane, stop, work(offset), numbers
@@ -119,10 +76,10 @@ def backward(plan: Plan) -> Any:
     elements = trips * lanes
     clear = clearer(elements, work)
 
-    @_jit(plan)
+    @compiled(plan.block)
     def backward_kernel(
-        dy: Any, x: Any, weight: Any, rows: Any, n: Any, k: Any, weight_rows: Any, m: Any, chunks: Any, offset: Any,
-        eps: Any, dx: Any, dweight: Any, dbias: Any,
+        dy: Any, x: Any, weight: Any, rows: Any, n: Any, k: Any, inverse: Any, weight_rows: Any, m: Any, chunks: Any,
+        offset: Any, eps: Any, dx: Any, dweight: Any, dbias: Any,
     ) -> None:  # fmt: skip
         x_words = cuda.local.array(row_words, np.uint32)
         d_words = cuda.local.array(dy_words, np.uint32)
@@ -147,9 +104,25 @@ def backward(plan: Plan) -> Any:
             stop = n if group < last else 0  # teams without a row do the same steps, on zeros
             read_x(x, start, lane, stop, x_words)
             read_dy(dy, start, lane, stop, d_words)
-            measure(x_words, d_words, w_words, lane, stop, n, k, k, eps, work(offset), moments, scratch, shared, maxima)
+            measure(
+                x_words,
+                d_words,
+                w_words,
+                lane,
+                stop,
+                n,
+                inverse,
+                k,
+                k,
+                eps,
+                work(offset),
+                moments,
+                scratch,
+                shared,
+                maxima,
+            )
             if leads(team):
-                finish(moments, n, k, eps, numbers)
+                finish(moments, k, inverse, eps, numbers)
             share(numbers, shared)
             if teams == 1 or stop > 0:
                 write_gradient(
@@ -161,329 +134,3 @@ def backward(plan: Plan) -> Any:
             write_sums(bias_sums, task * n, n, lane, dbias)
 
     return backward_kernel
-
-
-@lru_cache
-def clearer(elements: int, work: Any) -> Any:
-    """clear(first, second): zeros in both arrays."""
-    zero = work(0)
-
-    @inlined
-    def clear_element(j: Any, first: Any, second: Any) -> None:
-        first[j], second[j] = zero, zero
-
-    return unrolled(clear_element, elements)
-
-
-@lru_cache
-def partial_writer(plan: Plan) -> Any:
-    """write_sums(sums, start, n, lane, partial): the block's sums to partial[start : start + n]."""
-    team, teams, work, lanes, trips = plan.team, plan.teams, plan.work, plan.lanes, plan.trips
-    block, length, levels = plan.block, plan.length, levels_of(team)
-    name = np.dtype(work).name
-    count = words_of(name, lanes)
-    put, write = encoder(name, plan.native_bfloat16), writer(name, lanes, plan.aligned)
-
-    if teams == 1:
-
-        @inlined
-        def put_element(e: Any, t: Any, sums: Any, vector: Any) -> None:
-            put(vector, 0, e, sums[t * lanes + e])
-
-        put_elements = unrolled(put_element, lanes)
-
-        @inlined
-        def write_vector(t: Any, sums: Any, start: Any, stop: Any, lane: Any, partial: Any) -> None:
-            vector = cuda.local.array(count, np.uint32)
-            i = (t * team + lane) * lanes
-            put_elements(t, sums, vector)
-            write(partial, start + i, start + stop, vector)
-
-        write_sums = unrolled(write_vector, trips)
-
-    else:
-        put_one, write_one = encoder(name, False), writer(name, 1, False)
-        one, table_shape = words_of(name, 1), (teams, length)
-
-        @inlined
-        def put_down(j: Any, sums: Any, lane: Any, table: Any) -> None:
-            table[cuda.threadIdx.x >> levels, (j // lanes * team + lane) * lanes + j % lanes] = sums[j]
-
-        put_all_down = unrolled(put_down, trips * lanes)
-
-        @inlined
-        def write_sums(sums: Any, start: Any, stop: Any, lane: Any, partial: Any) -> None:
-            table = cuda.shared.array(table_shape, work)
-            vector = cuda.local.array(one, np.uint32)
-            cuda.syncthreads()
-            put_all_down(sums, lane, table)
-            cuda.syncthreads()
-            for i in range(cuda.threadIdx.x, stop, block):
-                total = table[0, i]
-                for s in range(1, teams):
-                    total += table[s, i]
-                put_one(vector, 0, 0, total)
-                write_one(partial, start + i, start + stop, vector)
-
-    return write_sums
-
-
-@lru_cache
-def add_partials(work: Any, name: str, native_bfloat16: bool) -> Any:
-    """Rows h, h + m, … of the partial sums, added in float64 in an order fixed by the shape, are row h of the total."""
-    put, write = encoder(name, native_bfloat16), writer(name, 1, False)
-    words = words_of(name, 1)
-
-    @cuda.jit(launch_bounds=COLUMNS * SLICES)
-    def add_partials_kernel(partial: Any, tasks: Any, m: Any, n: Any, total: Any) -> None:
-        table = cuda.shared.array(TABLE, np.float64)
-        vector = cuda.local.array(words, np.uint32)
-        column, slice_ = lane_of(COLUMNS), cuda.threadIdx.x >> WARP_LEVELS
-        pieces = (n + COLUMNS - 1) // COLUMNS
-        h = np.int64(cuda.blockIdx.x) // pieces
-        i = np.int64(cuda.blockIdx.x) % pieces * COLUMNS + column
-        sum_ = 0.0
-        if i < n:
-            for t in range(h + m * slice_, tasks, m * SLICES):
-                sum_ += np.float64(partial[t * n + i])
-        table[slice_, column] = sum_
-        cuda.syncthreads()
-        if slice_ == 0:
-            for s in range(1, SLICES):
-                sum_ += table[s, column]
-            put(vector, 0, 0, sum_)
-            write(total, h * n + i, h * n + n, vector)
-
-    return add_partials_kernel
-
-
-# -------------------------------------------------------------------------------------------------- rows in pieces
-# One launch measures all pieces; in a second one each block puts the moments of its row together and writes its piece.
-
-
-@lru_cache
-def piece_moments(plan: Plan) -> Any:
-    """Block `row * pieces + piece` leaves the moments of that piece of that row, in float64."""
-    work, lanes, trips = plan.work, plan.lanes, plan.trips
-    row_words, warps, length, backward = plan.row_words, plan.warps, plan.length, plan.dy is not None
-    scratch_shape = (warps, 2 * PAIRS)
-    dy_name, weight_name = plan.dy or "float32", plan.weight or "float32"
-    has_weight = backward and plan.weight is not None
-    dy_words = trips * words_of(dy_name, lanes) if backward else 1
-    weight_words = trips * words_of(weight_name, lanes) if backward else 1
-    read_x, read_dy = row_reader(plan, plan.x), row_reader(plan, dy_name)
-    read_weight = row_reader(plan, weight_name)
-    measure = measurer(plan)
-
-    @_jit(plan)
-    def piece_moments_kernel(
-        dy: Any, x: Any, weight: Any, first_row: Any, n: Any, k: Any, weight_rows: Any, offset: Any, eps: Any, kept: Any
-    ) -> None:
-        x_words = cuda.local.array(row_words, np.uint32)
-        d_words = cuda.local.array(dy_words, np.uint32)
-        w_words = cuda.local.array(weight_words, np.uint32)
-        moments = cuda.local.array(MOMENTS, np.float64)
-        scratch = cuda.shared.array(scratch_shape, work)
-        shared = cuda.shared.array(SHARED, work)
-        maxima = cuda.shared.array(warps, np.float64)
-        lane = np.int64(cuda.threadIdx.x)
-        pieces = (n + length - 1) // length
-        row = first_row + np.int64(cuda.blockIdx.x) // pieces
-        begin = np.int64(cuda.blockIdx.x) % pieces * length
-        stop = min(length, n - begin)
-        start = row * n + begin
-        read_x(x, start, lane, stop, x_words)
-        if backward:
-            read_dy(dy, start, lane, stop, d_words)
-        if has_weight:
-            read_weight(weight, row % weight_rows * n + begin, lane, stop, w_words)
-        measure(
-            x_words, d_words, w_words, lane, stop, stop, k - begin, k, eps, work(offset), moments, scratch, shared,
-            maxima,
-        )  # fmt: skip
-        if lane == 0:
-            for j in range(MOMENTS):
-                kept[np.int64(cuda.blockIdx.x) * MOMENTS + j] = moments[j]
-
-    return piece_moments_kernel
-
-
-@lru_cache
-def merger(plan: Plan) -> Any:
-    """merge(kept, first, n, moments, scratch, shared, maxima): the moments of a row from those of its pieces.
-
-    The pieces of LayerNorm are centred around their own means: Chan, Golub and LeVeque, "Updating formulae and a
-    pairwise algorithm for computing sample variances", 1979. The result is in the threads that lead.
-    """
-    block, length, centred, backward = plan.block, plan.length, plan.centred, plan.dy is not None
-    add_up, add_up_x = adder(block, PAIRS, np.float64), adder(block, 1, np.float64)
-    share_mean, maximum = sharer(block, 1, 0), team_maximum(block)
-
-    @inlined
-    def merge(kept: Any, first: Any, n: Any, moments: Any, scratch: Any, shared: Any, maxima: Any) -> None:
-        sums = cuda.local.array(PLACES, np.float64)
-        mean = cuda.local.array(1, np.float64)
-        pieces = (n + length - 1) // length
-        x_inverse, dy_inverse = 0.0, 0.0  # of the smallest scale, a power of two
-        for p in range(cuda.threadIdx.x, pieces, block):
-            at = (first + p) * MOMENTS
-            x_inverse = max(x_inverse, inverse_of_power(kept[at + X_SCALE]))
-            dy_inverse = max(dy_inverse, inverse_of_power(kept[at + DY_SCALE]))
-        x_scale = inverse_of_power(maximum(x_inverse, maxima))
-        dy_scale = inverse_of_power(maximum(dy_inverse, maxima)) if backward else 1.0
-        mean[0] = 0.0
-        moments[SUM], moments[SUM_TAIL] = 0.0, 0.0
-        if centred:
-            sums[0], sums[1] = 0.0, 0.0
-            for p in range(cuda.threadIdx.x, pieces, block):
-                at = (first + p) * MOMENTS
-                scale = x_scale * inverse_of_power(kept[at + X_SCALE])
-                add_to_pair(sums, 0, kept[at + SUM] * scale)
-                sums[1] += kept[at + SUM_TAIL] * scale
-            add_up_x(sums, scratch)
-            if leads(block):
-                moments[SUM], moments[SUM_TAIL] = sums[0], sums[1]
-                mean[0] = pair_total(sums, 0) / n
-            share_mean(mean, shared)
-        for j in range(2 * PAIRS):
-            sums[j] = 0.0
-        for p in range(cuda.threadIdx.x, pieces, block):
-            at = (first + p) * MOMENTS
-            scale = x_scale * inverse_of_power(kept[at + X_SCALE])
-            add_to_pair(sums, 0, kept[at + SQUARES] * scale * scale)
-            distance = 0.0
-            if centred:
-                count = min(length, n - p * length)
-                distance = (kept[at + SUM] + kept[at + SUM_TAIL]) / count * scale - mean[0]
-                add_to_pair(sums, 0, distance * distance * count)
-            if backward:
-                dy_times = dy_scale * inverse_of_power(kept[at + DY_SCALE])
-                add_to_pair(sums, 2, kept[at + PRODUCTS] * scale * dy_times)
-                sums[3] += kept[at + PRODUCTS_TAIL] * scale * dy_times
-                if centred:
-                    g_sum = kept[at + G_SUM] * dy_times
-                    add_to_pair(sums, 2, g_sum * distance)
-                    add_to_pair(sums, 4, g_sum)
-                    sums[5] += kept[at + G_TAIL] * dy_times
-        add_up(sums, scratch)
-        if leads(block):
-            moments[SQUARES] = pair_total(sums, 0)
-            moments[PRODUCTS], moments[PRODUCTS_TAIL] = sums[2], pair_tail(sums, 2)
-            moments[G_SUM], moments[G_TAIL] = sums[4], pair_tail(sums, 4)
-            moments[X_SCALE], moments[DY_SCALE] = x_scale, dy_scale
-
-    return merge
-
-
-@lru_cache
-def piece_forward(plan: Plan) -> Any:
-    """Block `row * pieces + piece` writes that piece of y."""
-    block, work, row_words, warps, length = plan.block, plan.work, plan.row_words, plan.warps, plan.length
-    scratch_shape = (warps, 2 * PAIRS)
-    read_row, merge, finish = row_reader(plan, plan.x), merger(plan), finisher(plan)
-    share, write_row = sharer(block, NUMBERS, 0), row_writer(plan)
-    rescale, scalable = rescaler(plan, plan.x), plan.x != "float16"
-
-    @_jit(plan)
-    def piece_forward_kernel(
-        x: Any, weight: Any, bias: Any, kept: Any, first_row: Any, n: Any, k: Any, weight_rows: Any, bias_rows: Any,
-        offset: Any, eps: Any, y: Any,
-    ) -> None:  # fmt: skip
-        words = cuda.local.array(row_words, np.uint32)
-        moments = cuda.local.array(MOMENTS, np.float64)
-        numbers = cuda.local.array(NUMBERS, work)
-        scratch = cuda.shared.array(scratch_shape, np.float64)
-        means = cuda.shared.array(1, np.float64)
-        shared = cuda.shared.array(NUMBERS, work)
-        maxima = cuda.shared.array(warps, np.float64)
-        lane = np.int64(cuda.threadIdx.x)
-        pieces = (n + length - 1) // length
-        row_here, piece = np.int64(cuda.blockIdx.x) // pieces, np.int64(cuda.blockIdx.x) % pieces
-        row = first_row + row_here
-        begin = piece * length
-        stop = min(length, n - begin)
-        start = row * n + begin
-        read_row(x, start, lane, stop, words)
-        merge(kept, row_here * pieces, n, moments, scratch, means, maxima)
-        if leads(block):
-            finish(moments, n, k, eps, numbers)
-        share(numbers, shared)
-        if scalable and numbers[X_TIMES] != 1:
-            rescale(words, numbers[X_TIMES])
-        write_row(
-            words, weight, bias, y, start, row % weight_rows * n + begin, row % bias_rows * n + begin, lane, stop,
-            work(offset), numbers,
-        )  # fmt: skip
-
-    return piece_forward_kernel
-
-
-@lru_cache
-def piece_backward(plan: Plan) -> Any:
-    """Block `(chunk * m + h) * pieces + piece` takes that piece of the rows h, h + m, … of one of `chunks` parts.
-
-    Its sums are a piece of row `first_task + chunk * m + h` of the partial sums.
-    """
-    block, work, lanes, trips, length = plan.block, plan.work, plan.lanes, plan.trips, plan.length
-    row_words, warps = plan.row_words, plan.warps
-    scratch_shape = (warps, 2 * PAIRS)
-    dy_name, weight_name = plan.dy or "float32", plan.weight or "float32"
-    dy_words, weight_words = trips * words_of(dy_name, lanes), trips * words_of(weight_name, lanes)
-    read_x, read_dy = row_reader(plan, plan.x), row_reader(plan, dy_name)
-    read_weight = row_reader(plan, weight_name)
-    has_weight, has_bias = plan.weight is not None, plan.bias is not None
-    merge, finish, share = merger(plan), finisher(plan), sharer(block, NUMBERS, 0)
-    write_gradient, write_sums = gradient_writer(plan), partial_writer(plan)
-    rescale_x, rescale_dy = rescaler(plan, plan.x), rescaler(plan, dy_name)
-    x_scalable, dy_scalable = plan.x != "float16", dy_name != "float16"
-    elements = trips * lanes
-    clear = clearer(elements, work)
-
-    @_jit(plan)
-    def piece_backward_kernel(
-        dy: Any, x: Any, weight: Any, kept: Any, first_row: Any, rows: Any, first_task: Any, n: Any, k: Any,
-        weight_rows: Any, m: Any, chunks: Any, offset: Any, eps: Any, dx: Any, dweight: Any, dbias: Any,
-    ) -> None:  # fmt: skip
-        x_words = cuda.local.array(row_words, np.uint32)
-        d_words = cuda.local.array(dy_words, np.uint32)
-        w_words = cuda.local.array(weight_words, np.uint32)
-        weight_sums = cuda.local.array(elements, work)
-        bias_sums = cuda.local.array(elements, work)
-        moments = cuda.local.array(MOMENTS, np.float64)
-        numbers = cuda.local.array(NUMBERS, work)
-        scratch = cuda.shared.array(scratch_shape, np.float64)
-        means = cuda.shared.array(1, np.float64)
-        shared = cuda.shared.array(NUMBERS, work)
-        maxima = cuda.shared.array(warps, np.float64)
-        lane = np.int64(cuda.threadIdx.x)
-        pieces = (n + length - 1) // length
-        task, begin = np.int64(cuda.blockIdx.x) // pieces, np.int64(cuda.blockIdx.x) % pieces * length
-        h, chunk, groups = task % m, task // m, rows // m
-        first, last = groups * chunk // chunks, groups * (chunk + 1) // chunks
-        stop = min(length, n - begin)
-        clear(weight_sums, bias_sums)
-        if has_weight:
-            read_weight(weight, h % weight_rows * n + begin, lane, stop, w_words)
-        for group in range(first, last):
-            row_here = group * m + h
-            start = (first_row + row_here) * n + begin
-            read_x(x, start, lane, stop, x_words)
-            read_dy(dy, start, lane, stop, d_words)
-            merge(kept, row_here * pieces, n, moments, scratch, means, maxima)
-            if leads(block):
-                finish(moments, n, k, eps, numbers)
-            share(numbers, shared)
-            if x_scalable and numbers[X_TIMES] != 1:
-                rescale_x(x_words, numbers[X_TIMES])
-            if dy_scalable and numbers[DY_TIMES] != 1:
-                rescale_dy(d_words, numbers[DY_TIMES])
-            write_gradient(
-                x_words, d_words, w_words, dx, start, lane, stop, k - begin, work(offset), numbers, weight_sums,
-                bias_sums,
-            )  # fmt: skip
-        if has_weight:
-            write_sums(weight_sums, (first_task + task) * n + begin, stop, lane, dweight)
-        if has_bias:
-            write_sums(bias_sums, (first_task + task) * n + begin, stop, lane, dbias)
-
-    return piece_backward_kernel

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from rmsnorm_np.cuda.intrinsics import WORD
 from rmsnorm_np.cuda.reduce import WARP
-from rmsnorm_np.cuda.vector import BYTES, ITEMSIZE, WORD, words_of
+from rmsnorm_np.cuda.vector import BYTES, ITEMSIZE, words_of
 
 # Limits of the heuristic. The simulator's tests make them small, so that small arrays cross every border.
 MAX_TEAM = 512  # threads: they may have 128 registers each; 1024 have 64, and spill
@@ -29,6 +30,7 @@ SHORT = WARP
 # writing and reading it again is little against reading the rows. A constant, so that no result depends on the GPU.
 CHUNKS = 528
 ROWS_PER_CHUNK = 16
+SLICES = 8  # of the partial sums, added side by side by the warps of a block
 
 # Rows of a split call that are taken together: read for their sums, they are still in L2 (40 to 50 MB) for the output.
 L2_BYTES = 20 * 2**20

@@ -8,42 +8,14 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from numba import cuda
 
+from rmsnorm_np.cuda.pairs import add_to_pair
 from rmsnorm_np.cuda.vector import inlined
 
 WARP = 32
 WARP_LEVELS = 5
 ALL_LANES = 0xFFFFFFFF
-
-
-@inlined
-def add_to_pair(sums: Any, j: int, value: Any) -> None:
-    """sums[j] + sums[j + 1], a pair, plus value: what the sum in sums[j] rounds off goes to sums[j + 1].
-
-    Knuth's TwoSum (The Art of Computer Programming, vol. 2, 4.2.2), exact for any two numbers.
-    """
-    head = sums[j]
-    total = head + value
-    added = total - head
-    sums[j + 1] += (head - (total - added)) + (value - added)
-    sums[j] = total
-
-
-@inlined
-def pair_total(sums: Any, j: int) -> Any:
-    """The pair as a float64. A head of infinity leaves NaN in the tail, which must not hide it."""
-    head = np.float64(sums[j])
-    total = head + np.float64(sums[j + 1])
-    return total if total == total else head
-
-
-@inlined
-def pair_tail(sums: Any, j: int) -> Any:
-    """The tail as a float64, zero for the NaN that a head of infinity leaves there."""
-    tail = np.float64(sums[j + 1])
-    return tail if tail == tail else 0.0
 
 
 @lru_cache
@@ -116,3 +88,45 @@ def team_mask(team: int) -> Any:
 def leads(team: int) -> bool:
     """Whether this thread has the sums: all of a team within a warp, the first warp of a larger one."""
     return team <= WARP or cuda.threadIdx.x < WARP
+
+
+@lru_cache
+def sharer(team: int, count: int, place: int) -> Any:
+    """share(values, shared): the first `count` values of those that lead go to the whole team, by way of shared[place].
+
+    The place is free again after the next barrier.
+    """
+
+    @inlined
+    def share(values: Any, shared: Any) -> None:
+        if team > WARP:
+            if cuda.threadIdx.x == 0:
+                for j in range(count):
+                    shared[place + j] = values[j]
+            cuda.syncthreads()
+            for j in range(count):
+                values[j] = shared[place + j]
+
+    return share
+
+
+@lru_cache
+def team_maximum(team: int) -> Any:
+    """maximum(value, maxima): the largest of the team's values, in all its threads; NaN is passed over."""
+    warps, levels = max(1, team // WARP), levels_of(min(team, WARP))
+
+    @inlined
+    def maximum(value: Any, maxima: Any) -> Any:
+        for level in range(levels):
+            value = max(value, cuda.shfl_xor_sync(team_mask(team), value, 1 << level))
+        if warps > 1:
+            cuda.syncthreads()
+            if lane_of(WARP) == 0:
+                maxima[cuda.threadIdx.x >> WARP_LEVELS] = value
+            cuda.syncthreads()
+            for warp in range(warps):
+                value = max(value, maxima[warp])
+            cuda.syncthreads()
+        return value
+
+    return maximum

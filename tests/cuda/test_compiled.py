@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install rmsnorm_
 
 from numba import cuda
 from numba.cuda import dispatcher
+from numba.cuda.cudadrv import nvvm
 from numba.cuda.np import numpy_support
 
-from rmsnorm_np.cuda import kernels, launch
+from rmsnorm_np.cuda import kernels, launch, long_rows, parameters
 from rmsnorm_np.cuda.vector import STORED
 
 CAPABILITIES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
@@ -42,10 +44,14 @@ def tool(name):
 ptxas, nvdisasm = tool("ptxas"), tool("nvdisasm")
 
 
-def plan(n, x, *, backward=False, op="rms", weight=None, bias=None, aligned=True, partial=False, capability=(9, 0)):
+def plan(
+    n, x, *, backward=False, op="layer", dy=None, weight=None, bias=None, aligned=True, partial=False, capability=(9, 0)
+):
+    """LayerNorm holds more than RMSNorm does: weight, bias and weight_offset unless a case says otherwise."""
+    centred, weight = op == "layer", weight or x
     return launch.plan_for(
-        n, x, x if backward else None, weight or x, bias, centred=op == "layer", partial=partial, offset=False,
-        aligned=aligned, native_bfloat16=capability >= (8, 0),
+        n, x, (dy or x) if backward else None, weight, bias or weight if centred else None, centred=centred,
+        partial=partial, offset=centred, aligned=aligned, native_bfloat16=capability >= (8, 0),
     )  # fmt: skip
 
 
@@ -62,19 +68,32 @@ def kernels_of(p):
     kept = array(np.float64)
     if p.split:
         gradient = dy if p.dy else x
-        yield kernels.piece_moments(p), (gradient, x, w if p.dy else x, i, i, i, i, f, f, kept)
+        yield long_rows.piece_moments(p), (gradient, x, w if p.dy else x, i, i, i, i, f, f, kept)
         if p.dy:
-            yield kernels.piece_backward(p), (dy, x, w, kept, i, i, i, i, i, i, i, i, f, f, x, dweight, dbias)
+            yield long_rows.piece_backward(p), (dy, x, w, kept, i, i, i, i, i, f, i, i, i, f, f, x, dweight, dbias)
         else:
-            yield kernels.piece_forward(p), (x, w, b, kept, i, i, i, i, i, f, f, x)
+            yield long_rows.piece_forward(p), (x, w, b, kept, i, i, i, f, i, i, f, f, x)
     elif p.dy:
-        yield kernels.backward(p), (dy, x, w, i, i, i, i, i, i, f, f, x, dweight, dbias)
+        yield kernels.backward(p), (dy, x, w, i, i, i, f, i, i, i, f, f, x, dweight, dbias)
     else:
-        yield kernels.forward(p), (x, w, b, i, i, i, i, i, f, f, x)
+        yield kernels.forward(p), (x, w, b, i, i, i, f, i, i, f, f, x)
 
 
-def ptx_of(kernel, signature, capability, threads):
-    return cuda.compile_ptx(kernel.py_func, signature, cc=capability, launch_bounds=threads)[0]
+def ptx_of(kernel, signature, threads, capabilities):
+    """The PTX for each capability. Numba types the kernel once: that takes four times as long as libNVVM does."""
+    given = {}
+
+    def compile_ir(modules, **options):
+        given.update(modules=modules, options=options)
+        return nvvm_compile(modules, **options)
+
+    nvvm_compile = nvvm.compile_ir
+    with mock.patch.object(nvvm, "compile_ir", compile_ir):
+        first = cuda.compile_ptx(kernel.py_func, signature, cc=capabilities[0], launch_bounds=threads)[0]
+    yield capabilities[0], first
+    for major, minor in capabilities[1:]:
+        options = given["options"] | {"arch": f"compute_{major}{minor}"}
+        yield (major, minor), nvvm_compile(given["modules"], **options).decode()
 
 
 def machine_code(ptx, capability, folder):
@@ -90,43 +109,100 @@ def machine_code(ptx, capability, folder):
     return registers, sum(spills), stack, int(shared[1]) if shared else 0, text
 
 
-CASES = {
-    "warp": (256, {}),
-    "block": (4096, {}),
-    "largest block": (None, {}),
-    "pieces": (2**18, {}),
-}
-LARGEST = {False: 4096 * 16, True: 1024 * 16}  # bytes of the longest row that one block holds
-
-
-# One launch of each kind, of each dtype, and what takes the most registers.
-COMPILED = [
-    {"n": 1024, "x": "bfloat16"},
-    {"n": 1024, "x": "bfloat16", "backward": True},
+# The registers a thread needs grow with the vectors it holds; what it may have shrinks with the block. So of each kind
+# of plan, the one with most of both. `test_cases_are_the_largest_of_their_kind` knows the kinds.
+CASES = [
+    {"n": 2048, "x": "bfloat16"},  # a warp, 8 vectors to a thread
     {"n": 1024, "x": "float32"},
-    {"n": 1024, "x": "float32", "backward": True, "op": "layer", "bias": "float32"},
-    {"n": 32, "x": "float32", "backward": True, "op": "layer", "bias": "float32"},
-    {"n": 32768, "x": "float16", "op": "layer", "bias": "float16"},
-    {"n": 2048, "x": "float64", "backward": True, "op": "layer", "bias": "float64"},
-    {"n": 2**18, "x": "bfloat16", "op": "layer", "bias": "bfloat16"},
-    {"n": 2**18, "x": "float32", "backward": True, "op": "layer", "bias": "float32"},
+    {"n": 512, "x": "float64"},
+    {"n": 128, "x": "float32"},  # so few that every rounding error is kept
+    {"n": 64, "x": "float64"},
+    {"n": 32768, "x": "float16"},  # the longest row of a block
+    {"n": 16384, "x": "float32"},
+    {"n": 8192, "x": "float64"},
+    {"n": 2**18, "x": "bfloat16"},  # pieces
+    {"n": 2**18, "x": "float32"},
+    {"n": 2**18, "x": "float64"},
+    {"n": 512, "x": "float16", "backward": True},
+    {"n": 256, "x": "float32", "backward": True},
+    {"n": 128, "x": "float64", "backward": True},
+    {"n": 128, "x": "float32", "backward": True},
+    {"n": 64, "x": "float64", "backward": True},
+    {"n": 8192, "x": "bfloat16", "backward": True},
+    {"n": 4096, "x": "float32", "backward": True},
+    {"n": 2048, "x": "float64", "backward": True},
+    {"n": 2**18, "x": "bfloat16", "backward": True},
+    {"n": 2**18, "x": "float32", "backward": True},
+    {"n": 2**18, "x": "float64", "backward": True},
+    # and what is different in other ways
+    {"n": 256, "x": "bfloat16", "backward": True, "op": "rms"},
+    {"n": 4096, "x": "float32", "op": "rms", "partial": True},
+    {"n": 4095, "x": "float32", "backward": True, "aligned": False},
+    {"n": 2**15 - 1, "x": "bfloat16", "aligned": False},
+    {"n": 4096, "x": "bfloat16", "backward": True, "weight": "float32"},
+    {"n": 2**18, "x": "bfloat16", "backward": True, "weight": "float32"},
+    {"n": 2**18, "x": "float16", "backward": True, "weight": "float64"},
+    {"n": 4096, "x": "bfloat16", "backward": True, "op": "rms", "capability": (7, 5)},  # rounds to bfloat16 itself
 ]
+EVERYWHERE = [*CASES[8:10], *CASES[17:18], CASES[20]]  # each kernel, on each generation of GPUs
+NEWEST = (10, 0)  # libNVVM has another, newer LLVM from here on
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=lambda case: "-".join(map(str, case.values())))
-def test_compiles_for_every_gpu(case):
-    """For each generation that the CUDA 13 compiler knows, without local memory."""
-    for capability in CAPABILITIES:
-        p = plan(**case, capability=capability)
-        for kernel, signature in kernels_of(p):
-            ptx = ptx_of(kernel, signature, capability, p.block)
+def kind(p):
+    """What has a code of its own, but for the number of vectors and threads."""
+    return np.dtype(STORED[p.x]), p.dy is not None, p.split, p.teams > 1, p.exact and p.short
+
+
+def test_cases_are_the_largest_of_their_kind():
+    """Of any plan for arrays of one dtype, one of the same kind, with as many vectors and threads, is compiled here."""
+    compiled = [plan(**case) for case in CASES]
+    for backward in (False, True):
+        for name in STORED:
+            for n in (*range(1, 40000, 7), 2**20):
+                p = plan(n, name, backward=backward)
+                assert any(
+                    kind(p) == kind(c) and p.trips <= c.trips and (p.teams > 1 or p.block <= c.block) for c in compiled
+                ), p
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_stays_in_registers(case, tmp_path):
+    """No local memory, no spill, no stack, registers for the largest block, and 16 bytes in each access to a row."""
+    p, first = plan(**case), case.get("capability", (9, 0))
+    capabilities = CAPABILITIES if case in EVERYWHERE else (first, NEWEST)
+    if p.native_bfloat16:
+        capabilities = [c for c in capabilities if c >= (8, 0)]
+    for kernel, signature in kernels_of(p):
+        writes = kernel.py_func.__name__ != "piece_moments_kernel"
+        for capability, ptx in ptx_of(kernel, signature, p.block, capabilities):
             assert f".target sm_{capability[0]}{capability[1]}" in ptx
             assert ".local" not in ptx, capability
-            assert "ld.global.v4" in ptx
-            writes = kernel.py_func.__name__ != "piece_moments_kernel"
-            assert not writes or "st.global.v4" in ptx
-            rounds = writes and p.x == "bfloat16" and p.native_bfloat16
-            assert ("cvt.rn.bf16.f32" in ptx) == rounds or not writes
+            assert ("ld.global.v4" in ptx) == p.aligned
+            assert ("st.global.v4" in ptx) == (p.aligned and writes)
+            assert ("cvt.rn.bf16.f32" in ptx) == (p.x == "bfloat16" and p.native_bfloat16 and writes)
+            if capability == NEWEST and case not in EVERYWHERE:
+                continue
+            if ptxas is None or nvdisasm is None:
+                pytest.skip("needs ptxas and nvdisasm: pip install rmsnorm_np[cuda13,inspect]")
+            registers, spilled, stack, _, text = machine_code(ptx, capability, tmp_path)
+            assert (spilled, stack) == (0, 0)
+            assert registers <= p.registers
+            assert not re.search(r"\b(LDL|STL)\b", text)
+            loads, stores = (re.findall(rf"\b{kind}\.E[\w.]*", text) for kind in ("LDG", "STG"))
+            rows = [load for load in loads if ".128" in load]
+            if p.aligned:
+                assert len(rows) >= p.trips * (2 if p.dy else 1)
+                assert p.split or len(rows) == len(loads)
+                assert not writes or any(".128" in store for store in stores)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_partial_sums_are_added_in_registers(name):
+    kernel = parameters.add_partials(np.float64 if name == "float64" else np.float32, name, True)
+    sums = array(np.uint64 if name == "float64" else np.uint32)
+    signature = (sums, *[cuda.types.int64] * 3, array(STORED[name]))
+    for _, ptx in ptx_of(kernel, signature, parameters.COLUMNS * launch.SLICES, ((9, 0), NEWEST)):
+        assert ".local" not in ptx
 
 
 def test_rows_of_several_warps_have_a_block_of_their_own():
@@ -138,36 +214,3 @@ def test_rows_of_several_warps_have_a_block_of_their_own():
                 assert p.teams == 1 or p.team <= 32
                 assert p.split or p.length >= n
                 assert p.block % 32 == 0
-
-
-# LayerNorm holds more than RMSNorm does; the largest block has the fewest registers for it.
-HELD = [("layer", name, case) for name in ("bfloat16", "float32") for case in CASES]
-HELD += [("layer", name, "largest block") for name in ("float16", "float64")]
-HELD += [("rms", name, "block") for name in ("bfloat16", "float32")]
-SPILLS = {("layer", "float64", "largest block", True): 48}  # bytes, to mend
-
-
-@pytest.mark.skipif(
-    ptxas is None or nvdisasm is None, reason="needs ptxas and nvdisasm: pip install rmsnorm_np[cuda13,inspect]"
-)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize(("op", "name", "case"), HELD)
-def test_stays_in_registers(op, name, case, backward, tmp_path, request):
-    """No spill, no stack, registers for the largest block, and 16 bytes in each access to a row."""
-    if (op, name, case, backward) in SPILLS:
-        reason = f"ptxas spills {SPILLS[op, name, case, backward]} bytes"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-    itemsize = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[name]
-    n = CASES[case][0] or LARGEST[backward] // itemsize
-    p = plan(n, name, backward=backward, op=op, bias=name if op == "layer" else None)
-    for kernel, signature in kernels_of(p):
-        found = machine_code(ptx_of(kernel, signature, (9, 0), p.block), (9, 0), tmp_path)
-        registers, spilled, stack, _, text = found
-        assert (spilled, stack) == (0, 0)
-        assert registers <= p.registers
-        loads, stores = (re.findall(rf"\b{kind}\.E[\w.]*", text) for kind in ("LDG", "STG"))
-        wide = [access for access in loads if ".128" in access]
-        assert len(wide) >= p.trips * (2 if backward else 1)
-        assert not re.search(r"\b(LDL|STL)\b", text)
-        if kernel.py_func.__name__ != "piece_moments_kernel":
-            assert any(".128" in access for access in stores)

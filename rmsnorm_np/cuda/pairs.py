@@ -1,0 +1,93 @@
+"""Numbers with twice the digits of their type: unevaluated pairs, a head and a tail."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from rmsnorm_np.cuda.intrinsics import product
+from rmsnorm_np.cuda.vector import inlined
+
+
+@inlined
+def add_to_pair(sums: Any, j: int, value: Any) -> None:
+    """sums[j] + sums[j + 1], a pair, plus value: what the sum in sums[j] rounds off goes to sums[j + 1].
+
+    Knuth's TwoSum (The Art of Computer Programming, vol. 2, 4.2.2), exact for any two numbers.
+    """
+    head = sums[j]
+    total = head + value
+    added = total - head
+    sums[j + 1] += (head - (total - added)) + (value - added)
+    sums[j] = total
+
+
+@inlined
+def add_product_to_pair(sums: Any, j: int, a: Any, a_tail: Any, b: Any, b_tail: Any) -> None:
+    """The pair sums[j] + sums[j + 1] plus (a + a_tail) · (b + b_tail), with what all roundings lose."""
+    head = product(a, b)
+    add_to_pair(sums, j, head)
+    sums[j + 1] += cuda.fma(a, b, -head) + (a * b_tail + a_tail * b)
+
+
+@inlined
+def lost_in_difference(a: Any, b: Any, difference: Any) -> Any:
+    """a - b - difference, what the difference a - b rounded off: Knuth's TwoSum, as in `add_to_pair`."""
+    taken = difference - a
+    return (a - (difference - taken)) - (b + taken)
+
+
+@inlined
+def pair_total(sums: Any, j: int) -> Any:
+    """The pair as a float64. A head of infinity leaves NaN in the tail, which must not hide it."""
+    head = np.float64(sums[j])
+    total = head + np.float64(sums[j + 1])
+    return total if total == total else head
+
+
+@inlined
+def pair_tail(sums: Any, j: int) -> Any:
+    """The tail as a float64, zero for the NaN that a head of infinity leaves there."""
+    tail = np.float64(sums[j + 1])
+    return tail if tail == tail else 0.0
+
+
+@lru_cache
+def tail_of(work: Any) -> Any:
+    """tail(value): the value, or zero for the NaN that an infinite head leaves; it would turn infinity into NaN."""
+    zero = work(0)
+
+    @inlined
+    def tail(value: Any) -> Any:
+        return work(value) if value == value else zero
+
+    return tail
+
+
+@lru_cache
+def pair_storer(work: Any) -> Any:
+    """store(pair, j, head, tail, count, inverse): (head + tail) / count, all float64, as a pair of the type inside.
+
+    The inverse of count comes from outside: a division of float64 is a call, and some 16 bytes were spilled around it.
+    """
+    tail_or_zero = tail_of(work)
+    if work is np.float32:
+
+        @inlined
+        def store(pair: Any, j: int, head: Any, tail: Any, count: Any, inverse: Any) -> None:
+            quotient = (head + tail) * inverse
+            pair[j] = np.float32(quotient)
+            pair[j + 1] = tail_or_zero(quotient - np.float64(pair[j]))
+
+    else:
+
+        @inlined
+        def store(pair: Any, j: int, head: Any, tail: Any, count: Any, inverse: Any) -> None:
+            quotient = head * inverse
+            pair[j] = quotient
+            pair[j + 1] = tail_or_zero((cuda.fma(-quotient, np.float64(count), head) + tail) * inverse)
+
+    return store
