@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import rmsnorm_np as rn
-from rmsnorm_np import cli
+from rmsnorm_np import _backends, cli
 from rmsnorm_np.cli import ahead, bench, checks, info, inputs, peers, plot, report, timing
 from rmsnorm_np.cpu import limit
 
@@ -241,6 +241,27 @@ def test_bench_prints_json(monkeypatch, capsys):
         if case["direction"] == "forward":
             assert case["entries"][0]["ulp"] <= 0.5
             assert case["entries"][0]["bandwidth"] == 2 * 2 * 40 * 4 / 1.5
+
+
+def test_bench_on_a_gpu_says_what_is_missing(monkeypatch):
+    def missing(x, backend):
+        raise ImportError(f"backend {backend!r} needs numba-cuda: pip install")
+
+    monkeypatch.setattr(_backends, "select", missing)
+    with pytest.raises(SystemExit, match="backend 'cuda' needs numba-cuda: pip install"):
+        cli.main(["bench", "--backend", "cuda"])
+
+
+def test_interleave_takes_another_clock():
+    asked = []
+
+    def measure(call, calls):
+        asked.append(calls)
+        return 0.25
+
+    timings = timing.interleave({"a": int}, rounds=3, turn_seconds=1.0, measure=measure)
+    assert timings["a"].seconds == (0.25,) * 3
+    assert asked == [1, 4, 4, 4]  # how long one takes, then as many as fill the turn
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         help="default: " + " ".join(f"{rows}x{n}" for rows, n in DEFAULT_SHAPES),
     )
     bench.add_argument("--dtype", choices=DTYPES, default="float32")
-    bench.add_argument("--backend", choices=("cpu", "reference"), default="cpu")
+    bench.add_argument("--backend", choices=("cpu", "reference", "cuda"), default="cpu")
     bench.add_argument("--rounds", type=_positive, default=7, help="how often each is timed (default: 7)")
     bench.add_argument("--plot", metavar="FILE", help="draw bandwidth against size, as .png, .svg or .pdf (matplotlib)")
     commands.add_parser("info", parents=[json], help="versions, processor, threads, cache folder, engines")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from rmsnorm_np.cli import console, peers
+from rmsnorm_np.cli import console, device, peers
 from rmsnorm_np.cli.checks import Step, ulp_error
 from rmsnorm_np.cli.inputs import LAYER_NORM, RMS_NORM, Array, Norm, dtype_named
 from rmsnorm_np.cli.peers import Problem
@@ -21,7 +21,7 @@ EPS = 1e-6
 ROWS_COMPARED = 16  # for the error of y; enough to show a library's rounding
 OURS = "rmsnorm_np"
 OURS_INTO = "rmsnorm_np, out="
-LIMIT = "limit"  # the same bytes moved by a loop that hardly computes
+LIMIT = "limit"  # the same bytes moved by a loop that hardly computes, or by a copy on the device
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def bench(
     shapes: Sequence[tuple[int, int]], dtype: str, backend: str, rounds: int, as_json: bool, plot: str | None
 ) -> int:
     """Measure, print and draw; always 0, a benchmark has no wrong answer."""
+    if backend == "cuda":
+        device.require()
     with console.progress(len(shapes) * len(NORMS) * len(ARRAYS_MOVED)) as step:
         cases = list(measure(shapes, dtype_named(dtype), backend, rounds, step))
     if as_json:
@@ -82,20 +84,25 @@ def measure(
 
 
 def _measure_case(norm: Norm, problem: Problem, backend: str, rounds: int) -> Case:
-    from rmsnorm_np.cpu import limit
+    if backend == "cuda":
+        contenders = _our_calls(norm, device.moved(problem), backend, device.empty_like)
+        contenders[LIMIT] = device.copies(ARRAYS_MOVED[problem.direction] * problem.x.nbytes)
+        timings = interleave(contenders, rounds=rounds, measure=device.seconds)
+    else:
+        from rmsnorm_np.cpu import limit
 
-    contenders = _our_calls(norm, problem, backend)
-    contenders[LIMIT] = limit.calls(problem.x.nbytes)[problem.direction]
-    contenders.update(peers.calls(problem, _threads()))
-    timings = interleave(contenders, rounds=rounds)
+        contenders = _our_calls(norm, problem, backend, np.empty_like)
+        contenders[LIMIT] = limit.calls(problem.x.nbytes)[problem.direction]
+        contenders.update(peers.calls(problem, _threads()))
+        timings = interleave(contenders, rounds=rounds)
     exact = _exact_rows(norm, problem)
     entries = (_entry(name, timings[name], timings[OURS], problem, exact, call) for name, call in contenders.items())
     return Case(norm.label, problem.direction, problem.x.dtype.name, problem.x.shape, tuple(entries))
 
 
-def _our_calls(norm: Norm, problem: Problem, backend: str) -> dict[str, Call]:
+def _our_calls(norm: Norm, problem: Problem, backend: str, empty_like: Callable[[Any], Any]) -> dict[str, Call]:
     x, weight, dy, eps = problem.x, problem.weight, problem.dy, problem.eps
-    y, dx = np.empty_like(x), np.empty_like(x)
+    y, dx = empty_like(x), empty_like(x)
 
     def forward() -> Array:
         return norm.forward(x, weight, eps, backend)
@@ -154,7 +161,7 @@ def render(out: Console, cases: Sequence[Case], backend: str) -> None:
             out,
             f"{norm}, {direction}, {chosen[0].dtype}, {backend} engine",
             "Slower: than rmsnorm_np, median of the rounds and their extremes. GB/s: of the bytes that have to be read "
-            "and written. Limit: a loop that only moves them. ULP: worst error of y, at |y| or "
+            "and written. Limit: the same bytes, only moved. ULP: worst error of y, at |y| or "
             "|weight|, whichever is larger.",
             drawn,
         )

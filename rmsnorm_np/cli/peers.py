@@ -56,7 +56,9 @@ def calls(problem: Problem, threads: int) -> Iterator[tuple[str, Callable[[], An
 
 
 def as_numpy(result: Any) -> Array:
-    """A peer's y as a float64 array."""
+    """A contender's y as a float64 array on the host."""
+    if hasattr(result, "copy_to_host"):
+        result = result.copy_to_host()
     if hasattr(result, "detach"):
         result = result.detach().double().numpy()
     return np.asarray(result).astype(np.float64)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Call = Callable[[], object]
+Measure = Callable[[Call, int], float]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def interleave(
     warm_seconds: float = 0.004,
     budget_seconds: float = 10.0,
     min_rounds: int = 3,
+    measure: Measure | None = None,
 ) -> dict[str, Timing]:
     """Time each contender once a round, round after round.
 
@@ -46,8 +48,10 @@ def interleave(
     the last one's threads, which go on waiting for work, fall asleep), then as many as fill ``turn_seconds``, timed
     together. A call that takes 25 times ``warm_seconds`` is its own warming up. No round starts when the budget is
     spent, but ``min_rounds`` always run.
+    ``measure`` takes a call and how often to make it, and returns seconds per call: by the wall clock, unless given.
     """
-    estimates = {name: _estimate(call, turn_seconds / 100) for name, call in contenders.items()}
+    measure = measure or wall_seconds
+    estimates = {name: _estimate(call, turn_seconds / 100, measure) for name, call in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + budget_seconds
     for done in range(rounds):
@@ -60,7 +64,7 @@ def interleave(
                 while time.perf_counter() < warm:
                     call()
             calls = max(1, min(10_000, round(turn_seconds / max(estimates[name], 1e-9))))
-            seconds[name].append(_time(call, calls))
+            seconds[name].append(measure(call, calls))
     return {name: Timing(tuple(measured)) for name, measured in seconds.items()}
 
 
@@ -70,14 +74,14 @@ def ratio(slower: Timing, faster: Timing) -> Ratio:
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def _estimate(call: Call, short: float) -> float:
+def _estimate(call: Call, short: float, measure: Measure) -> float:
     """Seconds per call, from one, or from ten where that was short."""
     call()  # compiles, allocates, loads: whatever a first call does
-    once = _time(call, 1)
-    return _time(call, 10) if once < short else once
+    once = measure(call, 1)
+    return measure(call, 10) if once < short else once
 
 
-def _time(call: Call, calls: int) -> float:
+def wall_seconds(call: Call, calls: int) -> float:
     """Seconds per call over ``calls`` calls in a row."""
     start = time.perf_counter()
     for _ in range(calls):

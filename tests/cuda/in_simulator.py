@@ -12,6 +12,7 @@ from bounds import DX_ULP, ULP, exact_backward, exact_forward, parameter_toleran
 from tolerances import worst_ulp
 
 import rmsnorm_np as rn
+from rmsnorm_np.cli import bench, timing
 
 if hasattr(os, "sched_setaffinity"):  # the threads take turns: on one processor twice as fast
     processors = sorted(os.sched_getaffinity(0))
@@ -283,3 +284,17 @@ def test_errors():
         rn.rms_norm(simulated.to_device(np.ones((2, 4), np.int64)), backend="cuda")
     with pytest.raises(TypeError, match="out has dtype float64, expected float32"):
         rn.rms_norm(device, out=simulated.to_device(np.ones((2, 4))), backend="cuda")
+
+
+def test_bench_times_the_device(monkeypatch):
+    """On arrays there, by events there, against a copy there; the simulator's events say -1 ms."""
+
+    def once(contenders, *, rounds, measure):
+        return {name: timing.Timing((measure(call, 1),)) for name, call in contenders.items()}
+
+    monkeypatch.setattr(bench, "interleave", once)
+    for case in bench.measure([(2, 40)], np.dtype(np.float32), "cuda", 1, lambda text: None):
+        assert [entry.contender for entry in case.entries] == [bench.OURS, bench.OURS_INTO, bench.LIMIT]
+        assert [entry.seconds for entry in case.entries] == [(-1e-3,)] * 3
+        if case.direction == "forward":
+            assert case.entries[0].ulp == case.entries[1].ulp <= 1

@@ -93,7 +93,7 @@ def ptx_of(kernel, signature, threads, capabilities):
     yield capabilities[0], first
     for major, minor in capabilities[1:]:
         options = given["options"] | {"arch": f"compute_{major}{minor}"}
-        yield (major, minor), nvvm_compile(given["modules"], **options).decode()
+        yield (major, minor), nvvm_compile(given["modules"], **options).decode().strip("\0")
 
 
 def machine_code(ptx, capability, folder):
