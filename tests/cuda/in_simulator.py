@@ -292,9 +292,12 @@ def test_bench_times_the_device(monkeypatch):
     def once(contenders, *, rounds, measure):
         return {name: timing.Timing((measure(call, 1),)) for name, call in contenders.items()}
 
+    copied = []
     monkeypatch.setattr(bench, "interleave", once)
+    monkeypatch.setattr(simulated.FakeCUDAArray, "copy_to_device", lambda target, source: copied.append(target.size))
     for case in bench.measure([(2, 40)], np.dtype(np.float32), "cuda", 1, lambda text: None):
         assert [entry.contender for entry in case.entries] == [bench.OURS, bench.OURS_INTO, bench.LIMIT]
         assert [entry.seconds for entry in case.entries] == [(-1e-3,)] * 3
         if case.direction == "forward":
             assert case.entries[0].ulp == case.entries[1].ulp <= 1
+    assert copied == [320, 800] * 2  # half of the bytes that are moved: of 2 arrays, of 5
