@@ -82,7 +82,7 @@ def add_positive_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> 
 def rounded_product(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
     """The product as one float64, rounded once: the low parts add to the error before the high parts are multiplied.
 
-    Where that meets an infinity it may be infinite or NaN itself; it is put in bounds, then the high parts decide.
+    Where that meets an infinity it may be infinite or NaN itself; then the high parts alone are the result.
     """
     low = None
     for part, other in ((a[1], b[0]), (b[1], a[0])):
@@ -90,9 +90,9 @@ def rounded_product(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any
             low = builder.fmul(part, other) if low is None else fma(builder, part, other, low)
     if low is None:
         return builder.fmul(a[0], b[0])
-    least, largest = (constant(low.type, sign * float(np.finfo(np.float64).max)) for sign in (-1, 1))
-    low = builder.select(builder.fcmp_ordered(">", low, least), low, least)
-    low = builder.select(builder.fcmp_ordered("<", low, largest), low, largest)
+    size = intrinsic(builder, f"llvm.fabs.v{low.type.count}f64", low.type, [low])
+    finite = builder.fcmp_ordered("<=", size, constant(low.type, float(np.finfo(np.float64).max)))
+    low = builder.select(finite, low, constant(low.type, 0.0))
     return fma(builder, a[0], b[0], low)
 
 

@@ -11,6 +11,8 @@ import pytest
 from test_engines import OPS, Exact, call, k_of
 from tolerances import DX_ULP, LONGDOUBLE_IS_WIDER, Y_ULP, ulp_distance
 
+import rmsnorm_np as rn
+
 pytestmark = [
     pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="65,536 rows take plain Python many minutes"),
     pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by"),
@@ -113,11 +115,25 @@ def path(request, monkeypatch):
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("op", OPS)
-def test_two_special_values_in_a_row(op, dtype, eps, path, rng):
+def test_two_special_values_in_a_row(op, dtype, eps, path, rng, request):
     """In x or in dy: inside and outside of the RMS of pRMSNorm, in a vector and behind the last one."""
+    if op == "partial" and dtype.name in ("bfloat16", "float64"):
+        reason = "known: outside the RMS, x times rstd overflows before the weight makes it finite again"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     pairs = np.array(list(itertools.product(specials(dtype), repeat=2)), dtype)
     for places in ((1, 10), (10, 3), (5, 6)):
         for special in ("x", "dy"):
             x, weight, bias, dy = ordinary(rng, (len(pairs), ROWS_OF_PAIRS), dtype)
             (x if special == "x" else dy)[:, places] = pairs
             assert_follows(op, x, weight, bias, dy, eps)
+
+
+@pytest.mark.parametrize("op", ["rms", "layer"])
+def test_an_infinity_without_a_bias(op, dtype, rng):
+    """RMSNorm makes what stands beside it zero, LayerNorm NaN: what an error of zero is, must not be the result."""
+    x, weight, _, _ = ordinary(rng, (1, 19), dtype)
+    x[0, 3] = np.inf
+    y = (rn.rms_norm(x, weight) if op == "rms" else rn.layer_norm(x, weight)).astype(np.float64)
+    beside = np.delete(y, 3)
+    assert np.isnan(y[0, 3])
+    assert (beside == 0.0).all() if op == "rms" else np.isnan(beside).all()
