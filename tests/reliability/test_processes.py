@@ -167,42 +167,13 @@ assert not failed, failed
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("thread", ["main", "another"])
-@pytest.mark.parametrize("count", [10, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, 500])
 def test_a_fork_while_other_threads_compute(layer, thread, count):
     """Whatever lock or memory those threads hold at that moment, nobody in the child gives it back."""
     run(BUSY, count, thread, NUMBA_THREADING_LAYER=layer)
-
-
-WHILE_COMPILING = f"""
-import faulthandler
-import os
-import threading
-import time
-import numpy as np
-import rmsnorm_np as rn
-
-faulthandler.dump_traceback_later({PATIENCE} / 2, exit=True)
-x = np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)
-rn.rms_norm(x)
-compiling = threading.Thread(target=rn.layer_norm, args=(x.astype(np.float64),))
-compiling.start()
-time.sleep(0.3)
-assert compiling.is_alive()
-child = os.fork()
-if child == 0:
-    faulthandler.dump_traceback_later({PATIENCE} / 4, exit=True)
-    np.testing.assert_allclose(rn.layer_norm(x), rn.layer_norm(x, backend="reference"), rtol=1e-5)
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
-compiling.join()
-"""
-
-
-def test_a_fork_while_another_thread_compiles(tmp_path):
-    """The child has a kernel of its own to compile, and Numba compiles one at a time."""
-    run(WHILE_COMPILING, NUMBA_CACHE_DIR=tmp_path)
 
 
 INTERRUPTED = """

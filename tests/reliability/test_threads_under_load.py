@@ -13,6 +13,7 @@ pytestmark = compiled
 # Every op on arrays that take each way through the engine: alone, on threads, past the cache, a row on several threads.
 AT_ONCE = f"""
 import faulthandler
+import itertools
 import random
 import sys
 import threading
@@ -58,14 +59,13 @@ def work(me):
     try:
         start.wait()
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            for i in order:
-                got = bits(calls[i]("cpu"))
-                if not same(got, wants.setdefault(i, got)):
-                    wrong.append(i)
-                done[me] += 1
-                if time.monotonic() > end and i in wants:
-                    break
+        for i in itertools.cycle(order):
+            got = bits(calls[i]("cpu"))
+            if not same(got, wants.setdefault(i, got)):
+                wrong.append(i)
+            done[me] += 1
+            if done[me] >= len(calls) and time.monotonic() > end:
+                break
     except BaseException as error:
         failed.append(error)
         raise
@@ -80,12 +80,12 @@ for other in others:
 
 for i, call in enumerate(calls):
     got = call("cpu")
-    if i in wants and not same(bits(got), wants[i]):
+    if not same(bits(got), wants[i]):
         wrong.append(i)
     for a, b in zip(got, call("reference")):  # far from exact here: other tests see to the last bit
         np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=0.02, atol=0.02 * abs(b.astype(float)).max())
-print(threads.layer(), sum(done), "calls", len(wants), "of", len(calls), "kinds")
-sys.exit(f"{{len(wrong)}} wrong, {{len(failed)}} failed" if wrong or failed or not min(done) else 0)
+print(threads.layer(), sum(done), "calls")
+sys.exit(f"{{len(wrong)}} wrong, {{len(failed)}} failed" if wrong or failed else 0)
 """
 
 
