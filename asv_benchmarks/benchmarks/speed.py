@@ -1,0 +1,67 @@
+"""How long the norms take. A value is the time of a whole sample: of as many calls as its shape says."""
+
+import functools
+
+from . import common
+
+
+class _Speed:
+    param_names = ("op", "engine", "dtype", "shape")
+    repeat = 10
+    warmup_time = 0.1
+    made_for = None
+
+    def setup(self, op, engine, dtype, shape):
+        if self.made_for == (op, engine, dtype, shape):
+            return  # asv sets up before every sample; new arrays would be other pages, and in other caches
+        rows, n, self.calls = common.SHAPES[shape]
+        x, dy, weight = self.on_device(*common.arrays(rows, n, dtype))
+        forward = common.ours("rmsnorm_np", op)
+        backward = common.ours("rmsnorm_np", f"{op}_backward")
+        self.forward = functools.partial(forward, x, weight, backend=engine)
+        self.backward = functools.partial(backward, dy, x, weight, backend=engine)
+        self.forward()  # compiles, and fills the pool of memory
+        self.backward()
+        self.made_for = op, engine, dtype, shape
+
+    def on_device(self, *arrays):
+        return arrays
+
+    def wait(self):
+        pass
+
+    def time_forward(self, op, engine, dtype, shape):
+        for _ in range(self.calls):
+            self.forward()
+        self.wait()
+
+    def time_backward(self, op, engine, dtype, shape):
+        for _ in range(self.calls):
+            self.backward()
+        self.wait()
+
+
+class Float32(_Speed):
+    params = (common.OPS, ["cpu"], ["float32"], list(common.SHAPES))
+
+
+class OtherTypes(_Speed):
+    """In cache, where arithmetic and conversions are what takes the time."""
+
+    params = (common.OPS, ["cpu"], ["float64", "float16", "bfloat16"], [common.IN_CACHE])
+
+
+class Reference(_Speed):
+    params = (common.OPS, ["reference"], ["float32"], [common.IN_CACHE])
+
+
+class Cuda(_Speed):
+    params = (common.OPS, ["cuda"], ["float32", "float16"], [common.IN_MEMORY])
+
+    def on_device(self, *arrays):
+        common.theirs("numba_cuda")
+        cuda = common.theirs("numba.cuda")
+        if not cuda.is_available():
+            raise NotImplementedError("there is no GPU")
+        self.wait = cuda.synchronize
+        return [cuda.to_device(array) for array in arrays]
