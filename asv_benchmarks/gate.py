@@ -4,10 +4,10 @@ Exit code 0: the same or faster. 1: slower; which benchmark, by how much and how
 run: a commit that does not exist or build, a benchmark that fails.
 
 ``asv continuous`` measures, in rounds that alternate between the two commits, each built from source in asv's own
-environment. A benchmark is under suspicion if asv's test says that the samples differ (Mann-Whitney, p < 0.002) and the
-medians do by more than a factor. What is under suspicion is measured again, from nothing and in more rounds, and is
-slower only if both measurements say so. One does not do: samples of one process are not independent, its memory lies
-where it lies, and a neighbour on the machine may have been busy for just one of the rounds.
+environment. A benchmark is under suspicion if asv's test says that the samples differ (Mann-Whitney, p < 0.002) and their
+medians and lower quartiles do by more than a factor. What is under suspicion is measured again, from nothing and in
+more rounds, and is slower only if both measurements say so. One does not do: samples of one process are not
+independent, its memory lies where it lies, and a neighbour on the machine may have been busy for just one of the rounds.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Comparison:
     base: float | None
     head: float | None
     p: float = 0.0  # how probable such samples would be of equals; 0 for a figure that is counted, not sampled
+    quick: float = math.nan  # the ratio of the lower quartiles: what other processes delay is not among them
     low: float = math.nan  # the ratio of the ends of asv's 99 % confidence intervals
     high: float = math.nan
 
@@ -59,7 +60,9 @@ class Comparison:
         return self.head / self.base if self.base else math.inf
 
     def is_slower(self, factor: float) -> bool:
-        return not (self.failed or self.skipped) and self.ratio > factor and self.p < SURE
+        if self.failed or self.skipped or self.p >= SURE:
+            return False
+        return self.ratio > factor and (math.isnan(self.quick) or self.quick > factor)
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,9 @@ def _comparison(
     from asv._stats import mann_whitney_u
 
     _, p = mann_whitney_u(base_samples, head_samples)
-    low = head_stats["ci_99_a"] / base_stats["ci_99_b"]
-    return Comparison(name, base, head, p, low, head_stats["ci_99_b"] / base_stats["ci_99_a"])
+    quick = head_stats["q_25"] / base_stats["q_25"]
+    low, high = head_stats["ci_99_a"] / base_stats["ci_99_b"], head_stats["ci_99_b"] / base_stats["ci_99_a"]
+    return Comparison(name, base, head, p, quick, low, high)
 
 
 def commits(base: str, head: str) -> tuple[str, str]:
