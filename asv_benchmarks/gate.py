@@ -4,10 +4,10 @@ Exit code 0: the same or faster. 1: slower; which benchmark, by how much and how
 run: a commit that does not exist or build, a benchmark that fails.
 
 ``asv continuous`` measures, in rounds that alternate between the two commits, each built from source in asv's own
-environment. A benchmark is under suspicion if asv's test says that the samples differ (Mann-Whitney, p < 0.002) and their
-medians and lower quartiles do by more than a factor. What is under suspicion is measured again, from nothing and in
-more rounds, and is slower only if both measurements say so. One does not do: samples of one process are not
-independent, its memory lies where it lies, and a neighbour on the machine may have been busy for just one of the rounds.
+environment. A benchmark is under suspicion if asv's test says that the samples differ (Mann-Whitney, p < 0.002) and
+their medians and lower quartiles do by more than a factor. What is under suspicion is measured again, from nothing and
+in more rounds, and is slower only if both measurements say so. One does not do: samples of one process are not
+independent, its memory lies where it lies, and a neighbour may have been busy for just one of the rounds.
 """
 
 from __future__ import annotations
