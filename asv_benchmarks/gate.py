@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ BENCHMARKS = r"^speed\.Float32"
 FACTOR = 1.1
 SURE = 0.002  # the probability below which asv calls two sets of samples different
 ROUNDS = 2, 4  # of the first measurement, and of that of what is under suspicion
-SAMPLES = 10  # of one benchmark in one round
+SAMPLES = 30  # of one benchmark in one round
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,10 @@ def measure(base: str, head: str, benchmarks: str, rounds: int, name: str) -> li
     command = [sys.executable, "-m", "asv", "continuous", "--config", str(path), "--interleave-rounds", "--show-stderr"]
     command += ["--factor", str(FACTOR), "--bench", benchmarks, "-a", f"rounds={rounds}", "-a", f"repeat={SAMPLES}"]
     subprocess.run([*command, base, head], check=False)  # it exits with 1 for slower and for much else: see the results
-    return compare(Config.load(str(path)), base, head)
+    return compare(Config.load(str(path)), base, head, benchmarks)
 
 
-def compare(conf: Any, base: str, head: str) -> list[Comparison]:
+def compare(conf: Any, base: str, head: str, selected: str) -> list[Comparison]:
     """What asv kept of two commits, one comparison for each combination of a benchmark's parameters."""
     from asv.benchmarks import Benchmarks
     from asv.commands.compare import unroll_result
@@ -123,7 +124,7 @@ def compare(conf: Any, base: str, head: str) -> list[Comparison]:
     from asv.util import UserError
 
     try:
-        benchmarks = Benchmarks.load(conf)
+        benchmarks = Benchmarks.load(conf, regex=selected)
     except UserError:  # asv did not come so far
         return []
     results = {result.commit_hash: result for result in iter_results(conf.results_dir)}
@@ -159,13 +160,18 @@ def commits(base: str, head: str) -> tuple[str, str]:
     """The hashes of two names. A commit that is to be compared with itself gets a twin, or asv would see only one."""
     hashes = [_git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}") for name in (base, head)]
     if hashes[0] == hashes[1]:
-        twin = ("-c", "user.name=gate", "-c", "user.email=gate@localhost", "commit-tree", "-m", "The same once more")
-        hashes[1] = _git(*twin, "-p", hashes[0], f"{hashes[0]}^{{tree}}")
+        # the same name, address and date each time: the same hash, so what was built and compiled for it stays good
+        who = {"NAME": "gate", "EMAIL": "gate@localhost", "DATE": _git("show", "-s", "--format=%ci", hashes[0])}
+        identity = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in who.items()}
+        hashes[1] = _git("commit-tree", "-m", "A twin", "-p", hashes[0], f"{hashes[0]}^{{tree}}", **identity)
     return hashes[0], hashes[1]
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+def _git(*arguments: str, **environment: str) -> str:
+    git = subprocess.run(
+        ["git", *arguments], cwd=HERE, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return git.stdout.strip()
 
 
 def tell(verdict: Verdict, factor: float) -> None:
