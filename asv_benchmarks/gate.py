@@ -5,9 +5,9 @@ run: a commit that does not exist or build, a benchmark that fails.
 
 ``asv continuous`` measures, in rounds that alternate between the two commits, each built from source in asv's own
 environment. A benchmark is under suspicion if asv's test says that the samples differ (Mann-Whitney, p < 0.002) and
-their medians and lower quartiles do by more than a factor. What is under suspicion is measured again, from nothing and
-in more rounds, and is slower only if both measurements say so. One does not do: samples of one process are not
-independent, its memory lies where it lies, and a neighbour may have been busy for just one of the rounds.
+both their medians and the quickest of them do by more than a factor. What is under suspicion is measured again, from
+nothing and in more rounds, and is slower only if both measurements say so. One does not do: samples of one process are
+not independent, its memory lies where it lies, and a neighbour may have been busy for just one of the rounds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Comparison:
     base: float | None
     head: float | None
     p: float = 0.0  # how probable such samples would be of equals; 0 for a figure that is counted, not sampled
-    quick: float = math.nan  # the ratio of the lower quartiles: what other processes delay is not among them
+    quick: float = math.nan  # the ratio of the quickest samples: other processes can only add to a time
     low: float = math.nan  # the ratio of the ends of asv's 99 % confidence intervals
     high: float = math.nan
 
@@ -151,7 +151,7 @@ def _comparison(
     from asv._stats import mann_whitney_u
 
     _, p = mann_whitney_u(base_samples, head_samples)
-    quick = head_stats["q_25"] / base_stats["q_25"]
+    quick = min(head_samples) / min(base_samples)
     low, high = head_stats["ci_99_a"] / base_stats["ci_99_b"], head_stats["ci_99_b"] / base_stats["ci_99_a"]
     return Comparison(name, base, head, p, quick, low, high)
 
