@@ -5,9 +5,10 @@ run: a commit that does not exist or build, a benchmark that fails.
 
 ``asv continuous`` measures, in rounds that alternate between the two commits, each built from source in asv's own
 environment. A benchmark is under suspicion if asv's test says that the samples differ (Mann-Whitney, p < 0.002) and
-both their medians and the quickest of them do by more than a factor. What is under suspicion is measured again, from
-nothing and in more rounds, and is slower only if both measurements say so. One does not do: samples of one process are
-not independent, its memory lies where it lies, and a neighbour may have been busy for just one of the rounds.
+both their medians and the quickest of them do by more than a factor. That is not enough: the samples of one process are
+not independent. Processes of one commit differ by a tenth and more, by where their memory lies and what the neighbours
+do. So what is under suspicion is measured again, from nothing and in eight rounds, and the same test is put to the
+rounds' medians (p < 0.01), one number a process. It is slower only if that says so, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,8 +31,8 @@ HERE = Path(__file__).parent
 SAME, SLOWER, FAILED = 0, 1, 2
 BENCHMARKS = r"^speed\.Float32"
 FACTOR = 1.1
-SURE = 0.002  # the probability below which asv calls two sets of samples different
-ROUNDS = 2, 4  # of the first measurement, and of that of what is under suspicion
+ROUNDS = 2, 8  # of the first measurement, and of that of what is under suspicion
+SURE = 0.002, 0.01  # what p has to be below: of samples, as in asv, then of rounds; eight can show as little as 0.0002
 SAMPLES = 30  # of one benchmark in one round
 
 
@@ -41,9 +43,9 @@ class Comparison:
     benchmark: str
     base: float | None
     head: float | None
-    p: float = 0.0  # how probable such samples would be of equals; 0 for a figure that is counted, not sampled
+    p: float = 0.0  # how probable such a difference would be of equals; 0 for a figure that is counted, not sampled
     quick: float = math.nan  # the ratio of the quickest samples: other processes can only add to a time
-    low: float = math.nan  # the ratio of the ends of asv's 99 % confidence intervals
+    low: float = math.nan  # 99 % confidence interval of the ratio, from the ratios of the rounds
     high: float = math.nan
 
     @property
@@ -60,8 +62,8 @@ class Comparison:
             return 1.0
         return self.head / self.base if self.base else math.inf
 
-    def is_slower(self, factor: float) -> bool:
-        if self.failed or self.skipped or self.p >= SURE:
+    def is_slower(self, factor: float, sure: float) -> bool:
+        if self.failed or self.skipped or self.p >= sure:
             return False
         return self.ratio > factor and (math.isnan(self.quick) or self.quick > factor)
 
@@ -84,11 +86,11 @@ def judge(first: Sequence[Comparison], again: Sequence[Comparison], factor: floa
     second = {c.benchmark: c for c in again if not (c.failed or c.skipped)}
     slower, acquitted = [], []
     for suspect in compared:
-        if not suspect.is_slower(factor):
+        if not suspect.is_slower(factor, SURE[0]):
             continue
         if suspect.benchmark not in second:
             failed.append(suspect.benchmark)
-        elif second[suspect.benchmark].is_slower(factor):
+        elif second[suspect.benchmark].is_slower(factor, SURE[1]):
             slower.append(second[suspect.benchmark])
         else:
             acquitted.append(suspect)
@@ -113,10 +115,10 @@ def measure(base: str, head: str, benchmarks: str, rounds: int, name: str) -> li
     command = [sys.executable, "-m", "asv", "continuous", "--config", str(path), "--interleave-rounds", "--show-stderr"]
     command += ["--factor", str(FACTOR), "--bench", benchmarks, "-a", f"rounds={rounds}", "-a", f"repeat={SAMPLES}"]
     subprocess.run([*command, base, head], check=False)  # it exits with 1 for slower and for much else: see the results
-    return compare(Config.load(str(path)), base, head, benchmarks)
+    return compare(Config.load(str(path)), base, head, benchmarks, rounds)
 
 
-def compare(conf: Any, base: str, head: str, selected: str) -> list[Comparison]:
+def compare(conf: Any, base: str, head: str, selected: str, rounds: int) -> list[Comparison]:
     """What asv kept of two commits, one comparison for each combination of a benchmark's parameters."""
     from asv.benchmarks import Benchmarks
     from asv.commands.compare import unroll_result
@@ -135,25 +137,37 @@ def compare(conf: Any, base: str, head: str, selected: str) -> list[Comparison]:
         columns = []
         for result in results[base], results[head]:
             if name in result.get_all_result_keys():
-                get = result.get_result_value, result.get_result_stats, result.get_result_samples
-                columns += [of(name, benchmark["params"]) for of in get]
+                columns += [
+                    of(name, benchmark["params"]) for of in (result.get_result_value, result.get_result_samples)
+                ]
             else:
-                columns += [None, None, None]
-        comparisons += [_comparison(*row) for row in unroll_result(name, benchmark["params"], *columns)]
+                columns += [None, None]
+        for row in unroll_result(name, benchmark["params"], *columns):
+            comparisons.append(_comparison(*row, rounds))
     return comparisons
 
 
 def _comparison(
-    name: str, base: Any, base_stats: Any, base_samples: Any, head: Any, head_stats: Any, head_samples: Any
+    name: str, base: float, base_samples: list[float], head: float, head_samples: list[float], rounds: int
 ) -> Comparison:
     if not base_samples or not head_samples:
         return Comparison(name, base, head)
     from asv._stats import mann_whitney_u
+    from asv_runner.statistics import quantile_ci
 
-    _, p = mann_whitney_u(base_samples, head_samples)
     quick = min(head_samples) / min(base_samples)
-    low, high = head_stats["ci_99_a"] / base_stats["ci_99_b"], head_stats["ci_99_b"] / base_stats["ci_99_a"]
+    of_rounds = [medians(samples, rounds) for samples in (base_samples, head_samples)]
+    _, p = mann_whitney_u(*((base_samples, head_samples) if rounds == ROUNDS[0] else of_rounds))
+    _, (low, high) = quantile_ci([after / before for before, after in zip(*of_rounds, strict=True)], 0.5)
     return Comparison(name, base, head, p, quick, low, high)
+
+
+def medians(samples: Sequence[float], rounds: int) -> list[float]:
+    """The median of each round; asv keeps the samples in the order in which they were taken."""
+    count, rest = divmod(len(samples), rounds)
+    if rest:
+        raise ValueError(f"{len(samples)} samples cannot come from {rounds} rounds")
+    return [statistics.median(samples[i * count : (i + 1) * count]) for i in range(rounds)]
 
 
 def commits(base: str, head: str) -> tuple[str, str]:
@@ -203,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"FAILED: {options.base} or {options.head} is not a commit")
         return FAILED
     first = measure(base, head, options.bench, ROUNDS[0], "first")
-    suspects = [c.benchmark for c in first if c.is_slower(options.factor)]
+    suspects = [c.benchmark for c in first if c.is_slower(options.factor, SURE[0])]
     again = measure(base, head, f"^({'|'.join(map(re.escape, suspects))})$", ROUNDS[1], "again") if suspects else []
     verdict = judge(first, again, options.factor)
     tell(verdict, options.factor)

@@ -42,7 +42,7 @@ def test_equal_times_are_the_same():
 
 
 def test_slower_in_both_measurements_is_slower_by_what_the_second_found():
-    again = timed("forward", 1.24)
+    again = timed("forward", 1.24, p=0.005)
     verdict = judged([timed("forward", 1.5), timed("backward")], [again])
     assert verdict.code == 1
     assert verdict.slower == (again,)
@@ -65,7 +65,7 @@ def test_one_measurement_does_not_convict(again):
     ids=["by less than the factor", "asv would not call it different", "only the slow samples"],
 )
 def test_suspicion_needs_factor_significance_and_the_quick_samples(first):
-    assert not first.is_slower(1.1)
+    assert not first.is_slower(1.1, gate.SURE[0])
     verdict = judged([first], [timed(ratio=1.3)])
     assert (verdict.code, verdict.acquitted) == (0, ())
 
@@ -105,7 +105,7 @@ def test_what_is_counted_needs_no_samples():
     assert judged([worse], [worse]).code == 1
     assert judged([gate.Comparison("ulp", 0.5, 0.5)]).code == 0
     assert judged([gate.Comparison("ulp", 0.0, 0.0)]).code == 0
-    assert gate.Comparison("ulp", 0.0, 0.5).is_slower(1.1)
+    assert gate.Comparison("ulp", 0.0, 0.5).is_slower(1.1, gate.SURE[0])
 
 
 def test_the_verdict_names_benchmark_ratio_and_confidence(capsys):
@@ -114,6 +114,12 @@ def test_the_verdict_names_benchmark_ratio_and_confidence(capsys):
     out = capsys.readouterr().out
     assert "SLOWER: forward, 1.25 times as long (99 % confidence: 1.12 to 1.38; p = 1e-05)" in out
     assert "not confirmed: backward, 1.20 times as long at first" in out
+
+
+def test_rounds_are_taken_apart_in_order():
+    assert gate.medians([1, 2, 9, 4, 5, 5], 2) == [2, 5]
+    with pytest.raises(ValueError, match="5 samples cannot come from 2 rounds"):
+        gate.medians([1, 2, 3, 4, 5], 2)
 
 
 @pytest.fixture
