@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,40 @@ def test_rounds_are_taken_apart_in_order():
     assert gate.medians([1, 2, 9, 4, 5, 5], 2) == [2, 5]
     with pytest.raises(ValueError, match="5 samples cannot come from 2 rounds"):
         gate.medians([1, 2, 3, 4, 5], 2)
+
+
+def test_what_asv_keeps_is_read(tmp_path):
+    pytest.importorskip("asv", reason="asv is not installed")
+    from asv.results import Results
+    from asv.runner import BenchmarkResult
+    from asv.util import write_json
+
+    params = [["'cpu'", "'cuda'"]]
+    timed = {"name": "speed.time", "params": params, "version": "1", "type": "time", "unit": "seconds"}
+    counted = {"name": "count.track", "params": [], "version": "1", "type": "track", "unit": "ULP"}
+    write_json(tmp_path / "benchmarks.json", {b["name"]: b for b in (timed, counted)}, api_version=2)
+    write_json(tmp_path / "machine" / "machine.json", {"machine": "machine"}, api_version=1)
+    seconds = {"b" * 40: [1.0, 1.1, 1.2, 1.3], "a" * 40: [2.0, 2.2, 2.4, 2.6]}
+    for commit, samples in seconds.items():
+        results = Results({"machine": "machine"}, {}, commit, 0, "3", "environment", {})
+        ran = BenchmarkResult([True, math.nan], [samples, None], [1, None], 0, "", None)
+        results.add_result(timed, ran, record_samples=True)
+        if commit[0] == "b":  # the head did not come to this
+            results.add_result(counted, BenchmarkResult([0.5], [None], [None], 0, "", None))
+        results.save(tmp_path)
+    conf = types.SimpleNamespace(results_dir=str(tmp_path), benchmark_dir=str(SUITE / "benchmarks"))
+
+    def read(selected):
+        return {c.benchmark: c for c in gate.compare(conf, "b" * 40, "a" * 40, selected, rounds=2)}
+
+    assert read("time").keys() == {"speed.time('cpu')", "speed.time('cuda')"}
+    found = read("")
+    assert found["speed.time('cuda')"].skipped
+    assert found["count.track"].failed
+    cpu = found["speed.time('cpu')"]
+    assert (cpu.base, cpu.head, cpu.quick) == (1.15, 2.3, 2.0)
+    assert cpu.p == pytest.approx(2 / 70)  # the most extreme order of four and four, on either side
+    assert gate.compare(conf, "b" * 40, "c" * 40, "", rounds=2) == []
 
 
 @pytest.fixture
