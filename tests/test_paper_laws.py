@@ -7,80 +7,16 @@ law: else the test would pass for a reason of its own.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
+from paper import DELTAS, SAME, Layer, N, inputs, target
 
 import rmsnorm_np as rn
 from rmsnorm_np.gradcheck import check_gradient
 
-BATCH, M, N = 5, 6, 12
-DELTAS = (0.1, 0.5, 2.0, 10.0)
-
 # Two float64 computations of one number that differ in some hundred roundings of 1e-16. The control is off by more
-# than a tenth of the number, eleven orders of magnitude more.
-SAME, DIFFERENT = 1e-13, 0.1
-
-
-class Gradients(NamedTuple):
-    dx: np.ndarray  # (BATCH, M)
-    dw: np.ndarray  # (N, M)
-    dg: np.ndarray  # (N,)
-    db: np.ndarray  # (N,)
-
-
-class Layer:
-    """v = norm(x Wᵀ) · g + b, loss = ½ Σ (tanh v - target)²."""
-
-    def __init__(self, norm, backend):
-        self.options = {
-            "RMSNorm": {"p": 1.0, "eps": 0.0, "backend": backend},
-            "pRMSNorm": {"p": 0.25, "eps": 0.0, "backend": backend},
-            "LayerNorm": {"eps": 0.0, "backend": backend},
-            "none": None,
-        }[norm]
-        self.forward, self.backward = (
-            (rn.layer_norm, rn.layer_norm_backward) if norm == "LayerNorm" else (rn.rms_norm, rn.rms_norm_backward)
-        )
-
-    def norm(self, a, g, b):
-        return a * g + b if self.options is None else self.forward(a, g, b, **self.options)
-
-    def norm_backward(self, dv, a, g, b):
-        if self.options is None:
-            return dv * g, np.sum(dv * a, axis=0), np.sum(dv, axis=0)
-        return self.backward(dv, a, g, b, **self.options)
-
-    def loss(self, x, W, g, b):
-        return 0.5 * np.sum((np.tanh(self.norm(x @ W.T, g, b)) - target()) ** 2)
-
-    def gradients(self, x, W, g, b):
-        a = x @ W.T  # (BATCH, N)
-        h = np.tanh(self.norm(a, g, b))
-        dv = (h - target()) * (1 - h * h)
-        da, dg, db = self.norm_backward(dv, a, g, b)
-        return Gradients(dx=da @ W, dw=da.T @ x, dg=dg, db=db)
-
-    def matrix(self, a):
-        """The matrix of da = R δv of eq. 9, for one vector a (N,) and g = 1: a row of dv for each unit vector."""
-        rows = np.tile(a, (N, 1))
-        return self.norm_backward(np.eye(N), rows, np.ones(N), np.zeros(N))[0].T
-
-
-def target():
-    return np.random.default_rng(1).uniform(-1, 1, size=(BATCH, N))
-
-
-def inputs():
-    """x, W, g, b; nothing is centred or of unit size by accident."""
-    rng = np.random.default_rng(0)
-    return (
-        rng.normal(0.3, 1.0, size=(BATCH, M)),
-        rng.normal(0.1, 0.7, size=(N, M)),
-        rng.uniform(0.5, 1.5, size=N),
-        rng.normal(0.0, 0.3, size=N),
-    )
+# than a tenth of the number, twelve orders of magnitude more than SAME.
+DIFFERENT = 0.1
 
 
 def distance(actual, expected):
