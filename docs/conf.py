@@ -1,4 +1,4 @@
-"""How the site is built: `python -m sphinx -W docs docs/_build/html`. Nothing here needs a network, nor do its readers."""
+"""How the site is built, by `python -m sphinx -W docs docs/_build/html`. It needs no network, nor do its readers."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
-nb_execution_timeout = 180
+nb_execution_timeout = 900  # of seconds, for a cell; a machine may be busy
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # tables that a cell makes
 nb_output_stderr = "warn"  # a page that warns does not pass
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -57,7 +58,8 @@ html_theme_options = {
     "logo": {"text": "rmsnorm_np"},
     "navbar_align": "left",
     "header_links_before_dropdown": 8,
-    "navbar_end": ["theme-switcher"],
+    "navbar_end": ["search-button", "theme-switcher"],
+    "navbar_persistent": [],
     "article_header_end": ["notebook-link"],
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": True,
