@@ -83,7 +83,7 @@ def test_memory_is_not_used_again_while_it_can_be_seen(export):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_child_has_memory_of_its_own(own_pool):
-    """What it computes in there is not to be seen in its parent, nor in another child: in outputs, and in free memory."""
+    """What it computes there is not seen in its parent, nor in another child: in outputs, and in free memory."""
     kept, freed = filled(1.0), filled(1.0)
     address = freed.ctypes.data
     del freed

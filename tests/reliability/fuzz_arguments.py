@@ -19,9 +19,10 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:3])
 with atheris.instrument_imports(include=["rmsnorm_np._arguments", "rmsnorm_np._backends", "rmsnorm_np.norms"]):
     from rmsnorm_np import _backends
 
-import test_bad_input
-from calls import calls
-from hypothesis import given, settings
+# what is imported above has to be instrumented before these import it
+import test_bad_input  # noqa: E402
+from calls import calls  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
 
 warnings.simplefilter("error")
 _backends._engines["cpu"] = test_bad_input.NumPyEngine()
