@@ -85,10 +85,9 @@ def specials(dtype):
     info = ml_dtypes.finfo(dtype)
     bits = np.dtype(f"u{dtype.itemsize}")
     infinity = int(np.array(np.inf, dtype).view(bits))
-    nans = np.array(
-        [infinity + 1, infinity + (infinity & -infinity) // 2, 2 * infinity + 1 | infinity, -1 % 2**info.bits]
-    )
-    nans = nans.astype(bits).view(dtype)
+    lowest = infinity & -infinity  # bit of the exponent; those below are a payload, its upper half means "quiet"
+    nans = [infinity + 1, infinity + lowest // 2, infinity + lowest - 1, 2**info.bits - 1]
+    nans = np.array(nans, bits).view(dtype)
     numbers = [0.0, info.smallest_subnormal, info.smallest_normal, info.max, np.inf, 1.0]
     numbers = np.array([*numbers, *np.negative(numbers)], dtype)
     largest_subnormal = (np.array(info.smallest_normal, dtype).view(bits) - bits.type(1)).view(dtype)
