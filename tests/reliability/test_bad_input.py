@@ -162,6 +162,7 @@ def test_many_calls(call):
     check(call)
 
 
+@pytest.mark.slow  # hardly a call in the time that its kernel takes to compile
 @pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="the same checks, on kernels in plain Python")
 @settings(quiet, max_examples=500)
 @given(call=calls(mixed=False))

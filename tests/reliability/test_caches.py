@@ -88,6 +88,7 @@ no_permissions = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @no_permissions
 def test_nothing_can_be_written_anywhere(installed, home):
     """A read-only image: each process compiles, and says nothing."""
@@ -125,6 +126,7 @@ os.environ.pop("HOME", None)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a user without a home is Unix's")
 def test_a_user_without_a_home(installed):
     """In a container the number of the user may stand for nobody."""
@@ -137,7 +139,9 @@ def test_a_user_without_a_home(installed):
     assert use(program=HOMELESS + PROGRAM, **variables) == (COMPILED, "None")
 
 
-@pytest.mark.parametrize("kind", ["files", "compiled files alone", "zip"])
+@pytest.mark.parametrize(
+    "kind", ["files", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("compiled files alone", "zip"))]
+)
 def test_an_upgrade_is_compiled_anew(installed, tmp_path, kind):
     """Machine code of the version before would be found, if its name did not tell what it was made from."""
     place = installed
@@ -171,6 +175,7 @@ def test_an_upgrade_is_compiled_anew(installed, tmp_path, kind):
     assert use(factor=3, **variables)[0] == FOUND
 
 
+@pytest.mark.slow
 def test_kernels_of_another_processor_are_left_alone(tmp_path):
     """A home on a file server is that of machines which do not have each other's instructions."""
     old = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
@@ -179,6 +184,7 @@ def test_kernels_of_another_processor_are_left_alone(tmp_path):
     assert len(files(tmp_path / "rmsnorm_np")) == 2
 
 
+@pytest.mark.slow
 def test_eight_processes_compile_at_once(tmp_path):
     """None finds half a file of another's."""
     variables = environment(NUMBA_CACHE_DIR=tmp_path)
@@ -196,6 +202,7 @@ def test_eight_processes_compile_at_once(tmp_path):
     assert len(files(tmp_path / "rmsnorm_np")) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_compiled_anew(tmp_path):
     """Cut off, overwritten, empty; or another kernel's under its name, as after a repair of the file system."""
     folder = tmp_path / "rmsnorm_np"
@@ -228,6 +235,7 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="this system has no limit to set")
 def test_a_full_disk_costs_nothing_but_time(tmp_path):
     """And each process that finds it full leaves it as full as before."""
