@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -80,16 +81,16 @@ def measure_shape(shape: tuple[int, int]) -> dict:
 
 def peak_flops() -> float:
     """Operations a second of float64 multiply-adds on all threads, in the best of some rounds."""
-    count, numbers = 200_000, np.random.default_rng(0).standard_normal(5 * LANES, dtype=np.float32)
+    count, numbers = 2_000_000, np.random.default_rng(0).standard_normal(5 * LANES, dtype=np.float32)
     timing = interleave({"": lambda: _multiply_add(numbers, count)}, rounds=9)[""]
     return 2 * 4 * LANES * count * numba.get_num_threads() / min(timing.seconds)
 
 
 def machine(described: dict) -> str:
-    """In words."""
+    """In words, with what else it was doing."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     name = next(line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
-    versions = f"numba {described['numba']}, numpy {np.__version__}"
+    versions = f"numba {described['numba']}, numpy {np.__version__}, load average before: {os.getloadavg()[0]:.1f}"
     return f"{described['threads']} threads of {name} ({described['cpu']}), {versions}"
 
 
