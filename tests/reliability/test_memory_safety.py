@@ -39,18 +39,21 @@ def guarded(lengths, path, params, **environment):
     return digest
 
 
-def test_short_rows_on_every_path():
+@pytest.mark.parametrize("paths", [("by size", "past the cache"), pytest.param(tuple(FILLS), marks=pytest.mark.slow)])
+def test_short_rows_on_every_path(paths):
     """n from 1 to 300: in one piece, past the cache and on threads, and cut into pieces. The paths give the same bits,
     each beside other memory.
     """
-    assert len({guarded("short", path, "both") for path in FILLS}) == 1
+    assert len({guarded("short", path, "both") for path in paths}) == 1
 
 
+@pytest.mark.slow
 def test_borders():
     """Rows around the lengths at which a kernel takes another turn."""
     guarded("borders", "by size", "both")
 
 
+@pytest.mark.slow
 def test_large_arrays():
     """Written past the cache, on threads, because they are that large."""
     guarded("large", "by size", "both")

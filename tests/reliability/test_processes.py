@@ -180,6 +180,7 @@ INTERRUPTED = """
 import os
 import signal
 import threading
+import time
 import numpy as np
 import rmsnorm_np as rn
 
@@ -196,15 +197,18 @@ ways = (
     lambda: rn.layer_norm(x, backend="reference"),
 )
 for way in ways:
-    sent = threading.Event()
+    called, sent = threading.Event(), threading.Event()
 
     def interrupt():
+        called.wait()
+        time.sleep(0.005)
         sent.set()
         os.kill(os.getpid(), signal.SIGINT)
 
-    timer = threading.Timer(0.005, interrupt)
+    timer = threading.Thread(target=interrupt)
     timer.start()
     try:
+        called.set()
         way()
     except KeyboardInterrupt:  # of this call: not some statements later
         assert sent.is_set()
