@@ -11,10 +11,11 @@ import pytest
 # The CUDA engine's tests import numba-cuda, an extra of its own; doctest collection would import every file there. Two
 # of them need the simulator, and run in processes of their own: see cuda/test_simulator.py. (All this stands here and
 # not in a conftest.py there: `from conftest import ...` would find that one, whenever it was loaded later.)
+collect_ignore = ["reliability/fuzz_arguments.py"]  # a program, which needs atheris
 if importlib.util.find_spec("numba_cuda") is None:
-    collect_ignore = ["cuda"]
+    collect_ignore += ["cuda"]
 elif os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
-    collect_ignore = ["cuda/in_simulator.py", "cuda/simulated.py"]
+    collect_ignore += ["cuda/in_simulator.py", "cuda/simulated.py"]
 
 BACKENDS = ("reference", "cpu")
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64))

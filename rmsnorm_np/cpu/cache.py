@@ -107,7 +107,10 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         path = self._path(sig, data.codegen)
         if path is None or data.library.has_dynamic_globals:
             return
-        payload = dumps(data._reduce())
+        try:
+            payload = dumps(data._reduce())
+        except RuntimeError:  # Ctrl-C fell into the hook by which LLVM hands Numba the machine code: it can only run
+            return
         part = None
         try:
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
