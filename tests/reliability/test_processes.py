@@ -306,8 +306,9 @@ def test_interrupts_at_any_moment_leave_a_usable_state(count):
     run(AT_ANY_MOMENT, count, 0.02, "computing")
 
 
+@pytest.mark.slow
 @has_timers
-@pytest.mark.parametrize("count", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, 30])
 def test_interrupts_while_compiling_leave_a_usable_state(tmp_path, count):
     run(AT_ANY_MOMENT, count, 1.5, "compiling", NUMBA_CACHE_DIR=tmp_path)
     assert not list((tmp_path / "rmsnorm_np").glob("tmp*")), "half a file was left behind"

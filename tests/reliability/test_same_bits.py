@@ -9,12 +9,19 @@ import sys
 import numba
 import numpy as np
 import pytest
+from conftest import DTYPES
 from test_engines import OPS, arrays, call, same
 
 JIT_OFF = bool(numba.config.DISABLE_JIT)
 EPS = 1e-6
 
 pytestmark = pytest.mark.skipif(JIT_OFF, reason="without the JIT there are no threads and no vectors")
+
+
+@pytest.fixture(params=[pytest.param(d, id=d.name, marks=[pytest.mark.slow] * (d != np.float32)) for d in DTYPES])
+def dtype(request):
+    """A dtype of x; not conftest's, so that float32 alone is run each time."""
+    return request.param
 
 
 def at(array, offset):
