@@ -32,6 +32,14 @@ class Ratio:
     high: float
 
 
+def wall_seconds(call: Call, calls: int) -> float:
+    """Seconds per call over ``calls`` calls in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
 def interleave(
     contenders: Mapping[str, Call],
     *,
@@ -40,17 +48,15 @@ def interleave(
     warm_seconds: float = 0.004,
     budget_seconds: float = 10.0,
     min_rounds: int = 3,
-    measure: Measure | None = None,
+    measure: Measure = wall_seconds,
 ) -> dict[str, Timing]:
     """Time each contender once a round, round after round.
 
     A turn is ``warm_seconds`` of calls that are not timed (they bring the contender's own data and threads back, while
     the last one's threads, which go on waiting for work, fall asleep), then as many as fill ``turn_seconds``, timed
     together. A call that takes 25 times ``warm_seconds`` is its own warming up. No round starts when the budget is
-    spent, but ``min_rounds`` always run.
-    ``measure`` takes a call and how often to make it, and returns seconds per call: by the wall clock, unless given.
+    spent, but ``min_rounds`` always run. ``measure`` takes a call and how often to make it, and gives seconds per call.
     """
-    measure = measure or wall_seconds
     estimates = {name: _estimate(call, turn_seconds / 100, measure) for name, call in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + budget_seconds
@@ -79,11 +85,3 @@ def _estimate(call: Call, short: float, measure: Measure) -> float:
     call()  # compiles, allocates, loads: whatever a first call does
     once = measure(call, 1)
     return measure(call, 10) if once < short else once
-
-
-def wall_seconds(call: Call, calls: int) -> float:
-    """Seconds per call over ``calls`` calls in a row."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls

@@ -169,20 +169,23 @@ def _type_first_lanes(context: Any) -> Any:
 
 
 @lower_builtin(simd.first_lanes, LanesType, types.NoneType)
+@lower_builtin(simd.joined, LanesType, LanesType, types.NoneType)
 def _all_lanes(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return args[0]
+
+
+def _select(builder: Any, numba_type: Any, count: Any, first: Any, rest: Any) -> Any:
+    """The first `count` lanes of `first`, and those of `rest` behind, part by part."""
+    chosen = mask(builder, count, numba_type.count)
+    pieces = (parts(numba_type.kind, value, builder) for value in (first, rest))
+    selected = [builder.select(chosen, a, b) for a, b in zip(*pieces, strict=True) if a is not None]
+    return selected[0] if len(selected) == 1 else pair(builder, *selected)
 
 
 @lower_builtin(simd.first_lanes, LanesType, types.Integer)
 def _first_lanes(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     lanes, count = args
-    chosen = mask(builder, count, sig.args[0].count)
-    selected = [
-        builder.select(chosen, part, ir.Constant(part.type, None))
-        for part in parts(sig.args[0].kind, lanes, builder)
-        if part is not None
-    ]
-    return selected[0] if len(selected) == 1 else pair(builder, *selected)
+    return _select(builder, sig.args[0], count, lanes, ir.Constant(lanes.type, None))
 
 
 @type_callable(simd.joined)
@@ -193,15 +196,7 @@ def _type_joined(context: Any) -> Any:
 @lower_builtin(simd.joined, LanesType, LanesType, types.Integer)
 def _joined(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     first, rest, count = args
-    chosen = mask(builder, count, sig.args[0].count)
-    pieces = zip(parts(sig.args[0].kind, first, builder), parts(sig.args[1].kind, rest, builder), strict=True)
-    selected = [builder.select(chosen, a, b) for a, b in pieces if a is not None]
-    return selected[0] if len(selected) == 1 else pair(builder, *selected)
-
-
-@lower_builtin(simd.joined, LanesType, LanesType, types.none)
-def _all_of_first(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return args[0]
+    return _select(builder, sig.args[0], count, first, rest)
 
 
 @type_callable(simd.across)
