@@ -20,34 +20,32 @@ A check must not blame a right gradient, nor pass a wrong one for want of precis
 
 from __future__ import annotations
 
-import sys
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from rmsnorm_np._derivatives import (
+    SMALLEST_SHARE,
+    Line,
+    Method,
+    call,
+    choose,
+    complex_step,
+    copies,
+    eps,
+    finite_difference,
+    is_float,
+    norm,
+    widened,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy.typing as npt
+    from rmsnorm_np._derivatives import Array, Point
 
-    Array: TypeAlias = npt.NDArray[Any]
-    Point: TypeAlias = tuple[Any, ...]  # the inputs: arrays, and None where none was given
-
-Method: TypeAlias = Literal["complex-step", "finite-difference"]
 Verdict: TypeAlias = Literal["right", "wrong", "inconclusive"]
-
-# The complex step, in units of x: its square is lost even beside 1e-40, and it is still a normal float32.
-_COMPLEX_STEP = 1e-30
-# The first, largest step of the differences, in units of x: RMSNorm has its nearest poles about one unit away. The
-# others are for inputs with parts of very different size, and for a function whose domain ends close to x.
-_FIRST_STEPS = (1.0, 2.0**-6, 2.0**-12)
-# The 8th-order formula on ±h, ±h/2, ±h/4, ±h/8 multiplies independent errors of phi by 8.3/h, its weights' 2-norm.
-_NOISE_GAIN = 8.3
-# A gradient so small that a step of one unit moves y by less than this share of itself is compared with that share:
-# else nobody could confirm a gradient of exactly zero.
-_SMALLEST_SHARE = 1e-3
 
 
 class GradientError(AssertionError):
@@ -237,21 +235,21 @@ def check_gradient(
         raise ValueError(f"rtol is {rtol!r}, expected a number with 0 < rtol < 1")
 
     point: Point = tuple(None if x is None else np.array(x) for x in inputs)
-    y = _call(function, point)
-    if not _is_float(y):
+    y = call(function, point)
+    if not is_float(y):
         raise TypeError(f"function returned {y.dtype}, expected an array of floats")
     rng = np.random.default_rng(seed)
     dy = _random(rng, y.shape).astype(y.dtype)
     claims = _claims(gradient, dy, point)
     lines = {
-        position: [_Line(function, point, position, _direction(rng, point[position]), dy) for _ in range(directions)]
+        position: [Line(function, point, position, _direction(rng, point[position]), dy) for _ in range(directions)]
         for position in claims
     }
-    method = _choose(method, [along[0] for along in lines.values()])
+    method = choose(method, [along[0] for along in lines.values()])
 
     parts = []
     for position, dx in claims.items():
-        tolerance = max(_eps(y), _eps(point[position]), _eps(dx)) ** 0.6 if rtol is None else rtol
+        tolerance = max(eps(y), eps(point[position]), eps(dx)) ** 0.6 if rtol is None else rtol
         figures = [_compare(line, dx, y, method) for line in lines[position]]
         verdict = _worst([_verdict(error, slack, tolerance) for error, slack in figures])
         errors, slacks = zip(*figures, strict=True)
@@ -262,159 +260,16 @@ def check_gradient(
     return report
 
 
-# The line through x along v, and how phi is differentiated on it
-
-
-@dataclass(frozen=True)
-class _Line:
-    """phi(t) = <dy, function(x + t v)>, where x is the input at `position` and the other inputs stay."""
-
-    function: Callable[..., Any]
-    point: Point
-    position: int
-    v: Array
-    dy: Array
-
-    @property
-    def x(self) -> Array:
-        x: Array = self.point[self.position]
-        return x
-
-    def y(self, t: complex) -> Array:
-        """The function's output at x + t v; x keeps its dtype for a real t, and is complex for a complex one."""
-        moved = _widened(self.x) + t * self.v
-        moved = moved if isinstance(t, complex) else moved.astype(self.x.dtype)
-        # A step may leave the function's domain. That it gives NaN there is an answer and no reason for a warning.
-        with np.errstate(all="ignore"):
-            return _call(self.function, (*self.point[: self.position], moved, *self.point[self.position + 1 :]))
-
-    def terms(self, y: Array) -> Array:
-        """The products whose sum is <dy, y>."""
-        return _widened(self.dy) * _widened(y)
-
-    def phi(self, t: Array) -> Array:
-        return np.array([float(np.sum(self.terms(self.y(float(step))))) for step in t.flat]).reshape(t.shape)
-
-    def in_double(self) -> _Line:
-        return replace(self, point=tuple(_widened(x) if _is_float(x) else x for x in self.point))
-
-
-class _Estimate(NamedTuple):
-    value: float  # of d phi / dt at t = 0
-    error: float  # that the value may have
-
-
-class _NotConfirmedError(ValueError):
-    """Complex step and finite differences disagree."""
-
-
-def _complex_step(line: _Line) -> _Estimate:
-    with warnings.catch_warnings():
-        # A cast to real is found by what it does to the result, here and in `_confirm_complex_step`.
-        warnings.simplefilter("ignore", np.exceptions.ComplexWarning)
-        y = line.in_double().y(1j * _COMPLEX_STEP)
-    if not np.iscomplexobj(y):
-        raise TypeError(f"the complex step needs a complex output for complex input, function returned {y.dtype}")
-    terms = line.terms(y.imag / _COMPLEX_STEP)
-    # Nothing cancels on the way to the terms, so that 16 roundings of each is generous.
-    return _Estimate(float(np.sum(terms)), 16 * _eps(y.imag) * float(np.sum(np.abs(terms))))
-
-
-def _finite_difference(line: _Line) -> _Estimate:
-    noise = _NOISE_GAIN * _noise(line)
-    best = _Estimate(np.nan, np.inf)
-    for first_step in _FIRST_STEPS:
-        estimate, noise_was_reached = _shrinking_differences(line, first_step, noise)
-        best = min(best, estimate, key=lambda estimate: estimate.error)
-        if noise_was_reached:
-            break
-    return best
-
-
-def _noise(line: _Line) -> float:
-    """How much of phi is rounding: that of y, and that of x as four random changes of its last digit show it."""
-    y, x, rng = line.y(0.0), line.x, np.random.default_rng(0)
-    nudges = [replace(line, v=rng.choice([-1.0, 1.0], x.shape) * _widened(x)).y(_eps(x)) for _ in range(4)]
-    changes = [np.sum(line.terms(nudged) - line.terms(y)) for nudged in nudges]
-    return _eps(y) * _norm(line.terms(y)) + _norm(np.array(changes))
-
-
-def _shrinking_differences(line: _Line, first_step: float, noise: float) -> tuple[_Estimate, bool]:
-    """Halve the step until the outputs' rounding outweighs the change from one estimate to the next.
-
-    Both make up the error: the last change, which bounds what is left of the formula's own error, and the rounding.
-    """
-    from scipy.differentiate import derivative
-
-    def rounding(result: Any) -> float:
-        return float(noise / first_step * 2.0 ** (result.nit - 1))
-
-    def stop_at_noise(result: Any) -> None:
-        if result.error <= rounding(result):
-            raise StopIteration
-
-    result = derivative(
-        line.phi,
-        0.0,
-        initial_step=first_step,
-        maxiter=40,
-        tolerances={"atol": 0.0, "rtol": 0.0},
-        callback=stop_at_noise,
-    )
-    error = float(result.error + rounding(result))
-    estimate = _Estimate(float(result.df), error) if np.isfinite(error) else _Estimate(np.nan, np.inf)
-    return estimate, bool(result.error <= rounding(result))
-
-
-def _choose(method: Literal["auto"] | Method, lines: Sequence[_Line]) -> Method:
-    """The method that "auto" stands for, tried on `lines`."""
-    if method == "finite-difference":
-        return method
-    try:
-        for line in lines:
-            _confirm_complex_step(line)
-    except _refusals():
-        if method == "complex-step":
-            raise
-        return "finite-difference"
-    return "complex-step"
-
-
-def _confirm_complex_step(line: _Line) -> None:
-    """Raise unless differences, of the same function in the same precision, give the complex step's derivative.
-
-    A function that drops an imaginary part, or takes a modulus or conjugate of it, is found here. Differences that
-    are off by more than 1 % themselves confirm nothing.
-    """
-    line = line.in_double()
-    step, difference = _complex_step(line), _finite_difference(line)
-    size = max(abs(step.value), _SMALLEST_SHARE * _norm(line.terms(line.y(0.0))))
-    apart = abs(step.value - difference.value)
-    if not (apart <= step.error + difference.error and difference.error <= 0.01 * size):
-        raise _NotConfirmedError(
-            f"the complex step of input {line.position} gives {step.value!r}, finite differences give "
-            f"{difference.value!r} with an error up to {difference.error:.1e}: expected the same. The function may "
-            "not be analytic: abs, conj, real, maximum and casts are not"
-        )
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """What says that the complex step cannot be taken: TypeError, and Numba's own kind of it where Numba is in use."""
-    numba_errors = sys.modules.get("numba.core.errors")
-    ours = (TypeError, _NotConfirmedError)
-    return ours if numba_errors is None else (*ours, numba_errors.TypingError)
-
-
 # Verdicts
 
 
-def _compare(line: _Line, dx: Array, y: Array, method: Method) -> tuple[float, float]:
+def _compare(line: Line, dx: Array, y: Array, method: Method) -> tuple[float, float]:
     """Error of <dx, v> and error of the estimate it is compared with, relative to the size of the terms."""
-    estimate = _complex_step(line) if method == "complex-step" else _finite_difference(line)
-    claimed = _widened(dx) * line.v
+    estimate = complex_step(line) if method == "complex-step" else finite_difference(line)
+    claimed = widened(dx) * line.v
     if not np.all(np.isfinite(claimed)):
         return np.inf, estimate.error
-    size = max(_norm(claimed), _SMALLEST_SHARE * _norm(line.terms(y))) or 1.0
+    size = max(norm(claimed), SMALLEST_SHARE * norm(line.terms(y))) or 1.0
     error = abs(float(np.sum(claimed)) - estimate.value) / size
     return (error if np.isfinite(error) else np.inf), estimate.error / size
 
@@ -438,7 +293,7 @@ def _worst(verdicts: Sequence[Verdict]) -> Verdict:
 
 def _claims(gradient: Callable[..., Any], dy: Array, point: Point) -> dict[int, Array]:
     """The gradients to check, by the position of their input."""
-    result = gradient(dy.copy(), *_copies(point))
+    result = gradient(dy.copy(), *copies(point))
     gradients = (result,) if isinstance(result, np.ndarray) else tuple(result)
     if len(gradients) < len(point) or any(dx is not None for dx in gradients[len(point) :]):
         raise ValueError(f"gradient returned {len(gradients)} values, expected one for each of {len(point)} inputs")
@@ -447,26 +302,17 @@ def _claims(gradient: Callable[..., Any], dy: Array, point: Point) -> dict[int, 
         if dx is None:
             continue
         dx = np.array(dx)
-        if not (_is_float(x) and _is_float(dx)):
+        if not (is_float(x) and is_float(dx)):
             given = None if x is None else x.dtype
             raise TypeError(f"input {position} is {given}, its gradient {dx.dtype}, expected floats or gradient None")
         if dx.shape != x.shape:
             raise ValueError(f"gradient of input {position} has shape {dx.shape}, expected the input's {x.shape}")
-        if x.size == 0 or not np.all(np.isfinite(_widened(x))):
+        if x.size == 0 or not np.all(np.isfinite(widened(x))):
             raise ValueError(f"input {position} has shape {x.shape}, expected at least one element, and all finite")
         claims[position] = dx
     if not claims:
         raise ValueError("every gradient is None, expected at least one to check")
     return claims
-
-
-def _call(function: Callable[..., Any], point: Point) -> Array:
-    """The output, with copies going in and a copy coming out: the function may reuse its buffers."""
-    return np.array(function(*_copies(point)))
-
-
-def _copies(point: Point) -> list[Array | None]:
-    return [None if x is None else x.copy() for x in point]
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -476,22 +322,4 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 def _direction(rng: np.random.Generator, x: Array) -> Array:
     """A random direction of the size of x: a step of one along it changes x by about itself."""
-    return _random(rng, x.shape) * (float(np.mean(np.abs(_widened(x)))) or 1.0)
-
-
-def _is_float(x: Array | None) -> bool:
-    # ml_dtypes' bfloat16 is of NumPy's kind "void": only its name tells.
-    return x is not None and (x.dtype.kind == "f" or "float" in x.dtype.name)
-
-
-def _widened(x: Array) -> Array:
-    return x.astype(np.promote_types(x.dtype, np.float64))
-
-
-def _eps(x: Array) -> float:
-    """Distance of 1 from the next number of x's dtype; `numpy.finfo` does not know bfloat16."""
-    return float(np.spacing(np.ones((), x.dtype)))
-
-
-def _norm(terms: Array) -> float:
-    return float(np.linalg.norm(terms.ravel()))
+    return _random(rng, x.shape) * (float(np.mean(np.abs(widened(x)))) or 1.0)
