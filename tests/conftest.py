@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 # The CUDA engine's tests import numba-cuda, an extra of its own; doctest collection would import every file there. Two
-# of them need the simulator, and run in processes of their own: see cuda/test_simulator.py. (All this stands here and
+# of them run in processes of their own: see cuda/test_on_device.py. (All this stands here and
 # not in a conftest.py there: `from conftest import ...` would find that one, whenever it was loaded later.)
 collect_ignore = ["reliability/fuzz_arguments.py"]  # a program, which needs atheris
 if importlib.util.find_spec("numba_cuda") is None:
     collect_ignore += ["cuda"]
-elif os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
-    collect_ignore += ["cuda/in_simulator.py", "cuda/simulated.py"]
+elif "ON_DEVICE_PART" not in os.environ:
+    collect_ignore += ["cuda/on_device.py", "cuda/device.py", "cuda/simulated.py"]
 
 BACKENDS = ("reference", "cpu")
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64))
@@ -26,8 +26,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    # each process of cuda/test_simulator.py takes its share: every so many-th test, so that long ones are spread
-    part, parts = map(int, os.environ.get("SIMULATOR_PART", "0/1").split("/"))
+    # each process of cuda/test_on_device.py takes its share: every so many-th test, so that long ones are spread
+    part, parts = map(int, os.environ.get("ON_DEVICE_PART", "0/1").split("/"))
     items[:] = items[part::parts]
     if not config.getoption("--slow"):
         for item in items:

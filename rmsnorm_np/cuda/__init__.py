@@ -72,20 +72,26 @@ def _forward(x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: 
             source, w, b, rows, n, k, 1.0 / k, weight_rows, bias_rows, weight_offset, eps, target,
         )  # fmt: skip
         return y
-    pieces = -(-n // plan.length)
+    pieces, inverse_last = _pieces(plan, n)
     together = min(rows, max(1, launch.L2_BYTES // (n * x.dtype.itemsize)))
     kept = arrays.empty((together * pieces * MOMENTS,), np.dtype(np.float64), stream)
     for first in range(0, rows, together):
         blocks = min(together, rows - first) * pieces
         _launch(
             long_rows.piece_moments(plan), blocks, plan.block, stream,
-            source, source, source, first, n, k, 1, 0.0, eps, kept,
+            source, source, source, first, n, k, inverse_last, 1, 0.0, eps, kept,
         )  # fmt: skip
         _launch(
             long_rows.piece_forward(plan), blocks, plan.block, stream,
-            source, w, b, kept, first, n, k, 1.0 / k, weight_rows, bias_rows, weight_offset, eps, target,
+            source, w, b, kept, first, n, k, 1.0 / k, inverse_last, weight_rows, bias_rows, weight_offset, eps, target,
         )  # fmt: skip
     return y
+
+
+def _pieces(plan: launch.Plan, n: int) -> tuple[int, float]:
+    """How many pieces a row has, and 1 / the elements of the last: a division in a kernel costs it registers."""
+    pieces = -(-n // plan.length)
+    return pieces, 1.0 / (n - (pieces - 1) * plan.length)
 
 
 def _backward(
@@ -152,7 +158,7 @@ def _split_backward(
     m: int, stream: Any,
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     rows, n = x.shape
-    pieces = -(-n // plan.length)
+    pieces, inverse_last = _pieces(plan, n)
     groups = rows // m
     together = min(groups, max(1, launch.L2_BYTES // (n * (x.dtype.itemsize + dy.dtype.itemsize) * m)))
     parts = [(first, min(together, groups - first)) for first in range(0, groups, together)]
@@ -167,12 +173,12 @@ def _split_backward(
     for (first, count), chunk in zip(parts, chunks, strict=True):
         _launch(
             long_rows.piece_moments(plan), count * m * pieces, plan.block, stream,
-            gradient, source, w, first * m, n, k, weight_rows, weight_offset, eps, kept,
+            gradient, source, w, first * m, n, k, inverse_last, weight_rows, weight_offset, eps, kept,
         )  # fmt: skip
         _launch(
             long_rows.piece_backward(plan), chunk * m * pieces, plan.block, stream,
-            gradient, source, w, kept, first * m, count * m, tasks, n, k, 1.0 / k, weight_rows, m, chunk, weight_offset,
-            eps, result, *sums,
+            gradient, source, w, kept, first * m, count * m, tasks, n, k, 1.0 / k, inverse_last, weight_rows, m, chunk,
+            weight_offset, eps, result, *sums,
         )  # fmt: skip
         tasks += chunk * m
     return tasks, partials

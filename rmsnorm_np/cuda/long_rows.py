@@ -53,12 +53,13 @@ def piece_moments(plan: Plan) -> Any:
     weight_words = trips * words_of(weight_name, lanes) if backward else 1
     read_x, read_dy = row_reader(plan, plan.x), row_reader(plan, dy_name)
     read_weight = row_reader(plan, weight_name)
-    measure = measurer(plan)
+    measure, inverse_length = measurer(plan), 1.0 / length
 
     @compiled(plan.block)
     def piece_moments_kernel(
-        dy: Any, x: Any, weight: Any, first_row: Any, n: Any, k: Any, weight_rows: Any, offset: Any, eps: Any, kept: Any
-    ) -> None:
+        dy: Any, x: Any, weight: Any, first_row: Any, n: Any, k: Any, inverse_last: Any, weight_rows: Any, offset: Any,
+        eps: Any, kept: Any,
+    ) -> None:  # fmt: skip
         x_words = cuda.local.array(row_words, np.uint32)
         d_words = cuda.local.array(dy_words, np.uint32)
         w_words = cuda.local.array(weight_words, np.uint32)
@@ -78,8 +79,8 @@ def piece_moments(plan: Plan) -> Any:
         if has_weight:
             read_weight(weight, row % weight_rows * n + begin, lane, stop, w_words)
         measure(
-            x_words, d_words, w_words, lane, stop, stop, 1.0 / stop, k - begin, k, eps, work(offset), moments, scratch,
-            shared, maxima,
+            x_words, d_words, w_words, lane, stop, stop, inverse_length if stop == length else inverse_last, k - begin,
+            k, eps, work(offset), moments, scratch, shared, maxima,
         )  # fmt: skip
         if lane == 0:
             for j in range(MOMENTS):
@@ -90,19 +91,21 @@ def piece_moments(plan: Plan) -> Any:
 
 @lru_cache
 def merger(plan: Plan) -> Any:
-    """merge(kept, first, n, inverse, moments, scratch, shared, maxima): the moments of a row from those of its pieces.
+    """merge(kept, first, n, inverse, inverse_last, moments, …): the moments of a row from those of its pieces.
 
-    The pieces of LayerNorm are centred around their own means: Chan, Golub and LeVeque, "Updating formulae and a
-    pairwise algorithm for computing sample variances", 1979. The result is in the threads that lead.
+    inverse: 1 / n; inverse_last: 1 / the elements of the last piece. The pieces of LayerNorm are centred around their
+    own means: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+    1979. The result is in the threads that lead.
     """
     block, length, centred, backward = plan.block, plan.length, plan.centred, plan.dy is not None
     add_up, add_up_x = adder(block, PAIRS, np.float64), adder(block, 1, np.float64)
-    share_mean, maximum = sharer(block, 1, 0), team_maximum(block)
+    share_mean, maximum, inverse_length = sharer(block, 1, 0), team_maximum(block), 1.0 / length
 
     @inlined
     def merge(
-        kept: Any, first: Any, n: Any, inverse: Any, moments: Any, scratch: Any, shared: Any, maxima: Any
-    ) -> None:
+        kept: Any, first: Any, n: Any, inverse: Any, inverse_last: Any, moments: Any, scratch: Any, shared: Any,
+        maxima: Any,
+    ) -> None:  # fmt: skip
         sums = cuda.local.array(PLACES, np.float64)
         mean = cuda.local.array(1, np.float64)
         pieces = (n + length - 1) // length
@@ -136,7 +139,8 @@ def merger(plan: Plan) -> Any:
             distance = 0.0
             if centred:
                 count = min(length, n - p * length)
-                distance = (kept[at + SUM] + kept[at + SUM_TAIL]) / count * scale - mean[0]
+                inverse_count = inverse_length if count == length else inverse_last
+                distance = (kept[at + SUM] + kept[at + SUM_TAIL]) * inverse_count * scale - mean[0]
                 add_to_pair(sums, 0, distance * distance * count)
             if backward:
                 dy_times = dy_scale * inverse_of_power(kept[at + DY_SCALE])
@@ -168,8 +172,8 @@ def piece_forward(plan: Plan) -> Any:
 
     @compiled(plan.block)
     def piece_forward_kernel(
-        x: Any, weight: Any, bias: Any, kept: Any, first_row: Any, n: Any, k: Any, inverse: Any, weight_rows: Any,
-        bias_rows: Any, offset: Any, eps: Any, y: Any,
+        x: Any, weight: Any, bias: Any, kept: Any, first_row: Any, n: Any, k: Any, inverse: Any, inverse_last: Any,
+        weight_rows: Any, bias_rows: Any, offset: Any, eps: Any, y: Any,
     ) -> None:  # fmt: skip
         words = cuda.local.array(row_words, np.uint32)
         moments = cuda.local.array(MOMENTS, np.float64)
@@ -186,7 +190,7 @@ def piece_forward(plan: Plan) -> Any:
         stop = min(length, n - begin)
         start = row * n + begin
         read_row(x, start, lane, stop, words)
-        merge(kept, row_here * pieces, n, inverse, moments, scratch, means, maxima)
+        merge(kept, row_here * pieces, n, inverse, inverse_last, moments, scratch, means, maxima)
         if leads(block):
             finish(moments, k, inverse, eps, numbers)
         share(numbers, shared)
@@ -224,7 +228,8 @@ def piece_backward(plan: Plan) -> Any:
     @compiled(plan.block)
     def piece_backward_kernel(
         dy: Any, x: Any, weight: Any, kept: Any, first_row: Any, rows: Any, first_task: Any, n: Any, k: Any,
-        inverse: Any, weight_rows: Any, m: Any, chunks: Any, offset: Any, eps: Any, dx: Any, dweight: Any, dbias: Any,
+        inverse: Any, inverse_last: Any, weight_rows: Any, m: Any, chunks: Any, offset: Any, eps: Any, dx: Any,
+        dweight: Any, dbias: Any,
     ) -> None:  # fmt: skip
         x_words = cuda.local.array(row_words, np.uint32)
         d_words = cuda.local.array(dy_words, np.uint32)
@@ -251,7 +256,7 @@ def piece_backward(plan: Plan) -> Any:
             start = (first_row + row_here) * n + begin
             read_x(x, start, lane, stop, x_words)
             read_dy(dy, start, lane, stop, d_words)
-            merge(kept, row_here * pieces, n, inverse, moments, scratch, means, maxima)
+            merge(kept, row_here * pieces, n, inverse, inverse_last, moments, scratch, means, maxima)
             if leads(block):
                 finish(moments, k, inverse, eps, numbers)
             share(numbers, shared)

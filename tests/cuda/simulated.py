@@ -213,12 +213,12 @@ class _Cuda:
         return cuda.jit
 
 
-def install(limits):
-    """Make the engine run in the simulator, with these limits in place of those of `launch`."""
+def install():
+    """Make the engine run in the simulator."""
     jit = cuda.jit
     cuda.jit = lambda *args, forceinline=False, **options: jit(*args, **options)
     import rmsnorm_np.cuda as engine
-    from rmsnorm_np.cuda import arrays, launch
+    from rmsnorm_np.cuda import arrays
 
     kernelapi.FakeCUDAModule.shfl_xor_sync = shfl_xor_sync
     kernelapi.FakeCUDAModule.fma = fma
@@ -238,6 +238,3 @@ def install(limits):
     arrays.viewed, arrays.copy, arrays.empty = view_of, copy, empty
     arrays.address = lambda array: array._ary.ctypes.data
     engine._rounds_to_bfloat16 = lambda: False
-    for name, value in limits.items():
-        assert hasattr(launch, name), name
-        setattr(launch, name, value)

@@ -68,11 +68,11 @@ def kernels_of(p):
     kept = array(np.float64)
     if p.split:
         gradient = dy if p.dy else x
-        yield long_rows.piece_moments(p), (gradient, x, w if p.dy else x, i, i, i, i, f, f, kept)
+        yield long_rows.piece_moments(p), (gradient, x, w if p.dy else x, i, i, i, f, i, f, f, kept)
         if p.dy:
-            yield long_rows.piece_backward(p), (dy, x, w, kept, i, i, i, i, i, f, i, i, i, f, f, x, dweight, dbias)
+            yield long_rows.piece_backward(p), (dy, x, w, kept, i, i, i, i, i, f, f, i, i, i, f, f, x, dweight, dbias)
         else:
-            yield long_rows.piece_forward(p), (x, w, b, kept, i, i, i, f, i, i, f, f, x)
+            yield long_rows.piece_forward(p), (x, w, b, kept, i, i, i, f, f, i, i, f, f, x)
     elif p.dy:
         yield kernels.backward(p), (dy, x, w, i, i, i, f, i, i, i, f, f, x, dweight, dbias)
     else:
@@ -148,9 +148,6 @@ EVERYWHERE = [*CASES[8:10], *CASES[17:18], CASES[20]]  # each kernel, on each ge
 NEWEST = (10, 0)  # libNVVM has another, newer LLVM from here on
 
 
-SPILLS = {"262144-bfloat16": 16, "262144-float32-True": 40}  # pieces of long rows, LayerNorm, with ptxas 13
-
-
 def kind(p):
     """What has a code of its own, but for the number of vectors and threads."""
     return np.dtype(STORED[p.x]), p.dy is not None, p.split, p.teams > 1, p.exact and p.short
@@ -168,15 +165,7 @@ def test_cases_are_the_largest_of_their_kind():
                 ), p
 
 
-def known(case):
-    """The case under its name; marked where it is known to fail, so that it is seen when it no longer does."""
-    name = "-".join(map(str, case.values()))
-    reason = f"known: spills {SPILLS.get(name)} bytes"
-    mark = pytest.mark.xfail(name in SPILLS, reason=reason, raises=AssertionError, strict=True)
-    return pytest.param(case, id=name, marks=mark)
-
-
-@pytest.mark.parametrize("case", [known(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_stays_in_registers(case, tmp_path):
     """No local memory, no spill, no stack, registers for the largest block, and 16 bytes in each access to a row."""
     p, first = plan(**case), case.get("capability", (9, 0))

@@ -1,4 +1,4 @@
-"""The CUDA engine in numba's simulator. `test_simulator` runs this file in a process of its own."""
+"""The CUDA engine in Numba's simulator or on a GPU. `test_on_device` runs this file in processes of its own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import ml_dtypes
 import numpy as np
 import pytest
-import simulated
 from bounds import DX_ULP, ULP, exact_backward, exact_forward, parameter_tolerance
+from device import SIMULATED, fill, install, to_device, to_host, view_of
 from tolerances import worst_ulp
 
 import rmsnorm_np as rn
@@ -20,7 +20,7 @@ if hasattr(os, "sched_setaffinity"):  # the threads take turns: on one processor
     os.sched_setaffinity(0, {processors[worker % len(processors)]})
 
 # A block is two warps, a thread has two vectors at most: small rows cross every border.
-simulated.install({
+install({
     "MAX_TEAM": 64, "BLOCK": 32, "PIECE_TEAM": 64, "FORWARD_TRIPS": 2, "FORWARD_WARP_TRIPS": 2, "FORWARD_LONG_TRIPS": 2,
     "BACKWARD_TRIPS": 2, "CHUNKS": 3, "ROWS_PER_CHUNK": 2, "SLICES": 2,
     "L2_BYTES": 2**13,
@@ -49,10 +49,6 @@ def numbers(rng, shape, dtype, scale=1.0, shift=0.0):
     return (rng.standard_normal(shape) * scale + shift).astype(dtype)
 
 
-def host(array):
-    return None if array is None else array.copy_to_host()
-
-
 def check(op, x, dy, weight, bias, k=None, eps=1e-6, offset=0.0):
     """All results of both functions, in public form, against the exact ones."""
     n = x.shape[1]
@@ -61,13 +57,13 @@ def check(op, x, dy, weight, bias, k=None, eps=1e-6, offset=0.0):
         options["p"] = k / n
     k = k or n
     flat = [x, *(None if a is None else a[0] for a in (weight, bias))]  # (n,), as a user has them
-    arrays = [None if a is None else simulated.to_device(a) for a in flat]
-    y = host(FORWARD[op](*arrays, **options))
+    arrays = [None if a is None else to_device(a) for a in flat]
+    y = to_host(FORWARD[op](*arrays, **options))
     exact, magnitude = exact_forward(op, x, weight, bias, k, eps, offset)
     assert y.dtype == x.dtype
     assert worst_ulp(y, exact, magnitude) <= ULP[x.dtype.name]
 
-    grads = [host(a) for a in BACKWARD[op](simulated.to_device(dy), *arrays, **options)]
+    grads = [to_host(a) for a in BACKWARD[op](to_device(dy), *arrays, **options)]
     exact, magnitude, *sums = exact_backward(op, dy, x, weight, bias, k, eps, offset)
     assert worst_ulp(grads[0], exact, magnitude) <= DX_ULP[x.dtype.name]
     work = np.result_type(*(np.float64 for a in (x, dy, weight, bias) if a is not None and a.itemsize == 8), np.float32)
@@ -79,7 +75,7 @@ def check(op, x, dy, weight, bias, k=None, eps=1e-6, offset=0.0):
             assert np.all(np.abs(gradient - sum_[0]) <= limit)
 
     for device, given in zip(arrays, flat, strict=True):
-        assert device is None or device.copy_to_host().tobytes() == given.tobytes(), "an input was written"
+        assert device is None or to_host(device).tobytes() == given.tobytes(), "an input was written"
 
 
 @pytest.fixture
@@ -137,18 +133,18 @@ def test_mixed_dtypes(x_dtype, other, vectors, rng):
 def test_parameters_per_head(rows, m, bias_m, n, rng):
     """Rows with a weight of their own, more partial sums than blocks, a parameter with fewer rows than the other."""
     x, dy = numbers(rng, (rows, n), np.float32), numbers(rng, (rows, n), np.float32)
-    device = [simulated.to_device(a) for a in (dy, x)]
+    device = [to_device(a) for a in (dy, x)]
     from rmsnorm_np import cuda as engine
 
     weight, bias = numbers(rng, (m, n), np.float32), numbers(rng, (bias_m, n), np.float32)
-    y = engine.rms_forward(device[1], *map(simulated.to_device, (weight, bias)), n, 1e-6, 0.0, None)
-    assert worst_ulp(host(y), *exact_forward("rms", x, weight, bias, n, 1e-6, 0.0)) <= ULP["float32"]
-    dx, *grads = engine.rms_backward(*device, *map(simulated.to_device, (weight, bias)), n, 1e-6, 0.0, None)
+    y = engine.rms_forward(device[1], *map(to_device, (weight, bias)), n, 1e-6, 0.0, None)
+    assert worst_ulp(to_host(y), *exact_forward("rms", x, weight, bias, n, 1e-6, 0.0)) <= ULP["float32"]
+    dx, *grads = engine.rms_backward(*device, *map(to_device, (weight, bias)), n, 1e-6, 0.0, None)
     exact, magnitude, *sums = exact_backward("rms", dy, x, weight, bias, n, 1e-6, 0.0)
-    assert worst_ulp(host(dx), exact, magnitude) <= DX_ULP["float32"]
+    assert worst_ulp(to_host(dx), exact, magnitude) <= DX_ULP["float32"]
     for gradient, sum_ in zip(grads, sums, strict=True):
         limit = parameter_tolerance(*sum_, rows, np.float32, np.float32)
-        assert np.all(np.abs(host(gradient) - sum_[0]) <= limit)
+        assert np.all(np.abs(to_host(gradient) - sum_[0]) <= limit)
 
 
 @pytest.mark.parametrize("vectors", [4, 65, 129])
@@ -170,7 +166,7 @@ def test_second_try_looks_at_the_partial_rms_alone(rng):
     """The squares of its numbers vanish, but beside others that are 30 orders of magnitude larger."""
     x = numbers(rng, (2, 16), np.float32)
     x[0, :8], x[0, 8:] = x[0, :8] * 1e-25, x[0, 8:] * 1e5
-    y = host(rn.rms_norm(simulated.to_device(x), p=0.5, eps=0.0, backend="cuda"))
+    y = to_host(rn.rms_norm(to_device(x), p=0.5, eps=0.0, backend="cuda"))
     assert worst_ulp(y, *exact_forward("rms", x, None, None, 8, 0.0, 0.0)) <= ULP["float32"]
 
 
@@ -178,13 +174,13 @@ def test_second_try_looks_at_the_partial_rms_alone(rng):
 def test_nan_and_infinity_stay_in_their_row(n, rng):
     x = numbers(rng, (5, n), np.float32)
     x[1, 3], x[3, n - 1] = np.nan, np.inf
-    y = host(rn.rms_norm(simulated.to_device(x), backend="cuda"))
+    y = to_host(rn.rms_norm(to_device(x), backend="cuda"))
     assert np.isnan(y[1]).all()
     expected = np.zeros(n)
     expected[n - 1] = np.nan
     np.testing.assert_array_equal(np.abs(y[3]), expected)
     ordinary = [0, 2, 4]
-    again = host(rn.rms_norm(simulated.to_device(x[ordinary]), backend="cuda"))
+    again = to_host(rn.rms_norm(to_device(x[ordinary]), backend="cuda"))
     assert y[ordinary].tobytes() == again.tobytes()
 
 
@@ -195,9 +191,9 @@ def test_infinity_outside_a_partial_rms(n, offset, rng):
     x, dy, weight = numbers(rng, (3, n), np.float32), numbers(rng, (3, n), np.float32), numbers(rng, (n,), np.float32)
     x[1, n - 2] = np.inf
     arrays, options = (dy, x, weight), {"p": 0.5, "weight_offset": offset}
-    device = [simulated.to_device(a) for a in arrays]
-    y = host(rn.rms_norm(*device[1:], **options, backend="cuda"))
-    dx, dweight, _ = map(host, rn.rms_norm_backward(*device, **options, backend="cuda"))
+    device = [to_device(a) for a in arrays]
+    y = to_host(rn.rms_norm(*device[1:], **options, backend="cuda"))
+    dx, dweight, _ = map(to_host, rn.rms_norm_backward(*device, **options, backend="cuda"))
     with np.errstate(invalid="ignore"):
         exact = rn.reference.rms_norm_backward(*(a.astype(float) for a in arrays), **options)
     np.testing.assert_allclose(y, rn.reference.rms_norm(x.astype(float), weight, **options), rtol=1e-6)
@@ -210,91 +206,92 @@ def test_infinity_outside_a_partial_rms(n, offset, rng):
 @pytest.mark.parametrize("n", [8, 264, 520])
 def test_same_bits_in_any_batch_and_at_any_address(n, rng):
     x, dy, weight = (numbers(rng, shape, np.float32) for shape in ((5, n), (5, n), (n,)))
-    y = host(rn.rms_norm(*map(simulated.to_device, (x, weight)), backend="cuda"))
-    assert host(rn.rms_norm(*map(simulated.to_device, (x[3:4], weight)), backend="cuda")).tobytes() == y[3:4].tobytes()
-    room = simulated.to_device(np.zeros(5 * n + 1, np.float32))
-    shifted = simulated.view_of(room[1:], (5, n), (4 * n, 4), np.float32)
-    shifted._ary[...] = x
-    assert host(rn.rms_norm(shifted, simulated.to_device(weight), backend="cuda")).tobytes() == y.tobytes()
+    y = to_host(rn.rms_norm(*map(to_device, (x, weight)), backend="cuda"))
+    assert to_host(rn.rms_norm(*map(to_device, (x[3:4], weight)), backend="cuda")).tobytes() == y[3:4].tobytes()
+    room = to_device(np.zeros(5 * n + 1, np.float32))
+    shifted = view_of(room[1:], (5, n), (4 * n, 4), np.float32)
+    fill(shifted, x)
+    assert to_host(rn.rms_norm(shifted, to_device(weight), backend="cuda")).tobytes() == y.tobytes()
     aligned, at_odd_address = (
-        rn.rms_norm_backward(simulated.to_device(dy), a, simulated.to_device(weight), backend="cuda")
-        for a in (simulated.to_device(x), shifted)
+        rn.rms_norm_backward(to_device(dy), a, to_device(weight), backend="cuda") for a in (to_device(x), shifted)
     )
     for one, other in zip(aligned[:2], at_odd_address[:2], strict=True):
-        assert host(one).tobytes() == host(other).tobytes()
+        assert to_host(one).tobytes() == to_host(other).tobytes()
 
 
 @pytest.mark.parametrize("n", [40, 520])
 def test_out(n, rng):
     """Into x itself, into dy itself, into memory that overlaps x elsewhere, and into a strided array."""
     x, dy = numbers(rng, (4, n), np.float32), numbers(rng, (4, n), np.float32)
-    expected = host(rn.layer_norm(simulated.to_device(x), backend="cuda"))
-    device = simulated.to_device(x)
+    expected = to_host(rn.layer_norm(to_device(x), backend="cuda"))
+    device = to_device(x)
     assert rn.layer_norm(device, out=device, backend="cuda") is device
-    assert host(device).tobytes() == expected.tobytes()
+    assert to_host(device).tobytes() == expected.tobytes()
 
-    room = simulated.to_device(np.concatenate([x, x[:1]]))
-    first, second = (simulated.view_of(room[i:], (4, n), (4 * n, 4), np.float32) for i in (0, 1))
+    room = to_device(np.concatenate([x, x[:1]]))
+    first, second = (view_of(room[i:], (4, n), (4 * n, 4), np.float32) for i in (0, 1))
     rn.layer_norm(first, out=second, backend="cuda")
-    assert host(second).tobytes() == expected.tobytes()
+    assert to_host(second).tobytes() == expected.tobytes()
 
-    wide = simulated.to_device(np.zeros((4, 2 * n), np.float32))
-    strided = simulated.view_of(wide, (4, n), (8 * n, 8), np.float32)
-    assert rn.layer_norm(simulated.to_device(x), out=strided, backend="cuda") is strided
-    assert host(strided).tobytes() == expected.tobytes()
+    wide = to_device(np.zeros((4, 2 * n), np.float32))
+    strided = view_of(wide, (4, n), (8 * n, 8), np.float32)
+    assert rn.layer_norm(to_device(x), out=strided, backend="cuda") is strided
+    assert to_host(strided).tobytes() == expected.tobytes()
 
-    expected = host(rn.layer_norm_backward(*map(simulated.to_device, (dy, x)), backend="cuda").dx)
-    device = simulated.to_device(dy)
-    assert rn.layer_norm_backward(device, simulated.to_device(x), out=device, backend="cuda").dx is device
-    assert host(device).tobytes() == expected.tobytes()
+    expected = to_host(rn.layer_norm_backward(*map(to_device, (dy, x)), backend="cuda").dx)
+    device = to_device(dy)
+    assert rn.layer_norm_backward(device, to_device(x), out=device, backend="cuda").dx is device
+    assert to_host(device).tobytes() == expected.tobytes()
 
 
 def test_axes_and_layouts(rng):
     x = numbers(rng, (3, 4, 5), np.float64)
-    device = simulated.to_device(x)
+    device = to_device(x)
     for axis in (0, 1, (0, 2), (1, 2)):
         shape = [x.shape[i] for i in (axis if isinstance(axis, tuple) else (axis,))]
         weight = numbers(rng, shape, np.float64)
-        y = host(rn.rms_norm(device, simulated.to_device(weight), axis=axis, backend="cuda"))
+        y = to_host(rn.rms_norm(device, to_device(weight), axis=axis, backend="cuda"))
         np.testing.assert_allclose(y, rn.reference.rms_norm(x, weight, axis=axis), rtol=1e-15)
     backwards = device[::-1, ::-1, ::-1]
     np.testing.assert_allclose(
-        host(rn.layer_norm(backwards, backend="cuda")), rn.reference.layer_norm(x[::-1, ::-1, ::-1]), atol=1e-15
+        to_host(rn.layer_norm(backwards, backend="cuda")), rn.reference.layer_norm(x[::-1, ::-1, ::-1]), atol=1e-15
     )
 
 
 def test_no_rows():
-    x, weight = simulated.to_device(np.zeros((0, 6), np.float32)), simulated.to_device(np.ones(6, np.float32))
-    assert host(rn.rms_norm(x, weight, backend="cuda")).shape == (0, 6)
+    x, weight = to_device(np.zeros((0, 6), np.float32)), to_device(np.ones(6, np.float32))
+    assert to_host(rn.rms_norm(x, weight, backend="cuda")).shape == (0, 6)
     grads = rn.rms_norm_backward(x, x, weight, weight, backend="cuda")
-    assert host(grads.dx).shape == (0, 6)
-    assert (host(grads.dweight) == 0).all()
-    assert (host(grads.dbias) == 0).all()
+    assert to_host(grads.dx).shape == (0, 6)
+    assert (to_host(grads.dweight) == 0).all()
+    assert (to_host(grads.dbias) == 0).all()
 
 
 def test_errors():
-    device = simulated.to_device(np.ones((2, 4), np.float32))
+    device = to_device(np.ones((2, 4), np.float32))
     with pytest.raises(TypeError, match=r"x is a host array .* numba.cuda.to_device"):
         rn.rms_norm(np.ones(4, np.float32), backend="cuda")
     with pytest.raises(TypeError, match=r"weight is a host array \(ndarray\), expected a device array like x"):
         rn.rms_norm(device, np.ones(4, np.float32), backend="cuda")
     with pytest.raises(ValueError, match=r"weight has shape \(3,\), expected a trailing part of x.shape \(2, 4\)"):
-        rn.rms_norm(device, simulated.to_device(np.ones(3, np.float32)), backend="cuda")
+        rn.rms_norm(device, to_device(np.ones(3, np.float32)), backend="cuda")
     with pytest.raises(TypeError, match="x has dtype int64"):
-        rn.rms_norm(simulated.to_device(np.ones((2, 4), np.int64)), backend="cuda")
+        rn.rms_norm(to_device(np.ones((2, 4), np.int64)), backend="cuda")
     with pytest.raises(TypeError, match="out has dtype float64, expected float32"):
-        rn.rms_norm(device, out=simulated.to_device(np.ones((2, 4))), backend="cuda")
+        rn.rms_norm(device, out=to_device(np.ones((2, 4))), backend="cuda")
 
 
+@pytest.mark.skipif(not SIMULATED, reason="expects the -1 ms that the simulator's events say")
 def test_bench_times_the_device(monkeypatch):
-    """On arrays there, by events there, against a copy there; the simulator's events say -1 ms."""
+    """On arrays there, by events there, against a copy there."""
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
     def once(contenders, *, rounds, measure):
         return {name: timing.Timing((measure(call, 1),)) for name, call in contenders.items()}
 
     copied = []
     monkeypatch.setattr(bench, "interleave", once)
-    monkeypatch.setattr(simulated.FakeCUDAArray, "copy_to_device", lambda target, source: copied.append(target.size))
+    monkeypatch.setattr(FakeCUDAArray, "copy_to_device", lambda target, source: copied.append(target.size))
     for case in bench.measure([(2, 40)], np.dtype(np.float32), "cuda", 1, lambda text: None):
         assert [entry.contender for entry in case.entries] == [bench.OURS, bench.OURS_INTO, bench.LIMIT]
         assert [entry.seconds for entry in case.entries] == [(-1e-3,)] * 3

@@ -1,0 +1,47 @@
+"""Device arrays for the tests of the CUDA engine: a GPU's, or those of Numba's simulator."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import config, cuda
+
+from rmsnorm_np.cuda import arrays, launch
+from rmsnorm_np.cuda.vector import STORED
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+if SIMULATED:
+    import simulated
+
+
+def to_device(host):
+    """A copy there; its bits travel, for Numba knows no bfloat16."""
+    if SIMULATED:
+        return simulated.to_device(host)
+    bits = cuda.to_device(np.ascontiguousarray(host).view(STORED[host.dtype.name]))
+    return arrays.viewed(bits, host.shape, bits.strides, host.dtype)
+
+
+def to_host(array):
+    if array is None:
+        return None
+    if SIMULATED:
+        return array.copy_to_host()
+    bits = np.dtype(STORED[array.dtype.name])
+    return arrays.viewed(array, array.shape, array.strides, bits).copy_to_host().view(array.dtype)
+
+
+def view_of(array, shape, strides, dtype):
+    return arrays.viewed(array, shape, strides, np.dtype(dtype))
+
+
+def fill(array, host):
+    arrays.copy(to_device(host), array, 0)
+
+
+def install(limits):
+    """Make the engine run with these limits in place of those of `launch`."""
+    if SIMULATED:
+        simulated.install()
+    for name, value in limits.items():
+        assert hasattr(launch, name), name
+        setattr(launch, name, value)
