@@ -141,6 +141,14 @@ def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backen
     assert_exact(op, x.astype(dtype), weight.astype(dtype), bias.astype(dtype), dy.astype(dtype), eps, backend)
 
 
+@pytest.mark.parametrize("n", [7, 100] if JIT_OFF else [7, 100, 70001])
+@pytest.mark.parametrize(("inside", "outside", "dy_scale"), [(1e-200, 1.0, 1e-250), (1.0, 1e300, 1.0)])
+def test_what_is_outside_the_rms_does_not_scale_it(inside, outside, dy_scale, n, backend, rng):
+    x, weight, bias, dy = arrays(rng, (3, n), np.dtype(np.float64))
+    x = np.clip(x, -1.7, 1.7) * np.where(np.arange(n) < k_of("partial", n), inside, outside)
+    assert_exact("partial", x, weight, bias, dy * dy_scale, 0.0, backend)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_special_values_follow_the_formula_and_stay_in_their_row(op, dtype, backend, rng):
     x, weight, bias, dy = arrays(rng, (6, 70), dtype)

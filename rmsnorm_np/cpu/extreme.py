@@ -58,10 +58,10 @@ def is_ordinary_gradient(sums: Any, products: Any, wide: Any) -> Any:
 
 
 @piece
-def power_of_two(row: Any, n: int, least: float) -> float:
-    """2**-e that brings the largest of the row and of `least` near 1; 1 where that is not needed or not possible."""
+def power_of_two(row: Any, count: int, least: float) -> float:
+    """2**-e that brings the largest of `count` elements and of `least` near 1; 1 where that need not or cannot be."""
     largest = least
-    for i in range(n):
+    for i in range(count):
         largest = max(largest, abs(row[i]))
     if not 0.0 < largest < math.inf or 2.0**-400 < largest < 2.0**400:
         return 1.0
@@ -86,7 +86,7 @@ def forward_extreme_row(
     room = np.empty((2, n), wide.dtype)
     row, result = data(room[0]), data(room[1])
     copy_row(x, start, row, zero, n)
-    scale = power_of_two(row, n, math.sqrt(eps))
+    scale = power_of_two(row, k, math.sqrt(eps))  # what is outside the RMS may be of any size
     if scale != 1.0:
         for i in range(n):
             row[i] *= scale
@@ -112,7 +112,7 @@ def write_extreme_gradient(
     row, gradient, result, unused = data(room[0]), data(room[1]), data(room[2]), data(room[3])
     copy_row(x, start, row, zero, n)
     copy_row(dy, start, gradient, zero, n)
-    scale = power_of_two(row, n, math.sqrt(eps))
+    scale = power_of_two(row, k, math.sqrt(eps))  # what is outside the RMS may be of any size
     dy_scale = power_of_two(gradient, n, 0.0)
     for i in range(n):
         row[i] *= scale
