@@ -8,6 +8,7 @@ each other; and it carries its checksum, so a damaged file is compiled anew. Whe
 compiled in each process.
 
 The folder: ``NUMBA_CACHE_DIR`` where that is set; else ``__pycache__`` beside this file, else the user's cache folder.
+Kernels are looked for in all of them, and kept in the first that can be written: an image can bring them read-only.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from numba.core.serialize import dumps
 _DIGEST = 32  # bytes of a SHA-256
 
 
-def _candidates() -> Iterator[Path]:
+def _places() -> Iterator[Path]:
     if config.CACHE_DIR:
-        yield Path(config.CACHE_DIR)
+        yield Path(config.CACHE_DIR) / "rmsnorm_np"
         return
-    yield Path(__file__).parent / "__pycache__"
+    yield Path(__file__).parent / "__pycache__" / "rmsnorm_np"
     user = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     try:
-        yield Path(user) if user else Path.home() / ".cache"
+        yield (Path(user) if user else Path.home() / ".cache") / "rmsnorm_np"
     except RuntimeError:  # a user without a home, as in a container that knows the number alone
         return
 
@@ -46,8 +47,7 @@ def _candidates() -> Iterator[Path]:
 @functools.cache
 def folder() -> Path | None:
     """Where compiled kernels are kept, None where no place can be written to."""
-    for candidate in _candidates():
-        path = candidate / "rmsnorm_np"
+    for path in _places():
         try:
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
@@ -87,25 +87,26 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled kernel for a signature, or None."""
-        path = self._path(sig, target_context.codegen())
-        if path is None:
+        name = self._name(sig, target_context.codegen())
+        if name is None:
             return None
         target_context.refresh()
-        try:
-            content = path.read_bytes()
-        except OSError:
-            return None
-        payload = content[_DIGEST:]
-        if _checksum(path, payload) != content[:_DIGEST]:
-            return None
-        import pickle
+        for place in _places():
+            try:
+                content = (place / name).read_bytes()
+            except OSError:
+                continue
+            payload = content[_DIGEST:]
+            if _checksum(name, payload) == content[:_DIGEST]:
+                import pickle
 
-        return numba.core.compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
+                return numba.core.compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
+        return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep a compiled kernel, if there is a place for it."""
-        path = self._path(sig, data.codegen)
-        if path is None or data.library.has_dynamic_globals:
+        path, name = folder(), self._name(sig, data.codegen)
+        if path is None or name is None or data.library.has_dynamic_globals:
             return
         try:
             payload = dumps(data._reduce())
@@ -113,10 +114,10 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
             return
         part = None
         try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=path, delete=False) as file:
                 part = Path(file.name)
-                file.write(_checksum(path, payload) + payload)
-            part.replace(path)
+                file.write(_checksum(name, payload) + payload)
+            part.replace(path / name)
         except OSError:  # a full or vanished disk costs the next process a compilation, not this one its result
             return
         finally:
@@ -124,18 +125,17 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
                 with contextlib.suppress(OSError):
                     part.unlink()
 
-    def _path(self, sig: Any, codegen: Any) -> Path | None:
-        path, sources = folder(), _sources()
-        if path is None or sources is None:
+    def _name(self, sig: Any, codegen: Any) -> str | None:
+        sources = _sources()
+        if sources is None:
             return None
         key = f"{self._function.__qualname__} {sig} {codegen.magic_tuple()}".encode()
-        name = hashlib.sha256(sources + key).hexdigest()[:32]
-        return path / f"{self._function.__name__.lstrip('_')}-{name}.nbc"
+        return f"{self._function.__name__.lstrip('_')}-{hashlib.sha256(sources + key).hexdigest()[:32]}.nbc"
 
 
-def _checksum(path: Path, payload: bytes) -> bytes:
+def _checksum(name: str, payload: bytes) -> bytes:
     """Of the name, too: a whole file can come back under another's name from a repaired file system."""
-    return hashlib.sha256(path.name.encode() + payload).digest()
+    return hashlib.sha256(name.encode() + payload).digest()
 
 
 def cached(dispatcher: Any) -> Any:

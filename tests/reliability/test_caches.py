@@ -114,6 +114,16 @@ def test_a_read_only_install_keeps_kernels_in_the_home(installed, home):
     assert use(preexec_fn=obey_permissions, **variables) == (FOUND, folder)
 
 
+@no_permissions
+def test_kernels_that_an_image_brings_are_found(installed, home):
+    """Compiled while it was built; read-only since, as is all else."""
+    variables = {"package": installed, "HOME": home, "NUMBA_CACHE_DIR": None, "XDG_CACHE_HOME": None}
+    assert use(**variables)[0] == COMPILED
+    lock(installed)
+    lock(home)
+    assert use(preexec_fn=obey_permissions, **variables) == (FOUND, "None")
+
+
 HOMELESS = """
 import os
 import pwd
