@@ -80,7 +80,7 @@ class NumPyEngine:
     def _gathered(gradient, parameter):
         if parameter is None:
             return None
-        wide = gradient.astype(np.longdouble).reshape(-1, *parameter.shape)
+        wide = gradient.astype(np.longdouble).reshape(len(gradient) // max(1, len(parameter)), *parameter.shape)
         return wide.sum(axis=0).astype(parameter.dtype)
 
     @staticmethod
