@@ -394,14 +394,21 @@ def assert_close(call, given, got, want):
         xhat = xw * rstd
         scale = wide(1) if w is None else wide(offset) + w.astype(wide)
         if dy is None:
-            terms = [np.maximum(np.abs(xhat * scale), 0 if b is None else np.abs(b.astype(wide)))]
+            # the reference's mean is rounded to 64 bits of the row's size: what is far below that, it cannot judge
+            size = np.maximum(np.abs(xhat), centred * np.abs(xhat).max(axis=-1, keepdims=True) / 256)
+            terms = [np.maximum(size * np.abs(scale), 0 if b is None else np.abs(b.astype(wide)))]
             bounds = [Y_ULP[name] + 0.5]
+            g = np.broadcast_to(scale, x.shape)
         else:
             g = np.broadcast_to(dy.astype(wide) * scale, x.shape)
             terms, bounds = [dx_terms(g, xhat, rstd, k, centred=centred)], [DX_ULP[name] + 0.5]
             for parameter, products in ((w, dy.astype(wide) * xhat), (b, dy.astype(wide))):
                 shared = () if parameter is None else tuple(range(x.ndim - parameter.ndim))
                 terms.append(np.abs(products).sum(axis=shared))
+        # LayerNorm where x is its mean: whether infinity, or 1 / sqrt(0), meets zero or an error of rounding is open
+        rounding = centred * np.finfo(np.float64).eps * np.abs(x.astype(wide)).max(axis=-1, keepdims=True)
+        unsure = (np.abs(xw) <= rounding).any(axis=-1, keepdims=True) & ~np.isfinite(g).all(axis=-1, keepdims=True)
+        anything = centred & (np.abs(xw) <= rounding).all(axis=-1, keepdims=True) & (eps <= rounding**2)
     for i, (a, reference) in enumerate(zip(got, want, strict=True)):
         assert (a is None) == (reference is None)
         if a is None:
@@ -411,6 +418,9 @@ def assert_close(call, given, got, want):
         if i == 0:
             native = reference.astype(x.dtype)
             distance = ulp_distance(a.astype(x.dtype), native, restore(bound.reshape(x.shape)))
+            neither = ~np.isfinite(a.astype(wide)) & ~np.isfinite(native.astype(wide))
+            distance[neither & restore(np.broadcast_to(unsure, x.shape))] = 0.0
+            distance[restore(np.broadcast_to(anything, x.shape))] = 0.0
             assert distance.max() <= bounds[0], f"{distance.max()} ULP"
         else:
             exact = reference.astype(wide)
@@ -418,4 +428,5 @@ def assert_close(call, given, got, want):
             with np.errstate(invalid="ignore"):
                 near = np.abs(a.astype(wide) - exact) <= allowed + 0.5 * spacing(exact, a.dtype)
             alike = (np.isnan(exact) & np.isnan(a.astype(wide))) | (exact == a.astype(wide))
-            assert np.all(near | alike)
+            neither = ~np.isfinite(exact) & ~np.isfinite(a.astype(wide))
+            assert np.all(near | alike | (neither & unsure.any()) | anything.any())
