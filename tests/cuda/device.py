@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numba import config, cuda
 
-from rmsnorm_np.cuda import arrays, launch
-from rmsnorm_np.cuda.vector import STORED
-
 SIMULATED = bool(config.ENABLE_CUDASIM)
 if SIMULATED:
     import simulated
+
+    simulated.install()  # before the engine asks Numba for what the simulator lacks
+
+from rmsnorm_np.cuda import arrays, launch  # noqa: E402
+from rmsnorm_np.cuda.vector import STORED  # noqa: E402
 
 
 def to_device(host):
@@ -38,10 +40,8 @@ def fill(array, host):
     arrays.copy(to_device(host), array, 0)
 
 
-def install(limits):
-    """Make the engine run with these limits in place of those of `launch`."""
-    if SIMULATED:
-        simulated.install()
+def limit(**limits):
+    """Let the engine have these limits in place of those of `launch`."""
     for name, value in limits.items():
         assert hasattr(launch, name), name
         setattr(launch, name, value)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from bounds import DX_ULP, ULP, exact_backward, exact_forward, parameter_tolerance
-from device import SIMULATED, fill, install, to_device, to_host, view_of
+from device import SIMULATED, fill, limit, to_device, to_host, view_of
 from tolerances import worst_ulp
 
 import rmsnorm_np as rn
@@ -20,11 +20,10 @@ if hasattr(os, "sched_setaffinity"):  # the threads take turns: on one processor
     os.sched_setaffinity(0, {processors[worker % len(processors)]})
 
 # A block is two warps, a thread has two vectors at most: small rows cross every border.
-install({
-    "MAX_TEAM": 64, "BLOCK": 32, "PIECE_TEAM": 64, "FORWARD_TRIPS": 2, "FORWARD_WARP_TRIPS": 2, "FORWARD_LONG_TRIPS": 2,
-    "BACKWARD_TRIPS": 2, "CHUNKS": 3, "ROWS_PER_CHUNK": 2, "SLICES": 2,
-    "L2_BYTES": 2**13,
-})  # fmt: skip
+limit(
+    MAX_TEAM=64, BLOCK=32, PIECE_TEAM=64, FORWARD_TRIPS=2, FORWARD_WARP_TRIPS=2, FORWARD_LONG_TRIPS=2,
+    BACKWARD_TRIPS=2, CHUNKS=3, ROWS_PER_CHUNK=2, SLICES=2, L2_BYTES=2**13,
+)  # fmt: skip
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name) for name in ULP}
 FORWARD = {"rms": rn.rms_norm, "layer": rn.layer_norm}
