@@ -142,7 +142,8 @@ def _scale(x: Any, weight: Any, weight_offset: float, half_in_float32: bool) -> 
         or x.shape[1] * np.dtype(dtype).itemsize > SCALE_BYTES
     ):
         return weight, weight_offset
-    scale = weight.astype(dtype)
+    with np.errstate(invalid="ignore"):  # a signalling NaN: no more is said of it than of any other
+        scale = weight.astype(dtype)
     if weight_offset != 0.0:
         scale += dtype(weight_offset)
     return scale, 0.0

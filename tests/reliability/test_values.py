@@ -127,6 +127,16 @@ def test_two_special_values_in_a_row(op, dtype, eps, path, rng, request):
             assert_follows(op, x, weight, bias, dy, eps)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_signalling_nans_are_silent(op, dtype, rng):
+    """In each argument: NumPy warns when it converts one, and warnings are errors here."""
+    arrays = ordinary(rng, (2, 9), dtype)
+    for array in arrays:
+        array[..., 4] = specials(dtype)[12]
+        y = call(op, *arrays, 1e-6, "cpu")[0]
+        assert np.isnan(y[:, 4].astype(np.float32)).all()
+
+
 @pytest.mark.parametrize("op", ["rms", "layer"])
 def test_an_infinity_without_a_bias(op, dtype, rng):
     """RMSNorm makes what stands beside it zero, LayerNorm NaN: what an error of zero is, must not be the result."""
