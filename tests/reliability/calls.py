@@ -266,7 +266,7 @@ def calls(draw, mixed=True, most=200, special=True):
     if "weight" in arrays:
         number(
             "weight_offset",
-            st.sampled_from([0, 1, 1.0, -1.0, np.float32(0.5), Fraction(1, 4)]) | st.floats(-1e3, 1e3),
+            st.sampled_from([0, 1, 1.0, -1.0, np.float32(0.5), Fraction(1, 4)]) | st.floats(-1e3, 1e3, width=32),
             (True, False, *infinite),
         )
     elif seldom(30):
