@@ -23,7 +23,8 @@ from numba.np.ufunc.parallel import _launch_threads
 PARALLEL_ELEMENTS = 32768
 
 
-_lost_threads = False  # whether this process was forked from one whose OpenMP threads it cannot use
+_lost_threads = False  # whether this process was forked from one whose threads it cannot use
+_alone = True  # whether the thread that forked was the only one of Python's
 
 
 def choose(elements: int) -> int:
@@ -45,17 +46,27 @@ def _is_one_at_a_time() -> bool:
     return layer() == "workqueue" and threading.current_thread() is not threading.main_thread()
 
 
+def _before_fork() -> None:
+    global _alone
+    _alone = threading.active_count() == 1
+
+
 def _after_fork() -> None:
-    """GNU OpenMP has no threads in a forked child, and Numba ends a child that asks for some."""
+    """GNU OpenMP has no threads in a forked child, and Numba ends a child that asks for some.
+
+    TBB starts new ones. But where another thread was computing, the child can wait for ever for a lock of TBB's that was
+    that thread's: 2 of 1500 children did.
+    """
     global _lost_threads
     try:
-        _lost_threads = numba.threading_layer() == "omp"
+        started = numba.threading_layer()
     except ValueError:  # none was started before the fork
-        _lost_threads = False
+        return
+    _lost_threads = _lost_threads or started == "omp" or (started == "tbb" and not _alone)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 def in_parallel(task: Callable[..., None], count: int, threads: int, args: tuple[Any, ...]) -> None:

@@ -177,6 +177,32 @@ def test_a_fork_while_other_threads_compute(layer, thread, count):
     run(BUSY, count, thread, NUMBA_THREADING_LAYER=layer)
 
 
+CHOICE = """
+import os
+import threading
+from rmsnorm_np.cpu import threads
+
+threads.layer()
+stop = threading.Event()
+other = threading.Thread(target=stop.wait)
+for beside in (False, True):
+    if beside:
+        other.start()
+    child = os.fork()
+    if child == 0:
+        os._exit(threads.choose(10**9))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), end=" ")
+stop.set()
+other.join()
+"""
+
+
+@pytest.mark.parametrize(("layer", "want"), [("omp", "1 1 "), ("tbb", "2 1 ")])
+def test_threads_of_a_child(layer, want):
+    """One, where the layer has lost its threads, or may have lost a lock to a thread that the child has not got."""
+    assert run(CHOICE, NUMBA_THREADING_LAYER=layer) == want
+
+
 INTERRUPTED = """
 import os
 import signal
