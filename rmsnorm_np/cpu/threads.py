@@ -54,8 +54,8 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     """GNU OpenMP has no threads in a forked child, and Numba ends a child that asks for some.
 
-    TBB starts new ones. But where another thread was computing, the child can wait for ever for a lock of TBB's that was
-    that thread's: 2 of 1500 children did.
+    TBB starts new ones. But where another thread was computing, the child can wait for ever for a lock of TBB's which
+    was that thread's: 2 of 1500 children did.
     """
     global _lost_threads
     try:
