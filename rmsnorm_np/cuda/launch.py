@@ -111,11 +111,11 @@ def team_shape(vectors: int, trips: int, warp_trips: int, long_trips: int) -> tu
         for count in range(1, (warp_trips if team == WARP else trips) + 1):
             if vectors <= team * count:
                 return team, count
-    for most in range(trips, long_trips + 1):
-        warps = -(-vectors // (most * WARP))
-        if warps * WARP <= MAX_TEAM:
-            team = warps * WARP
-            return team, -(-vectors // team)
+    for largest in (MAX_TEAM // 2, MAX_TEAM):  # two blocks to a multiprocessor, if need be with more vectors per thread
+        for most in range(trips, long_trips + 1):
+            team = -(-vectors // (most * WARP)) * WARP
+            if team <= largest:
+                return team, -(-vectors // team)
     return None
 
 

@@ -45,8 +45,9 @@ ptxas, nvdisasm = tool("ptxas"), tool("nvdisasm")
 
 
 def plan(
-    n, x, *, backward=False, op="layer", dy=None, weight=None, bias=None, aligned=True, partial=False, capability=(9, 0)
-):
+    n, x, *, backward=False, op="layer", dy=None, weight=None, bias=None, aligned=True, partial=False,
+    capability=(9, 0), spills=0,
+):  # fmt: skip
     """LayerNorm holds more than RMSNorm does: weight, bias and weight_offset unless a case says otherwise."""
     centred, weight = op == "layer", weight or x
     return launch.plan_for(
@@ -119,6 +120,7 @@ CASES = [
     {"n": 64, "x": "float64"},
     {"n": 32768, "x": "float16"},  # the longest row of a block
     {"n": 16384, "x": "float32"},
+    {"n": 16384, "x": "float32", "op": "rms", "spills": 16},  # ptxas keeps to 64 registers: two blocks fit
     {"n": 8192, "x": "float64"},
     {"n": 2**18, "x": "bfloat16"},  # pieces
     {"n": 2**18, "x": "float32"},
@@ -144,7 +146,7 @@ CASES = [
     {"n": 2**18, "x": "float16", "backward": True, "weight": "float64"},
     {"n": 4096, "x": "bfloat16", "backward": True, "op": "rms", "capability": (7, 5)},  # rounds to bfloat16 itself
 ]
-EVERYWHERE = [*CASES[8:10], *CASES[17:18], CASES[20]]  # each kernel, on each generation of GPUs
+EVERYWHERE = [*CASES[9:11], *CASES[18:19], CASES[21]]  # each kernel, on each generation of GPUs
 NEWEST = (10, 0)  # libNVVM has another, newer LLVM from here on
 
 
@@ -185,9 +187,10 @@ def test_stays_in_registers(case, tmp_path):
             if ptxas is None or nvdisasm is None:
                 pytest.skip("needs ptxas and nvdisasm: pip install rmsnorm_np[cuda13,inspect]")
             registers, spilled, stack, _, text = machine_code(ptx, capability, tmp_path)
-            assert (spilled, stack) == (0, 0)
+            assert spilled <= case.get("spills", 0)
+            assert (stack == 0) == (spilled == 0)
             assert registers <= p.registers
-            assert not re.search(r"\b(LDL|STL)\b", text)
+            assert spilled or not re.search(r"\b(LDL|STL)\b", text)
             loads, stores = (re.findall(rf"\b{kind}\.E[\w.]*", text) for kind in ("LDG", "STG"))
             rows = [load for load in loads if ".128" in load]
             if p.aligned:
