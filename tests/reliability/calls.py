@@ -393,23 +393,24 @@ def assert_close(call, given, got, want):
         rstd = 1 / np.sqrt((xw[..., :k] ** 2).mean(axis=-1, keepdims=True) + wide(eps))
         xhat = xw * rstd
         scale = wide(1) if w is None else wide(offset) + w.astype(wide)
+        # What is left of x - mean is no better known than the mean: to 64 bits of the row's size by the reference;
+        # by the engine to 106 bits of x, or 53 where x is not float64.
+        largest = np.abs(x.astype(wide)).max(axis=-1, keepdims=True)
+        known = np.ldexp(wide(4), -106 if name == "float64" else -53) / float(ml_dtypes.finfo(name).eps)
+        size = np.maximum(np.abs(xhat), centred * np.abs(xhat).max(axis=-1, keepdims=True) / 256)
+        size = np.maximum(size, centred * largest * rstd * known)
         if dy is None:
-            # What is left of x - mean is no better known than the mean: to 64 bits of the row's size by the reference;
-            # by the engine to 106 bits of x, or 53 where x is not float64.
-            known = np.ldexp(wide(4), -106 if name == "float64" else -53) / float(ml_dtypes.finfo(name).eps)
-            size = np.maximum(np.abs(xhat), centred * np.abs(xhat).max(axis=-1, keepdims=True) / 256)
-            size = np.maximum(size, centred * np.abs(x.astype(wide)).max(axis=-1, keepdims=True) * rstd * known)
+            g = np.broadcast_to(scale, x.shape)
             terms = [np.maximum(size * np.abs(scale), 0 if b is None else np.abs(b.astype(wide)))]
             bounds = [Y_ULP[name] + 0.5]
-            g = np.broadcast_to(scale, x.shape)
         else:
             g = np.broadcast_to(dy.astype(wide) * scale, x.shape)
             terms, bounds = [dx_terms(g, xhat, rstd, k, centred=centred)], [DX_ULP[name] + 0.5]
-            for parameter, products in ((w, dy.astype(wide) * xhat), (b, dy.astype(wide))):
+            for parameter, factor in ((w, size), (b, wide(1))):
                 shared = () if parameter is None else tuple(range(x.ndim - parameter.ndim))
-                terms.append(np.abs(products).sum(axis=shared))
+                terms.append((np.abs(dy.astype(wide)) * factor).sum(axis=shared))
         # LayerNorm where x is its mean: whether infinity, or 1 / sqrt(0), meets zero or an error of rounding is open
-        rounding = centred * np.finfo(np.float64).eps * np.abs(x.astype(wide)).max(axis=-1, keepdims=True)
+        rounding = centred * np.finfo(np.float64).eps * largest
         unsure = (np.abs(xw) <= rounding).any(axis=-1, keepdims=True) & ~np.isfinite(g).all(axis=-1, keepdims=True)
         anything = centred & (np.abs(xw) <= rounding).all(axis=-1, keepdims=True) & (eps <= rounding**2)
     for i, (a, reference) in enumerate(zip(got, want, strict=True)):
