@@ -396,7 +396,7 @@ def assert_close(call, given, got, want):
         # What is left of x - mean is no better known than the mean: to 64 bits of the row's size by the reference;
         # by the engine to 106 bits of x, or 53 where x is not float64.
         largest = np.abs(x.astype(wide)).max(axis=-1, keepdims=True)
-        known = np.ldexp(wide(4), -106 if name == "float64" else -53) / float(ml_dtypes.finfo(name).eps)
+        known = np.ldexp(wide(4 + n / 8), -106 if name == "float64" else -53) / float(ml_dtypes.finfo(name).eps)
         size = np.maximum(np.abs(xhat), centred * np.abs(xhat).max(axis=-1, keepdims=True) / 256)
         size = np.maximum(size, centred * largest * rstd * known)
         if dy is None:
