@@ -1,18 +1,20 @@
 """Is this gradient the gradient of that function? A numerical check, for this package's kernels and for yours.
 
 The function's outputs y are reduced to one number, phi = <dy, y>, with a random dy. For each input x and several
-random directions v, the derivative of phi along v is measured and compared with what the gradient claims:
+random directions v, the derivative of phi along v is measured and compared with what the gradient claims::
 
     d/dt <dy, function(x + t v)> at t = 0    against    <dx, v>    with dx = gradient(dy, x)
 
 It is measured in one of two ways, and either one tells how far its own figure may be off:
 
-    complex-step         the imaginary part of function(x + ih v), over h, with an h so small that its square is
-                         nothing beside 1. No difference is taken, so nothing cancels: exact but for rounding. It needs
-                         a function that takes complex arrays and is analytic: no abs, conj, maximum or cast to real.
-    finite-difference    central differences of 8th order at shrinking steps, `scipy.differentiate.derivative`,
-                         until the rounding of the outputs weighs more than the step. It asks nothing of the function
-                         but to be smooth near x.
+complex-step
+    The imaginary part of function(x + ih v), over h, with an h so small that its square is nothing beside 1. No
+    difference is taken, so nothing cancels: exact but for rounding. It needs a function that takes complex arrays and
+    is analytic: no abs, conj, maximum or cast to real.
+
+finite-difference
+    Central differences of 8th order at shrinking steps, `scipy.differentiate.derivative`, until the rounding of the
+    outputs weighs more than the step. It asks nothing of the function but to be smooth near x.
 
 A check must not blame a right gradient, nor pass a wrong one for want of precision. So there is a third verdict,
 "inconclusive", for a measurement too inexact to decide at the tolerance that was asked for.

@@ -1,12 +1,12 @@
 """RMSNorm and LayerNorm in plain NumPy: the text to read, and the oracle that the engines are tested against.
 
-The names are those of the derivation. Of a row x with n elements, k of them in the RMS:
+The names are those of the derivation. Of a row x with n elements, k of them in the RMS::
 
     RMSNorm     rstd = 1 / sqrt(mean(x[:k]²) + eps)       xhat = x · rstd
     LayerNorm   rstd = 1 / sqrt(mean((x - mean)²) + eps)  xhat = (x - mean) · rstd
     both        y = xhat · (weight_offset + weight) + bias
 
-and backward, with g = dy · (weight_offset + weight), the gradient of the loss by xhat:
+and backward, with g = dy · (weight_offset + weight), the gradient of the loss by xhat::
 
     RMSNorm     c = sum(g · xhat) / k                     dx_i = rstd · (g_i - [i < k] · xhat_i · c)
     LayerNorm   c = mean(g · xhat)                        dx = rstd · (g - mean(g) - xhat · c)
