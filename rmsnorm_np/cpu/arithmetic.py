@@ -16,6 +16,7 @@ from rmsnorm_np.cpu.lowering import LanesType
 from rmsnorm_np.cpu.pairs import (
     add_parts,
     add_positive_parts,
+    add_square_parts,
     collapse,
     divide_parts,
     fma,
@@ -112,6 +113,8 @@ def _add_exact_square(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         suffix = "f32" if kind == "single" else "f64"
         return intrinsic(builder, f"llvm.fmuladd.v{total.type.count}{suffix}", total.type, [lanes, lanes, total])
     value = parts(kind, lanes, builder)
+    if kind == "exact":
+        return add_square_parts(builder, parts("pair", total, builder), value[0])
     square = multiply_parts(builder, value, value)
     return add_positive_parts(builder, parts("pair", total, builder), parts("pair", square, builder))
 

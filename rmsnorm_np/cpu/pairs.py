@@ -79,6 +79,17 @@ def add_positive_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> 
     return pair(builder, total, low)
 
 
+def add_square_parts(builder: Any, total: tuple[Any, Any], factor: Any) -> Any:
+    """The pair plus the square of one float64: Knuth's two-sum with the square unrounded inside a multiply-add, which
+    takes 7 operations in place of 10. What is left of the square is rounded, some 2**-53 of the total times 2**-53.
+    """
+    high = fma(builder, factor, factor, total[0])
+    added = builder.fsub(high, total[0])
+    low = builder.fsub(total[0], builder.fsub(high, added))
+    low = builder.fadd(low, fma(builder, factor, factor, builder.fneg(added)))
+    return pair(builder, high, builder.fadd(total[1], low))
+
+
 def rounded_product(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
     """The product as one float64, rounded once: the low parts add to the error before the high parts are multiplied.
 
