@@ -41,8 +41,20 @@ def converter():
 
     def convert(source, target):
         s, t = simd.data(source), simd.data(target)
-        for i in range(0, source.size, simd.LANES):
+        for i in range(0, source.size, simd.width(s, simd.float32)):
             simd.store(t, i, simd.load(s, i, simd.float32))
+
+    return numba.njit(convert)
+
+
+def converter_beside_bfloat16():
+    """The same with vectors in the order that bfloat16 is loaded in."""
+
+    def convert(source, target):
+        s, t = simd.data(source), simd.data(target)
+        like = simd.zeros(t, simd.float32)
+        for i in range(0, source.size, simd.width(t, simd.float32)):
+            simd.store(t, i, simd.load(s, i, like))
 
     return numba.njit(convert)
 
@@ -80,6 +92,40 @@ def test_float32_is_rounded_to_half_with_ties_to_even(kind, stored, convert):
     convert(FLOATS, got)
     with np.errstate(all="ignore"):
         same_numbers(got.view(kind), FLOATS.astype(kind))
+
+
+@pytest.mark.parametrize("source", [FLOATS, ALL_BITS.view(np.float16), ALL_BITS.view(ml_dtypes.bfloat16)])
+def test_vectors_of_sixteen_are_rounded_to_bfloat16(source):
+    """No NaN becomes a number, whatever its bits; what comes from bfloat16 comes back."""
+    got = np.empty(len(source), np.int16)
+    stored = {np.float32: np.float32, np.float16: np.uint16}.get(source.dtype.type, np.int16)
+    converter_beside_bfloat16()(source.view(stored), got)
+    with np.errstate(all="ignore"):
+        same_numbers(got.view(ml_dtypes.bfloat16), source.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("stored", [np.uint16, np.int16, np.float32])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_part_of_a_vector(stored, wide):
+    """The first `count` elements, zeros behind them; nothing behind them is written."""
+
+    def copy(source, target, like, count):
+        s, t = simd.data(source), simd.data(target)
+        zeros = simd.zeros(simd.data(like), simd.float32)
+        simd.store(t, 0, simd.load(s, 0, zeros, count))
+        simd.store(t, 16, simd.load(s, 0, zeros, count), count)
+
+    copy = numba.njit(copy)
+    like = np.empty(1, np.int16 if wide else np.uint16)
+    source = np.arange(1, 17).astype(np.float32)
+    if stored != np.float32:
+        source = source.astype(np.float16 if stored == np.uint16 else ml_dtypes.bfloat16).view(stored)
+    width = 16 if wide else 8
+    for count in range(1, width + 1):
+        target = np.full(32, source[0])
+        copy(source, target, like, count)
+        assert np.array_equal(target[:width], np.where(np.arange(width) < count, source[:width], 0))
+        assert np.array_equal(target[16:], np.where(np.arange(16) < count, source, source[0]))
 
 
 @pytest.mark.skipif(not JIT_OFF, reason="compiles for minutes; the kernels it asks for are those of the other tests")

@@ -132,13 +132,14 @@ def _scale(x: Any, weight: Any, weight_offset: float, half_in_float32: bool) -> 
     """weight_offset + weight in the precision that rows of x are computed in, and an offset of zero.
 
     Done once here, it spares each row an addition, and the conversion of a 16-bit weight; that of a float32 is free, as
-    part of its load. Where it would crowd the row out of the first-level cache, weight is taken as it is; and for
-    float64, which keeps the rounding error of that sum.
+    part of its load, and that of a bfloat16 which meets others is one operation. Where it would crowd the row out of
+    the first-level cache, weight is taken as it is; and for float64, which keeps the rounding error of that sum.
     """
     dtype = np.float32 if x.itemsize == 2 and half_in_float32 and weight.dtype != np.float64 else np.float64
     if (
         x.itemsize == 8
         or (weight.itemsize == 4 and weight_offset == 0.0)
+        or (dtype is np.float32 and x.dtype == weight.dtype != _FLOAT16 and weight_offset == 0.0)
         or x.shape[1] * np.dtype(dtype).itemsize > SCALE_BYTES
     ):
         return weight, weight_offset

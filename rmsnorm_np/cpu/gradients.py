@@ -230,7 +230,7 @@ def write_row_gradient(
     mean, b = kept_mean(means, j, x, centred), kept_mean(bs, j, x, centred)
     rstd, c = kept(rstds, j, x), kept(cs, j, x)
     begin, end, border = start + first, start + last, start + k
-    head = min(begin + until_aligned(dx, begin), end) if streaming else begin
+    head = min(begin + until_aligned(dx, begin, LANES), end) if streaming else begin
     body = end - (end - head) % LANES
     # Not what is before the border, then what is behind: the cache line that is streamed in two parts took more than a
     # third of the time of rows of 576 elements, and of k % LANES != 0.
@@ -292,7 +292,7 @@ def clear(sums: Any, start: int, n: int) -> Any:
 def put_sums(target: Any, start: int, sums: Any, n: int, streaming: int) -> Any:
     """The sums, rounded to the target's dtype, from `start` on."""
     like = rounded(zeros(sums, float64))
-    if streaming and until_aligned(target, start) == 0 and n % LANES == 0:
+    if streaming and until_aligned(target, start, LANES) == 0 and n % LANES == 0:
         for i in range(0, n, LANES):
             stream(target, start + i, load(sums, i, like))
     else:

@@ -50,6 +50,7 @@ from rmsnorm_np.cpu.simd import (
     rounded,
     scratch,
     store,
+    width,
     zeros,
 )
 from rmsnorm_np.cpu.threads import PARALLEL_ELEMENTS, in_parallel
@@ -97,7 +98,7 @@ def _forward_block(
     for j in range(rows):  # a loop of its own: LLVM takes several roots and divisions at once
         keep(rstds, j, reciprocal_root(kept(totals, j, x), k, eps))
     h, bias_h = first % m, first % bias_m
-    short = n <= SHORT_ROW and n % LANES == 0  # then memory.streams has seen to it that rows begin on cache lines
+    short = n <= SHORT_ROW and n % width(x, work) == 0  # then memory.streams has seen to it that rows begin on lines
     for j in range(rows):
         start = (first + j) * n
         if is_ordinary(kept(totals, j, x), k, eps, wide):

@@ -18,21 +18,28 @@ from rmsnorm_np.cpu.llvm import (
     I16,
     I32,
     I64,
+    even_then_odd,
     from_bfloat16,
+    from_bfloat16_words,
     from_float16,
+    in_memory_order,
     intrinsic,
     masked_load,
     masked_store,
     splat,
     to_bfloat16,
+    to_bfloat16_words,
     to_float16,
+    with_short_nan,
 )
 from rmsnorm_np.cpu.pairs import collapse, pair, parts
 from rmsnorm_np.cpu.simd import BLOCK, LANES
 
 
 class LanesType(types.Type):  # type: ignore[misc]
-    """``count`` numbers of one kind; ``count`` is LANES, or 1 for a pair that is a scalar."""
+    """``count`` numbers of one kind: LANES; twice as many (even elements, then odd ones); or 1 for a pair that is a
+    scalar.
+    """
 
     def __init__(self, kind: str, count: int = LANES) -> None:
         self.kind = kind
@@ -52,11 +59,12 @@ def _loaded_type(source: Any, work: Any) -> LanesType:
     if isinstance(work, LanesType):
         if work.kind == "pair":
             return LanesType("exact")
-        return LanesType("double") if source.dtype == types.float64 else work
+        return LanesType("double", work.count) if source.dtype == types.float64 else work
     if source.dtype == types.float64:
         return LanesType("exact")
-    single = source.dtype != types.float32 and work.dtype == types.float32
-    return LanesType("single" if single else "double")
+    if work.dtype == types.float32 and source.dtype in (types.uint16, types.int16):
+        return LanesType("single", 2 * LANES if source.dtype == types.int16 else LANES)
+    return LanesType("double")
 
 
 @type_callable(simd.data)
@@ -90,6 +98,16 @@ def _hold(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
+@type_callable(simd.width)
+def _type_width(context: Any) -> Any:
+    return lambda source, work: types.intp
+
+
+@lower_builtin(simd.width, types.CPointer, types.Any)
+def _width(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return ir.Constant(I64, _loaded_type(*sig.args).count)
+
+
 @type_callable(simd.load)
 def _type_load(context: Any) -> Any:
     def typer(array: Any, start: Any, work: Any, count: Any = None) -> Any:
@@ -106,14 +124,14 @@ def _type_load(context: Any) -> Any:
 @lower_builtin(simd.load, types.CPointer, types.Integer, types.Any, types.Integer)
 def _load(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array = sig.args[0]
-    vector = ir.VectorType(_stored_type(array.dtype), LANES)
+    vector = ir.VectorType(_stored_type(array.dtype), sig.return_type.count)
     pointer = _pointer(builder, args, vector)
     align = array.dtype.bitwidth // 8
     if isinstance(sig.args[-1], types.Integer) and len(args) == 4:
         value = masked_load(builder, pointer, vector, align, args[3])
     else:
         value = builder.load(pointer, align=align)
-    return _convert_loaded(context, builder, array.dtype, value, sig.return_type.kind)
+    return _convert_loaded(context, builder, array.dtype, value, sig.return_type)
 
 
 @lower_builtin(simd.load, types.NoneType, types.VarArg(types.Any))
@@ -159,7 +177,7 @@ def _stream(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array, lanes = sig.args[0], sig.args[2]
     value = _convert_to_stored(context, builder, lanes, args[2], array.dtype)
     pointer = _pointer(builder, args, value.type)
-    instruction = builder.store(value, pointer, align=LANES * array.dtype.bitwidth // 8)
+    instruction = builder.store(value, pointer, align=lanes.count * array.dtype.bitwidth // 8)
     instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
     return context.get_dummy_value()
 
@@ -182,15 +200,16 @@ _prefetch(simd.prefetch_second, 2)
 
 @type_callable(simd.until_aligned)
 def _type_until_aligned(context: Any) -> Any:
-    return lambda array, start: types.intp
+    return lambda array, start, count: types.intp
 
 
-@lower_builtin(simd.until_aligned, types.CPointer, types.Integer)
+@lower_builtin(simd.until_aligned, types.CPointer, types.Integer, types.Integer)
 def _until_aligned(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array = sig.args[0]
     address = builder.ptrtoint(_pointer(builder, args, ir.IntType(8)), I64)
     itemsize = array.dtype.bitwidth // 8
-    bytes_left = builder.and_(builder.neg(address), ir.Constant(I64, LANES * itemsize - 1))
+    vector_bytes = builder.mul(args[2], ir.Constant(args[2].type, itemsize))
+    bytes_left = builder.and_(builder.neg(address), builder.sub(vector_bytes, ir.Constant(I64, 1)))
     return builder.udiv(bytes_left, ir.Constant(I64, itemsize))
 
 
@@ -302,12 +321,16 @@ def _pointer(builder: Any, args: Any, target: Any) -> Any:
     return builder.bitcast(builder.gep(data, [start]), target.as_pointer())
 
 
-def _convert_loaded(context: Any, builder: Any, dtype: Any, value: Any, kind: str) -> Any:
+def _convert_loaded(context: Any, builder: Any, dtype: Any, value: Any, lanes: LanesType) -> Any:
     if dtype == types.uint16:
         value = from_float16(context, builder, value)
-    elif dtype == types.int16:
+    elif dtype == types.int16 and lanes.count == LANES:
         value = from_bfloat16(builder, value)
-    element = FLOAT if kind == "single" else DOUBLE
+    elif dtype == types.int16:
+        value = from_bfloat16_words(builder, value)
+    if dtype != types.int16 and lanes.count > LANES:
+        value = with_short_nan(builder, even_then_odd(builder, value))
+    element = FLOAT if lanes.kind == "single" else DOUBLE
     if value.type.element == element:
         return value
     return builder.fpext(value, ir.VectorType(element, value.type.count))
@@ -316,12 +339,14 @@ def _convert_loaded(context: Any, builder: Any, dtype: Any, value: Any, kind: st
 def _convert_to_stored(context: Any, builder: Any, lanes: LanesType, value: Any, dtype: Any) -> Any:
     if lanes.kind == "pair":
         value = collapse(builder, value)
+    if lanes.count > LANES and dtype != types.int16:
+        value = in_memory_order(builder, value)
     if dtype == types.float64:
-        return value if value.type.element == DOUBLE else builder.fpext(value, ir.VectorType(DOUBLE, LANES))
+        return value if value.type.element == DOUBLE else builder.fpext(value, ir.VectorType(DOUBLE, lanes.count))
     if value.type.element == DOUBLE:
-        value = builder.fptrunc(value, ir.VectorType(FLOAT, LANES))
+        value = builder.fptrunc(value, ir.VectorType(FLOAT, lanes.count))
     if dtype == types.uint16:
         return to_float16(context, builder, value)
     if dtype == types.int16:
-        return to_bfloat16(builder, value)
+        return to_bfloat16(builder, value) if lanes.count == LANES else to_bfloat16_words(builder, value)
     return value

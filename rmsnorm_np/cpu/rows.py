@@ -12,7 +12,6 @@ from typing import Any
 from rmsnorm_np import _formulas
 from rmsnorm_np.cpu.jit import inlined, optional, unless_exact
 from rmsnorm_np.cpu.simd import (
-    LANES,
     SEGMENT,
     across,
     add_exact_square,
@@ -30,6 +29,7 @@ from rmsnorm_np.cpu.simd import (
     stream,
     times,
     until_aligned,
+    width,
     zeros,
 )
 
@@ -59,14 +59,14 @@ def add_square(total: Any, lanes: Any, mean: Any, count: Any) -> Any:
 
 def segment_sum_in_twos(x: Any, start: int, stop: int, work: Any) -> Any:
     a, b = zeros(x, work), zeros(x, work)
-    i = start
-    while i + 2 * LANES <= stop:
+    i, step = start, width(x, work)
+    while i + 2 * step <= stop:
         a = a + load(x, i, work)
-        b = b + load(x, i + LANES, work)
-        i += 2 * LANES
+        b = b + load(x, i + step, work)
+        i += 2 * step
     while i < stop:
-        a = a + load(x, i, work, min(LANES, stop - i))
-        i += LANES
+        a = a + load(x, i, work, min(step, stop - i))
+        i += step
     return across(a + b)
 
 
@@ -74,36 +74,36 @@ def segment_sum_in_twos(x: Any, start: int, stop: int, work: Any) -> Any:
 def segment_sum(x: Any, start: int, stop: int, work: Any) -> Any:
     """Sum of x."""
     a, b, c, d = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
-    i = start
-    while i + 4 * LANES <= stop:
+    i, step = start, width(x, work)
+    while i + 4 * step <= stop:
         a = a + load(x, i, work)
-        b = b + load(x, i + LANES, work)
-        c = c + load(x, i + 2 * LANES, work)
-        d = d + load(x, i + 3 * LANES, work)
-        i += 4 * LANES
-    if i + 2 * LANES <= stop:
+        b = b + load(x, i + step, work)
+        c = c + load(x, i + 2 * step, work)
+        d = d + load(x, i + 3 * step, work)
+        i += 4 * step
+    if i + 2 * step <= stop:
         a = a + load(x, i, work)
-        b = b + load(x, i + LANES, work)
-        i += 2 * LANES
+        b = b + load(x, i + step, work)
+        i += 2 * step
     while i < stop:
-        c = c + load(x, i, work, min(LANES, stop - i))
-        i += LANES
+        c = c + load(x, i, work, min(step, stop - i))
+        i += step
     return across((a + b) + (c + d))
 
 
 def segment_squares_in_twos(x: Any, start: int, stop: int, mean: Any, work: Any, ahead: int) -> Any:
     a, b = zeros(x, work), zeros(x, work)
-    i = start
-    while i + 2 * LANES <= stop:
+    i, step = start, width(x, work)
+    while i + 2 * step <= stop:
         a = add_square(a, load(x, i, work), mean, None)
-        b = add_square(b, load(x, i + LANES, work), mean, None)
+        b = add_square(b, load(x, i + step, work), mean, None)
         prefetch(x, i + ahead)
-        prefetch(x, i + LANES + ahead)
-        i += 2 * LANES
+        prefetch(x, i + step + ahead)
+        i += 2 * step
     while i < stop:
-        count = min(LANES, stop - i)
+        count = min(step, stop - i)
         a = add_square(a, load(x, i, work, count), mean, count)
-        i += LANES
+        i += step
     return across(a + b)
 
 
@@ -111,21 +111,21 @@ def segment_squares_in_twos(x: Any, start: int, stop: int, mean: Any, work: Any,
 def segment_squares(x: Any, start: int, stop: int, mean: Any, work: Any, ahead: int) -> Any:
     """Sum of (x - mean)²."""
     a, b, c, d = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
-    i = start
-    while i + 4 * LANES <= stop:
+    i, step = start, width(x, work)
+    while i + 4 * step <= stop:
         a = add_square(a, load(x, i, work), mean, None)
-        b = add_square(b, load(x, i + LANES, work), mean, None)
-        c = add_square(c, load(x, i + 2 * LANES, work), mean, None)
-        d = add_square(d, load(x, i + 3 * LANES, work), mean, None)
-        i += 4 * LANES
-    if i + 2 * LANES <= stop:
+        b = add_square(b, load(x, i + step, work), mean, None)
+        c = add_square(c, load(x, i + 2 * step, work), mean, None)
+        d = add_square(d, load(x, i + 3 * step, work), mean, None)
+        i += 4 * step
+    if i + 2 * step <= stop:
         a = add_square(a, load(x, i, work), mean, None)
-        b = add_square(b, load(x, i + LANES, work), mean, None)
-        i += 2 * LANES
+        b = add_square(b, load(x, i + step, work), mean, None)
+        i += 2 * step
     while i < stop:
-        count = min(LANES, stop - i)
+        count = min(step, stop - i)
         c = add_square(c, load(x, i, work, count), mean, count)
-        i += LANES
+        i += step
     return across((a + b) + (c + d))
 
 
@@ -190,9 +190,10 @@ def write_output(
     mean: Any, rstd: Any, streaming: int, ahead: int, work: Any,
 ) -> None:  # fmt: skip
     """Y from start to stop, and a prefetch of what lies `ahead` of x (0: none)."""
-    head = min(start + until_aligned(y, start), stop) if streaming else start
-    body = stop - (stop - head) % LANES
-    for i in range(head, body, LANES):
+    step = width(x, work)
+    head = min(start + until_aligned(y, start, step), stop) if streaming else start
+    body = stop - (stop - head) % step
+    for i in range(head, body, step):
         lanes = output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, None)
         if streaming:
             stream(y, i, lanes)
@@ -210,8 +211,8 @@ def write_short_output(
     x: Any, weight: Any, bias: Any, y: Any, start: int, n: int, shift: int, bias_shift: int, offset: Any, mean: Any,
     rstd: Any, streaming: int, ahead: int, work: Any,
 ) -> None:  # fmt: skip
-    """`write_output` of a whole row that has neither head nor tail: n is a multiple of LANES, each vector aligned."""
-    for i in range(start, start + n, LANES):
+    """`write_output` of a whole row that has neither head nor tail: n fills vectors, each of them aligned."""
+    for i in range(start, start + n, width(x, work)):
         lanes = output_lanes(x, weight, bias, i, shift, bias_shift, offset, mean, rstd, work, None)
         if streaming:
             stream(y, i, lanes)

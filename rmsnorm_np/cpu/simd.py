@@ -15,6 +15,11 @@ exact     float64                          float64 whose products and sums keep 
 pair      (results of ``exact``)           the unevaluated sum of two float64, about 106 bits
 ========  ===============================  ==========================================================
 
+Half as many bfloat16 fill a vector as 32-bit words do, so 16 of them are read at once: a word shifted to the left is
+the element in its lower half, a word with its lower half cleared the other, and no element has to change its place.
+So `single` lanes of bfloat16 hold the elements with even numbers and then those with odd ones, whatever is to meet
+them is loaded in the same order, and `store` undoes it: forward takes 11 operations for eight elements in place of 17.
+
 LANES is the same on every machine, LLVM cuts the vectors to what the processor has, and nothing is reordered. Forward,
 multiply-add is used only where the product is exact anyway, so the bits are the same with SSE2, AVX-512 or NEON.
 Backward uses it where it saves an instruction (`add_product`, and the formulas that are `contracted`): there a
@@ -60,8 +65,15 @@ def keeps_errors(source: Any) -> bool:
     return bool(source.dtype == np.float64)
 
 
+def width(source: Any, work: Any) -> int:
+    """How many elements ``load(source, ..., work)`` takes: LANES, and twice as many of bfloat16 for float32."""
+    if isinstance(work, np.ndarray):
+        return len(work)
+    return 2 * LANES if source.dtype == np.int16 and work is float32 else LANES
+
+
 def load(source: Any, start: int, work: Any, count: int | None = None) -> Lanes:
-    """Elements ``start`` to ``start + count`` (LANES by default), and zeros in the lanes behind.
+    """Elements ``start`` to ``start + count`` (all by default), and zeros in the lanes behind.
 
     ``work`` is the precision for half types, `float32` or `float64`; or it is lanes, whose kind is matched. From None
     comes None.
@@ -69,24 +81,26 @@ def load(source: Any, start: int, work: Any, count: int | None = None) -> Lanes:
     if source is None:
         return None
     lanes = zeros(source, work)
-    count = LANES if count is None else count
+    count = len(lanes) if count is None else count
     stored = source[start : start + count]
     if source.dtype == np.uint16:
         stored = stored.view(np.float16)
     elif source.dtype == np.int16:
         stored = (stored.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     lanes[:count] = stored
-    return lanes
+    return lanes if len(lanes) == LANES else np.concatenate((lanes[0::2], lanes[1::2]))
 
 
 def zeros(source: Any, work: Any) -> Lanes:
     """Zeros of the kind that sums of ``load(source, ...)`` have."""
-    return np.zeros(LANES, _working_dtype(source.dtype, work))
+    return np.zeros(width(source, work), _working_dtype(source.dtype, work))
 
 
 def store(target: Any, start: int, lanes: Lanes, count: int | None = None) -> None:
     """Round each of the first ``count`` lanes once to the target's dtype and write them from ``start`` on."""
-    count = LANES if count is None else count
+    count = len(lanes) if count is None else count
+    if len(lanes) > LANES:
+        lanes = lanes.reshape(2, -1).T.ravel()
     if target.dtype == np.uint16:
         stored = lanes.astype(np.float32).astype(np.float16).view(np.uint16)
     elif target.dtype == np.int16:
@@ -112,9 +126,9 @@ def prefetch_second(source: Any, start: int) -> None:
     """`prefetch` into the second-level cache, for more than the first holds."""
 
 
-def until_aligned(target: Any, start: int) -> int:
-    """How many elements lie between ``start`` and the next address that `stream` accepts: fewer than LANES."""
-    return int(-(target.ctypes.data + start * target.itemsize) % (LANES * target.itemsize)) // int(target.itemsize)
+def until_aligned(target: Any, start: int, count: int) -> int:
+    """How many elements lie between ``start`` and the next address to which `stream` can write ``count`` elements."""
+    return int(-(target.ctypes.data + start * target.itemsize) % (count * target.itemsize)) // int(target.itemsize)
 
 
 def add_atomically(numbers: Any, i: int, number: int) -> int:
