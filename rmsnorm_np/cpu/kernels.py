@@ -56,7 +56,7 @@ from rmsnorm_np.cpu.simd import (
 from rmsnorm_np.cpu.threads import PARALLEL_ELEMENTS, in_parallel
 
 # Elements in a block of rows, which is read twice: in float32 x alone, or x and dy, fit a first-level cache of 32 KiB.
-# (Backward with 16384: 5 % slower.)
+# (Backward with 16384: 5 % slower.) Forward, twice as many halves do, and that is 3 to 8 % faster.
 BLOCK_ELEMENTS = 4096
 SHORT_ROW = 64  # up to here what is done once a row counts: with 16 elements 1.35 times as fast, with 64 the same
 # Each thread has its part of the work in a queue. When that is empty it takes from the others' queues: a core that is
@@ -78,9 +78,9 @@ def take(queues: Any, part: int, first: int, count: int) -> int:
     return first + add_atomically(queues, part * APART, count)
 
 
-@piece
-def block_rows(n: int) -> int:
-    return min(BLOCK, max(1, BLOCK_ELEMENTS // n))
+@inlined
+def block_rows(n: int, elements: int) -> int:
+    return min(BLOCK, max(1, elements // n))
 
 
 # --------------------------------------------------------------------------------------------------------- forward
@@ -121,9 +121,8 @@ def _forward_block(
 @piece
 def _forward_task(
     task: int, tasks: int, queues: Any, x: Any, weight: Any, bias: Any, y: Any, rows: int, n: int, k: int, m: int,
-    bias_m: int, offset: Any, eps: float, streaming: int, centred: Any, wide: Any,
+    bias_m: int, offset: Any, eps: float, streaming: int, centred: Any, wide: Any, block: int,
 ) -> None:  # fmt: skip
-    block = block_rows(n)
     blocks = (rows + block - 1) // block
     share = max(1, min(16, blocks // (8 * tasks)))
     for turn in range(tasks):
@@ -148,7 +147,7 @@ def _forward(
     in_parallel(
         _forward_task, threads, threads,
         (threads, queues, data(x), data(weight), data(bias), data(y), rows, n, k, m, bias_m, offset, eps, streaming,
-         centred, wide),
+         centred, wide, block_rows(n, BLOCK_ELEMENTS * (2 if x.itemsize == 2 else 1))),
     )  # fmt: skip
 
 
@@ -204,7 +203,7 @@ def _backward_task(
 ) -> None:  # fmt: skip
     """Rows t % m, t % m + m, … of one of `chunks` parts of them, added up in row t of the partial sums; for some t."""
     groups = rows // m
-    block = block_rows(n)
+    block = block_rows(n, BLOCK_ELEMENTS)
     for turn in range(tasks):
         part = (task + turn) % tasks
         t = take(queues, part, part_start(part, chunks * m, tasks), 1)
