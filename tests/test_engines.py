@@ -19,9 +19,10 @@ L = np.longdouble
 
 pytestmark = pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by")
 
-# The CPU engine works in vectors of 8 numbers and adds up to four side by side, cuts sums into segments of 2048, takes
-# blocks of 4096 // n rows but at most 64, has a path of its own for whole vectors up to 64 elements, splits the rows
-# for dweight into parts of 16 or more, and goes parallel from 32768 elements on.
+# The CPU engine works in vectors of 8 numbers, 16 of bfloat16, and adds up to four side by side, cuts sums into
+# segments of 2048, takes blocks of 4096 // n rows (halves forward: 8192 // n) but at most 64, has a path of its own for
+# whole vectors up to 64 elements, splits the rows for dweight into parts of 16 or more, and goes parallel from 32768
+# elements on.
 N = [
     1,  # no lane but one; LayerNorm's variance is zero
     2, 3,  # fewer than a vector of any processor
@@ -122,6 +123,25 @@ EXTREMES = [
     (np.float64, 1e300, 1.0, 0.0), (np.float64, 1e307, 1e300, 0.0), (np.float64, 1e-300, 1e-280, 0.0),
     (np.float64, 1e-310, 1e-290, 0.0), (np.float64, 1e-200, 1e-170, 1e-300), (np.float64, 1.0, 1e-300, 1e-6),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_plus_offset_is_not_rounded(op, backend, rng):
+    """Rounded to float64, the sum would add half an ULP of its own to float64 results: 1.3 in all."""
+    x, weight, bias, _ = arrays(rng, (300 if JIT_OFF else 5000, 6), np.float64)
+    k = 2 if op == "partial" else 6
+    xw = x.astype(L) - (x.astype(L).mean(axis=1, keepdims=True) if op == "layer" else 0)
+    xhat = xw / np.sqrt((xw[:, :k] ** 2).mean(axis=1, keepdims=True) + L(0.01))
+    term = xhat * (weight.astype(L) + 1)
+    for b in (None, bias):
+        options = {"eps": 0.01, "weight_offset": 1.0, "backend": backend}
+        y = rn.layer_norm(x, weight, b, **options) if op == "layer" else rn.rms_norm(x, weight, b, p=k / 6, **options)
+        shift = L(0) if b is None else b.astype(L)
+        magnitude = np.maximum(np.abs(term), np.abs(shift))
+        if op == "layer":  # x - mean is rounded where x is near its mean
+            magnitude = np.maximum(magnitude, np.abs(weight.astype(L) + 1))
+        assert worst_ulp(y, term + shift, magnitude) <= Y_ULP[y.dtype.name]
 
 
 @pytest.mark.parametrize("n", [7, 100] if JIT_OFF else [7, 100, 5000, 70001])

@@ -57,7 +57,7 @@ class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
 
 def _loaded_type(source: Any, work: Any) -> LanesType:
     if isinstance(work, LanesType):
-        if work.kind == "pair":
+        if work.kind in ("exact", "pair"):
             return LanesType("exact")
         return LanesType("double", work.count) if source.dtype == types.float64 else work
     if source.dtype == types.float64:
