@@ -141,6 +141,8 @@ CASES = [
     {"n": 4096, "x": "float32", "op": "rms", "partial": True},
     {"n": 4095, "x": "float32", "backward": True, "aligned": False},
     {"n": 2**15 - 1, "x": "bfloat16", "aligned": False},
+    # ptxas keeps to 64 and 128 registers, with which twice the blocks fit that the 88 and 173 without a spill would let
+    {"n": 2**18 - 1, "x": "float32", "backward": True, "aligned": False, "spills": 32},
     {"n": 4096, "x": "bfloat16", "backward": True, "weight": "float32"},
     {"n": 2**18, "x": "bfloat16", "backward": True, "weight": "float32"},
     {"n": 2**18, "x": "float16", "backward": True, "weight": "float64"},
