@@ -121,6 +121,7 @@ EXTREMES = [
     (ml_dtypes.bfloat16, 1e-39, 1e-35, 0.0),
     (np.float32, 1e38, 1.0, 0.0), (np.float32, 1e-40, 1e-36, 0.0), (np.float32, 1e-40, 1.0, 1e-6),
     (np.float64, 1e300, 1.0, 0.0), (np.float64, 1e307, 1e300, 0.0), (np.float64, 1e-300, 1e-280, 0.0),
+    (np.float64, 2.0**372, 2.0**542, 0.0),  # rstd³ times a sum would vanish though x and its squares are in range
     (np.float64, 1e-310, 1e-290, 0.0), (np.float64, 1e-200, 1e-170, 1e-300), (np.float64, 1.0, 1e-300, 1e-6),
 ]  # fmt: skip
 

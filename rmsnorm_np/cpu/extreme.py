@@ -58,12 +58,14 @@ def is_ordinary_gradient(sums: Any, products: Any, wide: Any) -> Any:
 
 
 @piece
-def power_of_two(row: Any, count: int, least: float) -> float:
-    """2**-e that brings the largest of `count` elements and of `least` near 1; 1 where that need not or cannot be."""
+def power_of_two(row: Any, count: int, least: float, most: float) -> float:
+    """2**-e that brings the largest of `count` elements and of `least` near 1; 1 where that cannot be, or need not,
+    for it is between 1 / most and most.
+    """
     largest = least
     for i in range(count):
         largest = max(largest, abs(row[i]))
-    if not 0.0 < largest < math.inf or 2.0**-400 < largest < 2.0**400:
+    if not 0.0 < largest < math.inf or 1.0 / most < largest < most:
         return 1.0
     exponent = math.frexp(largest)[1]
     return math.ldexp(1.0, min(-exponent, 1023))
@@ -86,7 +88,7 @@ def forward_extreme_row(
     room = np.empty((2, n), wide.dtype)
     row, result = data(room[0]), data(room[1])
     copy_row(x, start, row, zero, n)
-    scale = power_of_two(row, k, math.sqrt(eps))  # what is outside the RMS may be of any size
+    scale = power_of_two(row, k, math.sqrt(eps), 2.0**400)  # what is outside the RMS may be of any size
     if scale != 1.0:
         for i in range(n):
             row[i] *= scale
@@ -112,8 +114,8 @@ def write_extreme_gradient(
     row, gradient, result, unused = data(room[0]), data(room[1]), data(room[2]), data(room[3])
     copy_row(x, start, row, zero, n)
     copy_row(dy, start, gradient, zero, n)
-    scale = power_of_two(row, k, math.sqrt(eps))  # what is outside the RMS may be of any size
-    dy_scale = power_of_two(gradient, n, 0.0)
+    scale = power_of_two(row, k, math.sqrt(eps), 2.0**100)  # what is outside the RMS may be of any size; rstd³ times
+    dy_scale = power_of_two(gradient, n, 0.0, 2.0**100)  # the sum of g · x has to stay in range
     for i in range(n):
         row[i] *= scale
         gradient[i] *= dy_scale
