@@ -225,28 +225,27 @@ ways = (
 )
 for way in ways:
     for _ in range(30):  # until the signal comes while the call runs: the machine may do much else
-        called, sent, ended = threading.Event(), [], None
+        called, went_on = threading.Event(), False
 
         def interrupt():
             called.wait()
             time.sleep(0.005)
             os.kill(os.getpid(), signal.SIGINT)
-            sent.append(time.monotonic())
 
         timer = threading.Thread(target=interrupt)
         timer.start()
         try:
             called.set()
             way()
-            ended = time.monotonic()
+            went_on = True
             timer.join()
-            time.sleep(60)  # the signal came too late: it ends this
+            time.sleep(10)  # the signal came too late: it ends this
+            raise SystemExit("the interrupt was lost")
         except KeyboardInterrupt:
             pass
         timer.join()
-        if ended is None:
+        if not went_on:
             break
-        assert ended < sent[0], "the call went on as if nothing had happened"
     else:
         raise SystemExit("the signal never came in time")
     assert (x[::512] == before).all(), "an input was changed"
