@@ -15,7 +15,6 @@ from rmsnorm_np.cpu.llvm import DOUBLE, FLOAT, I32, intrinsic, mask, splat
 from rmsnorm_np.cpu.lowering import LanesType
 from rmsnorm_np.cpu.pairs import (
     add_parts,
-    add_positive_parts,
     add_square_parts,
     collapse,
     divide_parts,
@@ -99,7 +98,7 @@ _arithmetic(operator.mul, simd.times, "fmul", multiply_parts)
 @type_callable(simd.add_exact_square)
 def _type_add_exact_square(context: Any) -> Any:
     def typer(total: Any, lanes: Any) -> Any:
-        if isinstance(total, LanesType) and isinstance(lanes, LanesType):
+        if isinstance(total, LanesType) and isinstance(lanes, LanesType) and lanes.kind != "pair":
             return total
 
     return typer
@@ -112,11 +111,7 @@ def _add_exact_square(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     if kind in ("single", "double"):
         suffix = "f32" if kind == "single" else "f64"
         return intrinsic(builder, f"llvm.fmuladd.v{total.type.count}{suffix}", total.type, [lanes, lanes, total])
-    value = parts(kind, lanes, builder)
-    if kind == "exact":
-        return add_square_parts(builder, parts("pair", total, builder), value[0])
-    square = multiply_parts(builder, value, value)
-    return add_positive_parts(builder, parts("pair", total, builder), parts("pair", square, builder))
+    return add_square_parts(builder, parts("pair", total, builder), lanes)
 
 
 @type_callable(simd.rounded_product)

@@ -67,18 +67,6 @@ def multiply_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
     return pair(builder, product, low)
 
 
-def add_positive_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
-    """`add_parts` of numbers that are not negative: the larger is known, and its error takes one operation less."""
-    total = builder.fadd(a[0], b[0])
-    a_is_larger = builder.fcmp_ordered(">", a[0], b[0])
-    larger, smaller = builder.select(a_is_larger, a[0], b[0]), builder.select(a_is_larger, b[0], a[0])
-    low = builder.fsub(smaller, builder.fsub(total, larger))
-    for part in (a[1], b[1]):
-        if part is not None:
-            low = builder.fadd(low, part)
-    return pair(builder, total, low)
-
-
 def add_square_parts(builder: Any, total: tuple[Any, Any], factor: Any) -> Any:
     """The pair plus the square of one float64: Knuth's two-sum with the square unrounded inside a multiply-add, which
     takes 7 operations in place of 10. What is left of the square is rounded, some 2**-53 of the total times 2**-53.

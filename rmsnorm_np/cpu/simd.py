@@ -15,7 +15,7 @@ exact     float64                          float64 whose products and sums keep 
 pair      (results of ``exact``)           the unevaluated sum of two float64, about 106 bits
 ========  ===============================  ==========================================================
 
-Half as many bfloat16 fill a vector as 32-bit words do, so 16 of them are read at once: a word shifted to the left is
+Twice as many bfloat16 fill a vector as 32-bit words do, so 16 of them are read at once: a word shifted to the left is
 the element in its lower half, a word with its lower half cleared the other, and no element has to change its place.
 So `single` lanes of bfloat16 hold the elements with even numbers and then those with odd ones, whatever is to meet
 them is loaded in the same order, and `store` undoes it: forward takes 11 operations for eight elements in place of 17.
