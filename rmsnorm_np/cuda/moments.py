@@ -16,7 +16,7 @@ import numpy as np
 from numba import cuda
 
 from rmsnorm_np import _formulas
-from rmsnorm_np.cuda.intrinsics import bits_of_float64, float64_of_bits
+from rmsnorm_np.cuda.intrinsics import bits_of_float64, float64_of_bits, product
 from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.pairs import (
     add_product_to_pair,
@@ -285,7 +285,7 @@ def finisher(plan: Plan) -> Any:
     def finish(moments: Any, k: Any, inverse: Any, eps: Any, numbers: Any) -> None:
         x_scale, dy_scale = moments[X_SCALE], moments[DY_SCALE]
         eps = eps * x_scale * x_scale  # not x_scale * x_scale, which can overflow
-        mean_square = moments[SQUARES] * inverse
+        mean_square = product(moments[SQUARES], inverse)
         rstd = reciprocal_root(mean_square, 1.0, eps)
         numbers[RSTD] = work(rstd)
         if work is np.float32:

@@ -86,7 +86,7 @@ def pair_storer(work: Any) -> Any:
 
         @inlined
         def store(pair: Any, j: int, head: Any, tail: Any, count: Any, inverse: Any) -> None:
-            quotient = head * inverse
+            quotient = product(head, inverse)
             pair[j] = quotient
             pair[j + 1] = tail_or_zero((cuda.fma(-quotient, np.float64(count), head) + tail) * inverse)
 
