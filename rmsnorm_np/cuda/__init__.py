@@ -2,200 +2,183 @@
 
 Read on in `launch` (how work is cut), `kernels` and `long_rows` (who takes which row), `moments` (what is summed over a
 row), `elements` (what becomes of it), `parameters` (dweight and dbias). Below: `rows` (a row in registers), `reduce`
-(sums over threads), `pairs` (numbers with twice the digits), `vector` (what a thread moves), `intrinsics`.
+(sums over threads), `pairs` (numbers with twice the digits), `vector` (what a thread moves), `intrinsics`, `kernel`
+(what is launched), `arrays` and `copies` (what a caller has).
 """
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numba_cuda  # without it Numba has an older numba.cuda of its own, which will not do
 import numpy as np
 from numba import cuda
-from numba.core.errors import NumbaPerformanceWarning
 
 from rmsnorm_np.cuda import arrays, kernels, launch, long_rows, parameters, vector
 from rmsnorm_np.cuda import arrays as arguments
 from rmsnorm_np.cuda.arrays import use_stream
-from rmsnorm_np.cuda.moments import MOMENTS
+from rmsnorm_np.cuda.moments import MOMENTS, NUMBERS
+
+if TYPE_CHECKING:
+    from rmsnorm_np.cuda.arrays import Seen
+    from rmsnorm_np.cuda.kernel import Capability
 
 __all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_backward", "rms_forward", "use_stream"]
 
-_NUMBA_WARNS_BELOW = 128  # blocks
 
-
-def rms_forward(x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any) -> Any:
+def rms_forward(
+    x: Seen, weight: Seen | None, bias: Seen | None, k: int, eps: float, weight_offset: float, out: Seen
+) -> None:
     """y = x · rstd · (weight_offset + weight) + bias for each row of x, see :func:`rmsnorm_np.rms_norm`."""
     return _forward(x, weight, bias, k, eps, weight_offset, out, False)
 
 
-def layer_forward(x: Any, weight: Any, bias: Any, eps: float, weight_offset: float, out: Any) -> Any:
+def layer_forward(x: Seen, weight: Seen | None, bias: Seen | None, eps: float, weight_offset: float, out: Seen) -> None:
     """y = (x - mean) · rstd · (weight_offset + weight) + bias for each row, see :func:`rmsnorm_np.layer_norm`."""
     return _forward(x, weight, bias, x.shape[1], eps, weight_offset, out, True)
 
 
-def rms_backward(dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any) -> Any:
+def rms_backward(
+    dy: Seen, x: Seen, weight: Seen | None, bias: Seen | None, k: int, eps: float, weight_offset: float, out: Seen
+) -> Any:
     """dx, dweight and dbias of `rms_forward`, see :func:`rmsnorm_np.rms_norm_backward`."""
     return _backward(dy, x, weight, bias, k, eps, weight_offset, out, False)
 
 
-def layer_backward(dy: Any, x: Any, weight: Any, bias: Any, eps: float, weight_offset: float, out: Any) -> Any:
+def layer_backward(
+    dy: Seen, x: Seen, weight: Seen | None, bias: Seen | None, eps: float, weight_offset: float, out: Seen
+) -> Any:
     """dx, dweight and dbias of `layer_forward`, see :func:`rmsnorm_np.layer_norm_backward`."""
     return _backward(dy, x, weight, bias, x.shape[1], eps, weight_offset, out, True)
 
 
-def _plan(x: Any, dy: Any, weight: Any, bias: Any, k: int, weight_offset: float, y: Any, centred: bool) -> launch.Plan:
+def _plan(
+    x: Seen,
+    dy: Seen | None,
+    weight: Seen | None,
+    bias: Seen | None,
+    k: int,
+    weight_offset: float,
+    out: Seen,
+    centred: bool,
+) -> launch.Plan:
     n = x.shape[1]
-    lanes = vector.BYTES // x.dtype.itemsize
-    names = (None if a is None else a.dtype.name for a in (dy, weight, bias))
+    given = [a for a in (x, dy, weight, bias) if a is not None]
+    aligned = arrays.are_aligned(n, vector.BYTES // x.dtype.itemsize, tuple(a.address for a in (*given, out)))
+    dtypes = [None if a is None else a.dtype for a in (x, dy, weight, bias)]
+    return _plan_for(n, *dtypes, centred, k < n, weight_offset != 0.0, aligned, arrays.capability_here())
+
+
+@lru_cache(maxsize=1024)
+def _plan_for(
+    n: int, x: Any, dy: Any, weight: Any, bias: Any, centred: bool, partial: bool, offset: bool, aligned: bool,
+    capability: Capability,
+) -> launch.Plan:  # fmt: skip
+    names = (None if dtype is None else dtype.name for dtype in (dy, weight, bias))
     return launch.plan_for(
-        n, x.dtype.name, *names, centred=centred, partial=k < n, offset=weight_offset != 0.0,
-        aligned=arrays.are_aligned(n, lanes, (x, dy, weight, bias, y)), native_bfloat16=_rounds_to_bfloat16(),
-    )  # fmt: skip
+        n, x.name, *names, centred=centred, partial=partial, offset=offset, aligned=aligned, capability=capability
+    )
 
 
-def _forward(x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: bool) -> Any:
+def _forward(
+    x: Seen, weight: Seen | None, bias: Seen | None, k: int, eps: float, weight_offset: float, out: Seen, centred: bool
+) -> None:
     rows, n = x.shape
-    stream = arrays.stream_for((x, weight, bias, out))
-    y = arrays.empty((rows, n), x.dtype, stream) if out is None else out
     if rows == 0:
-        return y
-    plan = _plan(x, None, weight, bias, k, weight_offset, y, centred)
-    source, target = arrays.flat(x), arrays.flat(y)
-    w, b = (source if a is None else arrays.flat(a) for a in (weight, bias))
+        return
+    stream = arrays.stream_for((x, weight, bias, out))
+    plan = _plan(x, None, weight, bias, k, weight_offset, out, centred)
+    source, target = x.address, out.address
+    w, b = (source if a is None else a.address for a in (weight, bias))  # what is not there is not looked at
     weight_rows, bias_rows = (1 if a is None else a.shape[0] for a in (weight, bias))
     if not plan.split:
-        blocks = -(-rows // plan.teams)
-        _launch(
-            kernels.forward(plan), blocks, plan.block, stream,
+        kernels.forward(plan)(
+            -(-rows // plan.teams), stream,
             source, w, b, rows, n, k, 1.0 / k, weight_rows, bias_rows, weight_offset, eps, target,
         )  # fmt: skip
-        return y
-    pieces, inverse_last = _pieces(plan, n)
-    together = min(rows, max(1, launch.L2_BYTES // (n * x.dtype.itemsize)))
-    kept = arrays.empty((together * pieces * MOMENTS,), np.dtype(np.float64), stream)
-    for first in range(0, rows, together):
-        blocks = min(together, rows - first) * pieces
-        _launch(
-            long_rows.piece_moments(plan), blocks, plan.block, stream,
-            source, source, source, first, n, k, inverse_last, 1, 0.0, eps, kept,
-        )  # fmt: skip
-        _launch(
-            long_rows.piece_forward(plan), blocks, plan.block, stream,
-            source, w, b, kept, first, n, k, 1.0 / k, inverse_last, weight_rows, bias_rows, weight_offset, eps, target,
-        )  # fmt: skip
-    return y
-
-
-def _pieces(plan: launch.Plan, n: int) -> tuple[int, float]:
-    """How many pieces a row has, and 1 / the elements of the last: a division in a kernel costs it registers."""
+        return
     pieces = -(-n // plan.length)
-    return pieces, 1.0 / (n - (pieces - 1) * plan.length)
+    numbers = _numbers(plan, None, x, None, k, eps, weight_offset, pieces, [], stream)[0]
+    long_rows.piece_forward(plan)(
+        rows * pieces, stream, source, w, b, numbers, rows, n, weight_rows, bias_rows, weight_offset, target
+    )
+
+
+def _numbers(
+    plan: launch.Plan, dy: Seen | None, x: Seen, weight: Seen | None, k: int, eps: float, weight_offset: float,
+    pieces: int, more: list[int], stream: int,
+) -> list[int]:  # fmt: skip
+    """Where the numbers of each long row are, from the moments of its pieces; and `more` bytes, for the same call."""
+    rows, n = x.shape
+    itemsize = np.dtype(plan.work).itemsize
+    numbers, kept, *rest = arrays.scratch((rows * NUMBERS * itemsize, rows * pieces * MOMENTS * 8, *more), stream)
+    inverse_last = 1.0 / (n - (pieces - 1) * plan.length)  # a division in a kernel costs it registers
+    gradient, w = (x.address if a is None else a.address for a in (dy, weight))
+    long_rows.piece_moments(plan)(
+        rows * pieces, stream, gradient, x.address, w, n, k, inverse_last, 1 if weight is None else weight.shape[0],
+        weight_offset, eps, kept,
+    )  # fmt: skip
+    long_rows.row_numbers(plan)(rows, stream, kept, n, k, 1.0 / k, inverse_last, eps, numbers)
+    return [numbers, *rest]
 
 
 def _backward(
-    dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: bool
-) -> Any:
+    dy: Seen, x: Seen, weight: Seen | None, bias: Seen | None, k: int, eps: float, weight_offset: float, out: Seen,
+    centred: bool,
+) -> Any:  # fmt: skip
     rows, n = x.shape
     stream = arrays.stream_for((x, dy, weight, bias, out))
-    dx = arrays.empty((rows, n), x.dtype, stream) if out is None else out
-    plan = _plan(x, dy, weight, bias, k, weight_offset, dx, centred)
+    plan = _plan(x, dy, weight, bias, k, weight_offset, out, centred)
     weight_rows, bias_rows = (1 if a is None else a.shape[0] for a in (weight, bias))
     m = max(weight_rows, bias_rows)
-    tasks = 0
-    partials: dict[str, Any] = {}
+    given = [a is not None for a in (weight, bias)]
+    pieces = -(-n // plan.length) if plan.split else 1
+    chunks = _chunks(plan, rows // m, m * pieces, any(given))
+    tasks = chunks * m
+    sizes = [tasks * n * np.dtype(plan.work).itemsize if there else 0 for there in given]
+    sums = [x.address] * 2
     if rows > 0:
-        run = _split_backward if plan.split else _whole_backward
-        tasks, partials = run(plan, dy, x, weight, bias, k, eps, weight_offset, dx, m, stream)
-    totals: list[Any] = []
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            totals.append(None)
-            continue
-        parameter_rows = parameter.shape[0]
-        total = arrays.empty((parameter_rows, n), parameter.dtype, stream)
-        partial = partials[name] if partials else arrays.empty((1,), np.dtype(plan.work), stream)
-        _launch(
-            parameters.add_partials(plan.work, parameter.dtype.name, plan.native_bfloat16),
-            parameter_rows * -(-n // parameters.COLUMNS), parameters.COLUMNS * launch.SLICES, stream,
-            partial, tasks, parameter_rows, n, arrays.flat(total),
-        )  # fmt: skip
-        totals.append(total)
-    return dx, *totals
+        w = x.address if weight is None else weight.address
+        if plan.split:
+            numbers, *sums = _numbers(plan, dy, x, weight, k, eps, weight_offset, pieces, sizes, stream)
+            long_rows.piece_backward(plan)(
+                tasks * pieces, stream, dy.address, x.address, w, numbers, rows, n, weight_rows, m, chunks, k,
+                weight_offset, out.address, *sums,
+            )  # fmt: skip
+        else:
+            if any(given):
+                sums = arrays.scratch(tuple(sizes), stream)
+            kernels.backward(plan)(
+                tasks, stream, dy.address, x.address, w, rows, n, k, 1.0 / k, weight_rows, m, chunks, weight_offset,
+                eps, out.address, *sums,
+            )  # fmt: skip
+    else:
+        tasks = 0
+    return None, *(
+        None if parameter is None else _total(plan, parameter, partial, tasks, n, stream)
+        for parameter, partial in zip((weight, bias), sums, strict=True)
+    )
 
 
-def _partials(plan: launch.Plan, tasks: int, n: int, stream: Any) -> dict[str, Any]:
-    """One row of sums a task, for each parameter that there is."""
-    names = [name for name, dtype in (("weight", plan.weight), ("bias", plan.bias)) if dtype is not None]
-    return {name: arrays.empty((tasks * n,), np.dtype(plan.work), stream) for name in names}
+def _chunks(plan: launch.Plan, groups: int, blocks: int, sums: bool) -> int:
+    """Parts of the rows that share a row of the parameters; `blocks` blocks take each part, and have sums to write."""
+    most = max(1, -(-groups // plan.teams))
+    if not sums:
+        return most
+    # Sums cost traffic: few of them, but where rows are few, blocks enough to give each multiprocessor one.
+    enough = launch.SUM_THREADS // plan.block
+    return max(1, min(most, max(groups // launch.ROWS_PER_CHUNK, enough // 4), enough // blocks))
 
 
-def _whole_backward(
-    plan: launch.Plan, dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, dx: Any,
-    m: int, stream: Any,
-) -> tuple[int, dict[str, Any]]:  # fmt: skip
-    rows, n = x.shape
-    groups = rows // m
-    chunks = -(-groups // plan.teams)
-    if plan.weight is not None or plan.bias is not None:
-        # sums cost traffic: few of them, but where rows are few, blocks enough to give each multiprocessor one
-        chunks = max(1, min(chunks, max(groups // launch.ROWS_PER_CHUNK, launch.CHUNKS // 4), launch.CHUNKS // m))
-    partials = _partials(plan, chunks * m, n, stream)
-    source = arrays.flat(x)
-    w = source if weight is None else arrays.flat(weight)
-    sums = (arrays.flat(partials[name]) if name in partials else source for name in ("weight", "bias"))
-    _launch(
-        kernels.backward(plan), chunks * m, plan.block, stream,
-        arrays.flat(dy), source, w, rows, n, k, 1.0 / k, 1 if weight is None else weight.shape[0], m, chunks,
-        weight_offset, eps, arrays.flat(dx), *sums,
-    )  # fmt: skip
-    return chunks * m, partials
-
-
-def _split_backward(
-    plan: launch.Plan, dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, dx: Any,
-    m: int, stream: Any,
-) -> tuple[int, dict[str, Any]]:  # fmt: skip
-    rows, n = x.shape
-    pieces, inverse_last = _pieces(plan, n)
-    groups = rows // m
-    together = min(groups, max(1, launch.L2_BYTES // (n * (x.dtype.itemsize + dy.dtype.itemsize) * m)))
-    parts = [(first, min(together, groups - first)) for first in range(0, groups, together)]
-    chunks = [min(count, max(1, launch.CHUNKS // (pieces * m))) for _, count in parts]
-    partials = _partials(plan, sum(chunks) * m, n, stream)
-    kept = arrays.empty((together * m * pieces * MOMENTS,), np.dtype(np.float64), stream)
-    gradient, source, result = arrays.flat(dy), arrays.flat(x), arrays.flat(dx)
-    w = source if weight is None else arrays.flat(weight)
-    weight_rows = 1 if weight is None else weight.shape[0]
-    sums = [arrays.flat(partials[name]) if name in partials else source for name in ("weight", "bias")]
-    tasks = 0
-    for (first, count), chunk in zip(parts, chunks, strict=True):
-        _launch(
-            long_rows.piece_moments(plan), count * m * pieces, plan.block, stream,
-            gradient, source, w, first * m, n, k, inverse_last, weight_rows, weight_offset, eps, kept,
-        )  # fmt: skip
-        _launch(
-            long_rows.piece_backward(plan), chunk * m * pieces, plan.block, stream,
-            gradient, source, w, kept, first * m, count * m, tasks, n, k, 1.0 / k, inverse_last, weight_rows, m, chunk,
-            weight_offset, eps, result, *sums,
-        )  # fmt: skip
-        tasks += chunk * m
-    return tasks, partials
-
-
-def _launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any) -> None:
-    if blocks >= _NUMBA_WARNS_BELOW:
-        kernel[blocks, threads, stream](*arguments)
-        return
-    with warnings.catch_warnings():  # a small call has few blocks, and nothing can be done about it
-        warnings.simplefilter("ignore", NumbaPerformanceWarning)
-        kernel[blocks, threads, stream](*arguments)
-
-
-def _rounds_to_bfloat16() -> bool:
-    capability: tuple[int, int] = cuda.get_current_device().compute_capability
-    return capability >= (8, 0)
+def _total(plan: launch.Plan, parameter: Seen, partial: int, tasks: int, n: int, stream: int) -> Any:
+    """The gradient of a parameter, from the sums of all blocks."""
+    total = arrays.empty(tuple(parameter.owner.shape), parameter.dtype, stream)
+    rows = parameter.shape[0]
+    parameters.add_partials(plan.work, parameter.dtype.name, plan.capability)(
+        rows * -(-n // parameters.COLUMNS), stream, partial, tasks, rows, n, arrays.seen("", total).address
+    )
+    return total
 
 
 def describe() -> dict[str, Any]:

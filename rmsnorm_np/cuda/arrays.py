@@ -1,24 +1,43 @@
-"""Device arrays of any library, as the kernels take them: contiguous rows, 16-bit floats by their bits. Nothing here
-copies between host and device.
+"""Device arrays of any library, as the kernels take them: addresses of contiguous rows.
+
+Nothing here copies between host and device.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numba import cuda
 
 from rmsnorm_np import _arguments
+from rmsnorm_np.cuda.copies import copy
 from rmsnorm_np.cuda.vector import BYTES, STORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_stream: ContextVar[Any] = ContextVar("stream", default=None)
+    from rmsnorm_np.cuda.kernel import Capability
+
+_stream: ContextVar[int | None] = ContextVar("stream", default=None)
+
+
+class Seen(NamedTuple):
+    """A device array as its library describes it, or a part of one."""
+
+    address: int  # of the first element
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+    dtype: np.dtype[Any]
+    stream: int  # the one its library works on, 0 for none
+    read_only: bool
+    owner: Any  # keeps the memory
 
 
 @contextlib.contextmanager
@@ -34,188 +53,251 @@ def use_stream(stream: Any) -> Iterator[None]:
         A stream of Numba, or the address of another library's (``torch.cuda.Stream.cuda_stream``,
         ``cupy.cuda.Stream.ptr``).
     """
-    token = _stream.set(cuda.external_stream(stream) if isinstance(stream, int) and stream else stream)
+    token = _stream.set(int(stream))
     try:
         yield
     finally:
         _stream.reset(token)
 
 
-def stream_for(values: tuple[Any, ...]) -> Any:
+def stream_for(arrays: tuple[Seen | None, ...]) -> int:
     """The stream that a call with these arguments runs on, made to wait for those of the arguments."""
-    addresses = []
-    for value in values:
-        interface = getattr(value, "__cuda_array_interface__", None)
-        if interface is not None and interface.get("stream"):
-            addresses.append(int(interface["stream"]))
+    addresses = [array.stream for array in arrays if array is not None and array.stream]
     chosen = _stream.get()
     if chosen is None:
-        chosen = cuda.external_stream(addresses[0]) if addresses else 0
-        addresses = [address for address in addresses[1:] if address != addresses[0]]
+        if not addresses:
+            return 0
+        chosen = addresses[0]
     for address in dict.fromkeys(addresses):
-        event = cuda.event(timing=False)
-        event.record(cuda.external_stream(address))
-        event.wait(chosen)
+        if address != chosen:
+            event = cuda.event(timing=False)
+            event.record(_numba_stream(address))
+            event.wait(_numba_stream(chosen))
     return chosen
 
 
-def as_device_array(name: str, value: Any) -> Any:
-    """The value as a Numba device array of the same memory."""
-    if getattr(value, "__cuda_ndarray__", False):
-        array = value
-    else:
-        interface = getattr(value, "__cuda_array_interface__", None)
-        if interface is None:
-            raise TypeError(
-                f"{name} is a host array ({type(value).__name__}), expected a device array like x, "
-                "such as numba.cuda.to_device(...)"
-            )
-        array = cuda.as_cuda_array(value, sync=False)
-    dtype = np.dtype(array.dtype)
-    if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None:
-        import ml_dtypes  # the interface has no name for bfloat16; libraries pass it as two bytes
+def _numba_stream(address: int) -> Any:
+    return cuda.external_stream(address) if address else cuda.default_stream()
 
-        return viewed(array, array.shape, array.strides, np.dtype(ml_dtypes.bfloat16))
-    if dtype.name not in STORED or not dtype.isnative:
-        raise TypeError(f"{name} has dtype {dtype}, expected float16, bfloat16, float32 or float64 on a device")
-    return array
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_DTYPES = {np.dtype(name): np.dtype(name) for name in STORED if name != "bfloat16"} | {_BFLOAT16: _BFLOAT16}
+# The interface has no name for bfloat16; libraries pass it as two bytes.
+_TYPESTRS = {dtype.str: dtype for dtype in _DTYPES if dtype != _BFLOAT16} | {"<V2": _BFLOAT16, "|V2": _BFLOAT16}
+
+
+def seen(name: str, value: Any) -> Seen:
+    """What `value` is, by its ``__cuda_array_interface__``; `name` is for errors.
+
+    Raises
+    ------
+    TypeError
+        If the value is no device array, or of a dtype that the engine does not know.
+    """
+    if getattr(value, "__cuda_ndarray__", False):  # Numba's own, past the interface: that takes 5 times as long
+        dtype = _DTYPES.get(value.dtype)
+        if dtype is None:
+            raise _wrong_dtype(name, value.dtype)
+        address = value.device_ctypes_pointer.value or 0
+        return Seen(address, value.shape, value.strides, dtype, int(value.stream), False, value)
+    interface = getattr(value, "__cuda_array_interface__", None)
+    if interface is None:
+        if hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] == _DLPACK_CUDA:
+            raise TypeError(
+                f"{name} ({type(value).__name__}) lies on a GPU, but has no __cuda_array_interface__ (JAX gives none "
+                "to bfloat16): hand it over by a library whose arrays have one, for instance torch.from_dlpack(...)"
+            )
+        raise TypeError(
+            f"{name} is a host array ({type(value).__name__}), expected a device array like x, "
+            "such as numba.cuda.to_device(...)"
+        )
+    dtype = _TYPESTRS.get(interface["typestr"])
+    if dtype is None:
+        raise _wrong_dtype(name, np.dtype(interface["typestr"]))
+    if interface.get("mask") is not None:
+        raise TypeError(f"{name} has a mask, expected a device array without one")
+    shape, strides, (address, read_only) = tuple(interface["shape"]), interface.get("strides"), interface["data"]
+    strides = _contiguous_strides(shape, dtype.itemsize) if strides is None else tuple(strides)
+    return Seen(address, shape, strides, dtype, interface.get("stream") or 0, read_only, value)
+
+
+_DLPACK_CUDA = 2
+
+
+def _wrong_dtype(name: str, dtype: Any) -> TypeError:
+    return TypeError(f"{name} has dtype {dtype}, expected float16, bfloat16, float32 or float64 on a device")
 
 
 def viewed(array: Any, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Another look at the array's memory, from its first element."""
+    """Another look at the memory of an array of Numba, from its first element."""
     from numba.cuda.cudadrv.devicearray import DeviceNDArray
 
     return DeviceNDArray(shape=shape, strides=strides, dtype=dtype, stream=array.stream, gpu_data=array.gpu_data)
 
 
-def address(array: Any) -> int:
-    """Where the first element lies."""
-    pointer: int = array.__cuda_array_interface__["data"][0]
-    return pointer
-
-
-def _is_contiguous(array: Any) -> bool:
-    expected = array.dtype.itemsize
-    for size, stride in zip(reversed(tuple(array.shape)), reversed(tuple(array.strides)), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
+@lru_cache(maxsize=1024)
 def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) * itemsize for i in range(len(shape)))
 
 
-def _bounds(array: Any) -> tuple[int, int]:
+def _is_contiguous(array: Seen) -> bool:
+    expected = _contiguous_strides(array.shape, array.dtype.itemsize)
+    return array.strides == expected or all(
+        stride == wanted for size, stride, wanted in zip(array.shape, array.strides, expected, strict=True) if size != 1
+    )
+
+
+def _bounds(array: Seen) -> tuple[int, int]:
     """First byte of the array's memory, and the one behind the last."""
+    if _is_contiguous(array):
+        return array.address, array.address + math.prod(array.shape) * array.dtype.itemsize
     spans = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
-    start = address(array)
-    return start + sum(min(0, s) for s in spans), start + sum(max(0, s) for s in spans) + array.dtype.itemsize
+    first = array.address + sum(min(0, s) for s in spans)
+    return first, array.address + sum(max(0, s) for s in spans) + array.dtype.itemsize
 
 
-def _overlaps(a: Any, b: Any) -> bool:
-    if b is None or 0 in tuple(a.shape) or 0 in tuple(b.shape):
+def _overlaps(a: Seen, b: Seen) -> bool:
+    if 0 in a.shape or 0 in b.shape:
         return False
     (a_first, a_stop), (b_first, b_stop) = _bounds(a), _bounds(b)
     return a_first < b_stop and b_first < a_stop
 
 
-def empty(shape: tuple[int, ...], dtype: Any, stream: Any) -> Any:
-    """A new device array."""
-    return cuda.device_array(shape, dtype, stream=stream)
+def empty(shape: tuple[int, ...], dtype: Any, stream: int) -> Any:
+    """A new device array of Numba."""
+    return cuda.device_array(shape, dtype, stream=_numba_stream(stream) if stream else 0)
 
 
-def copy(source: Any, target: Any, stream: Any) -> None:
-    """Element by element on the device, between any layouts."""
-    bits = np.dtype(STORED[source.dtype.name])
-    source, target = (viewed(a, tuple(a.shape), tuple(a.strides), bits) for a in (source, target))
-    target.setitem(Ellipsis, source, stream=stream)
+def capability_here() -> Capability:
+    """The compute capability of the current GPU, which is made current for this thread if none is."""
+    capability: Capability = cuda.current_context().device.compute_capability
+    return capability
 
 
-def flat(array: Any) -> Any:
-    """A contiguous array as the kernels see it."""
-    size = math.prod(array.shape)
-    return viewed(array, (size,), (array.dtype.itemsize,), np.dtype(STORED[array.dtype.name]))
+class _Scratch(threading.local):
+    """Memory that the thread's last call left behind."""
+
+    place: Any = None  # the context and the stream it is for: work on one stream is done in order
+    array: Any = None
 
 
-def are_aligned(n: int, lanes: int, arrays: tuple[Any, ...]) -> bool:
+_scratch = _Scratch()
+_KEPT = 64 * 2**20  # bytes at most that stay allocated; for more, time to allocate is little against that to compute
+
+
+def scratch(sizes: tuple[int, ...], stream: int) -> list[int]:
+    """Addresses of so many bytes each, this thread's until its next call: to allocate takes longer than to launch."""
+    ends = [0]
+    for size in sizes:
+        ends.append(ends[-1] + size + -size % _ALIGNMENT)
+    place = (cuda.current_context(), stream)
+    array = _scratch.array
+    if array is None or _scratch.place != place or array.size < ends[-1]:
+        array = empty((ends[-1],), np.dtype(np.uint8), stream)
+        _scratch.place, _scratch.array = place, array if ends[-1] <= _KEPT else None
+    first = array.device_ctypes_pointer.value
+    return [first + end for end in ends[:-1]]
+
+
+_ALIGNMENT = 256
+
+
+def are_aligned(n: int, lanes: int, addresses: tuple[int, ...]) -> bool:
     """Whether every vector of these contiguous arrays, in rows of n, begins at a multiple of its size."""
-    return n % lanes == 0 and all(address(a) % BYTES == 0 for a in arrays if a is not None)
+    return n % lanes == 0 and all(address % BYTES == 0 for address in addresses)
+
+
+class Geometry(NamedTuple):
+    """Rows in an array of some shape."""
+
+    axes: tuple[int, ...]
+    trailing: bool
+    order: tuple[int, ...]  # the axes that are not normalised over, then those that are
+    moved: tuple[int, ...]  # the shape in that order
+    rows: int
+    n: int
+    k: int
+
+
+def _geometry(shape: tuple[int, ...], axis: Any, p: Any) -> Geometry:
+    axes = _arguments.axes_of(axis, shape)
+    order = (*(i for i in range(len(shape)) if i not in axes), *axes)
+    n = math.prod(shape[i] for i in axes)
+    trailing, k = _arguments.are_trailing(axes, len(shape)), _arguments.elements_in_rms(n, p)
+    return Geometry(axes, trailing, order, tuple(shape[i] for i in order), math.prod(shape) // n, n, k)
+
+
+_remembered_geometry = lru_cache(maxsize=1024)(_geometry)
 
 
 def engine_arguments(
     x: Any, dy: Any, weight: Any, bias: Any, eps: Any, p: Any, axis: Any, weight_offset: Any, out: Any
 ) -> tuple[Any, ...]:
-    """As `_arguments.engine_arguments`, for device arrays; all errors but that of the dtype are those of the host."""
-    stream = stream_for((x, dy, weight, bias, out))
-    x = as_device_array("x", x)
-    shape = tuple(x.shape)
-    axes = _arguments.axes_of(axis, shape)
-    trailing = _arguments.are_trailing(axes, len(shape))
-    order = (*(i for i in range(len(shape)) if i not in axes), *axes)
-    moved = tuple(shape[i] for i in order)
-    n = math.prod(shape[i] for i in axes)
-    rows = math.prod(shape) // n
-    k = _arguments.elements_in_rms(n, p)
+    """As `_arguments.engine_arguments`, for device arrays; all errors but that of the dtype are those of the host.
+
+    The arrays of the result are `Seen`, and there is always one to write to.
+    """
+    source = seen("x", x)
+    gradient, weights, biases, target = (
+        None if array is None else seen(name, array)
+        for name, array in (("dy", dy), ("weight", weight), ("bias", bias), ("out", out))
+    )
+    stream = stream_for((source, gradient, weights, biases, target))
+    shape, dtype = source.shape, source.dtype
+    plain = type(axis) is int and type(p) is float  # True is 1 to a cache
+    axes, trailing, order, moved, rows, n, k = (_remembered_geometry if plain else _geometry)(shape, axis, p)
     eps = _arguments.check_eps(eps)
     weight_offset = _arguments.check_weight_offset(weight_offset, weight is not None)
 
-    def permuted(array: Any) -> Any:
-        return viewed(array, moved, tuple(array.strides[i] for i in order), array.dtype)
-
-    def rows_of(array: Any, lead: int) -> Any:
+    def rows_of(array: Seen, lead: int) -> Seen:
         if not _is_contiguous(array):
-            source, array = array, empty(tuple(array.shape), array.dtype, stream)
-            copy(source, array, stream)
-        return viewed(array, (lead, n), (n * array.dtype.itemsize, array.dtype.itemsize), array.dtype)
+            made = seen("", empty(array.shape, array.dtype, stream))
+            copy(array, made, capability_here(), stream)
+            array = made
+        itemsize = array.dtype.itemsize
+        return array._replace(shape=(lead, n), strides=(n * itemsize, itemsize))
 
-    def parameter_of(name: str, value: Any) -> Any:
-        if value is None:
+    def permuted(array: Seen) -> Seen:
+        return array._replace(shape=moved, strides=tuple(array.strides[i] for i in order))
+
+    def parameter_of(name: str, array: Seen | None) -> Seen | None:
+        if array is None:
             return None
-        array = as_device_array(name, value)
-        return rows_of(array, math.prod(_arguments.parameter_lead(name, tuple(array.shape), shape, axes)))
+        return rows_of(array, math.prod(_arguments.parameter_lead(name, array.shape, shape, axes)))
 
-    x_rows = rows_of(permuted(x), rows)
-    if dy is not None:
-        dy = as_device_array("dy", dy)
-        _arguments.check_dy_shape(tuple(dy.shape), shape)
-        dy = rows_of(permuted(dy), rows)
-    weight, bias = parameter_of("weight", weight), parameter_of("bias", bias)
+    x_rows = rows_of(source if trailing else permuted(source), rows)
+    if gradient is not None:
+        _arguments.check_dy_shape(gradient.shape, shape)
+        gradient = rows_of(gradient if trailing else permuted(gradient), rows)
+    weights, biases = parameter_of("weight", weights), parameter_of("bias", biases)
 
-    target = direct = None
-    if out is not None:
-        target = as_device_array("out", out)
-        if tuple(target.shape) != shape:
-            raise ValueError(f"out has shape {tuple(target.shape)}, expected x.shape {shape}")
-        if target.dtype != x.dtype:
-            raise TypeError(f"out has dtype {target.dtype}, expected {x.dtype}, the dtype of the result")
-        interface = getattr(out, "__cuda_array_interface__", None)
-        if interface is not None and interface["data"][1]:
+    if target is not None:
+        if target.shape != shape:
+            raise ValueError(f"out has shape {target.shape}, expected x.shape {shape}")
+        if target.dtype != dtype:
+            raise TypeError(f"out has dtype {target.dtype}, expected {dtype}, the dtype of the result")
+        if target.read_only:
             raise ValueError("out is read-only, expected a writable array")
-        same = [a for a in (x_rows, dy) if a is not None and address(a) == address(target) and a.dtype == x.dtype]
-        apart = all(a in same or not _overlaps(target, a) for a in (x_rows, dy, weight, bias))
-        if trailing and _is_contiguous(target) and apart:
-            direct = rows_of(target, rows)
+        others = [
+            a for a in (x_rows, gradient) if a is not None and not (a.address == target.address and a.dtype == dtype)
+        ]
+        others += [a for a in (weights, biases) if a is not None]
+        if trailing and _is_contiguous(target) and not any(_overlaps(target, a) for a in others):
+            return x_rows, gradient, weights, biases, k, eps, weight_offset, rows_of(target, rows), lambda _: out
 
-    def restore(result: Any) -> Any:
-        if direct is not None:
-            return out
-        strides = _contiguous_strides(moved, result.dtype.itemsize)
-        back = tuple(np.argsort(order))
-        result = viewed(result, shape, tuple(strides[i] for i in back), result.dtype)
+    made = empty(moved, dtype, stream)
+    result = seen("", made)
+
+    def restore(_: Any) -> Any:
         if out is None and trailing:
-            return result
-        answer = empty(shape, result.dtype, stream) if target is None else target
-        copy(result, answer, stream)
-        return answer if out is None else out
+            return made
+        answer = out if out is not None else empty(shape, dtype, stream)
+        copy(result, permuted(seen("out", answer)), capability_here(), stream)
+        return answer
 
-    return x_rows, dy, weight, bias, k, eps, weight_offset, direct, restore
+    return x_rows, gradient, weights, biases, k, eps, weight_offset, rows_of(result, rows), restore
 
 
 def restore_parameter(gradient: Any, parameter: Any) -> Any:
-    """The gradient (m, n) of a weight or bias in the shape of that parameter."""
-    if gradient is None:
-        return None
-    shape = tuple(as_device_array("parameter", parameter).shape)
-    return viewed(gradient, shape, _contiguous_strides(shape, gradient.dtype.itemsize), gradient.dtype)
+    """The gradient of a weight or bias: the engine has made it in the shape of that parameter."""
+    return gradient

@@ -13,9 +13,8 @@ WORD = 4  # bytes of a register
 _GLOBAL = 1  # LLVM's number for the address space of device memory
 
 
-def _address(context: Any, builder: Any, array_type: Any, pointee: Any, array: Any, index: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    pointer = builder.gep(data, [index])
+def _address(builder: Any, pointee: Any, array: Any, index: Any) -> Any:
+    pointer = builder.gep(array, [index])
     return builder.addrspacecast(builder.bitcast(pointer, pointee.as_pointer()), pointee.as_pointer(_GLOBAL))
 
 
@@ -28,7 +27,7 @@ def _loader(count: int) -> Any:
         """`count` words from array[index] on, in one access."""
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            value = builder.load(_address(context, builder, array, vector, *arguments), align=WORD * count)
+            value = builder.load(_address(builder, vector, *arguments), align=WORD * count)
             parts = [value] if count == 1 else [builder.extract_element(value, word(j)) for j in range(count)]
             return context.make_tuple(builder, signature.return_type, parts)
 
@@ -52,7 +51,7 @@ def _storer(count: int) -> Any:
                 value = ir.Constant(vector, ir.Undefined)
                 for j in range(count):
                     value = builder.insert_element(value, builder.extract_value(words, j), word(j))
-            builder.store(value, _address(context, builder, array, vector, target, index), align=WORD * count)
+            builder.store(value, _address(builder, vector, target, index), align=WORD * count)
             return context.get_dummy_value()
 
         return types.void(array, types.int64, types.UniTuple(types.uint32, count)), codegen

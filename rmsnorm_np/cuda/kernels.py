@@ -1,7 +1,7 @@
 """The kernels for rows that a team holds: who takes which row. Those for longer rows are in `long_rows`.
 
-Arrays are flat, and unsigned integers of their item's size (see `vector`). An array that a plan does without is any
-other array, never looked at. All offsets have 64 bits.
+Arrays are addresses of unsigned integers of their item's size (see `vector`). An array that a plan does without is any
+other address, never looked at. All offsets have 64 bits.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import numpy as np
 from numba import cuda
 
 from rmsnorm_np.cuda.elements import gradient_writer, row_writer
+from rmsnorm_np.cuda.kernel import Kernel, array_of, kernel
 from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.moments import MOMENTS, NUMBERS, PAIRS, SHARED, finisher, measurer
 from rmsnorm_np.cuda.parameters import clearer, partial_writer
 from rmsnorm_np.cuda.reduce import lane_of, leads, levels_of, sharer
 from rmsnorm_np.cuda.rows import row_reader
-from rmsnorm_np.cuda.vector import compiled, words_of
+from rmsnorm_np.cuda.vector import ITEMSIZE, words_of
 
 
 @lru_cache
-def forward(plan: Plan) -> Any:
+def forward(plan: Plan) -> Kernel:
     """One row per team."""
     team, teams, work = plan.team, plan.teams, plan.work
     row_words, warps, levels = plan.row_words, plan.warps, levels_of(team)
@@ -30,7 +31,11 @@ def forward(plan: Plan) -> Any:
     read_row, measure, finish = row_reader(plan, plan.x), measurer(plan), finisher(plan)
     share, write_row = sharer(team, NUMBERS, 0), row_writer(plan)
 
-    @compiled(plan.block)
+    x_array, weight_array, bias_array = (
+        array_of(ITEMSIZE[name or "float32"]) for name in (plan.x, plan.weight, plan.bias)
+    )
+
+    @kernel(plan.capability, plan.block, x=x_array, weight=weight_array, bias=bias_array, y=x_array)
     def forward_kernel(
         x: Any, weight: Any, bias: Any, rows: Any, n: Any, k: Any, inverse: Any, weight_rows: Any, bias_rows: Any,
         offset: Any, eps: Any, y: Any,
@@ -58,7 +63,7 @@ def forward(plan: Plan) -> Any:
 
 
 @lru_cache
-def backward(plan: Plan) -> Any:
+def backward(plan: Plan) -> Kernel:
     """Block `chunk * m + h` takes one of `chunks` parts of the rows h, h + m, …, which share row h of the parameters.
 
     Its sums for dweight and dbias are row `chunk * m + h` of the partial sums.
@@ -76,7 +81,13 @@ def backward(plan: Plan) -> Any:
     elements = trips * lanes
     clear = clearer(elements, work)
 
-    @compiled(plan.block)
+    x_array, dy_array, weight_array = (array_of(ITEMSIZE[name]) for name in (plan.x, dy_name, weight_name))
+    sums_array = array_of(np.dtype(work).itemsize)
+
+    @kernel(
+        plan.capability, plan.block, dy=dy_array, x=x_array, weight=weight_array, dx=x_array, dweight=sums_array,
+        dbias=sums_array,
+    )  # fmt: skip
     def backward_kernel(
         dy: Any, x: Any, weight: Any, rows: Any, n: Any, k: Any, inverse: Any, weight_rows: Any, m: Any, chunks: Any,
         offset: Any, eps: Any, dx: Any, dweight: Any, dbias: Any,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rmsnorm_np.cuda.intrinsics import WORD
 from rmsnorm_np.cuda.reduce import WARP
 from rmsnorm_np.cuda.vector import BYTES, ITEMSIZE, words_of
+
+if TYPE_CHECKING:
+    from rmsnorm_np.cuda.kernel import Capability
 
 # Limits of the heuristic. The simulator's tests make them small, so that small arrays cross every border.
 MAX_TEAM = 512  # threads: they may have 128 registers each; 1024 have 64, and spill
@@ -20,20 +23,18 @@ PIECE_TEAM = 256  # threads for a piece of a split row
 FORWARD_TRIPS = 4
 FORWARD_WARP_TRIPS = 8  # one warp needs no barrier: worth more vectors per thread
 FORWARD_LONG_TRIPS = 8  # 32 registers for the row; 64 KB of it in a block
-BACKWARD_TRIPS = 2  # a vector of half floats is 4 registers of x, 4 of dy, 4 of weight, 8 of dweight, 8 of dbias
+BACKWARD_TRIPS = 4  # a vector of half floats is 4 registers of x, 4 of dy, 4 of weight, 8 of dweight, 8 of dbias
 
 # Vectors of a row whose sums need the rounding error of every product. A vector's sum in plain float32 is off by half
 # an ULP or so; over as many vectors as this, a fifth of that is left.
 SHORT = WARP
 
-# dweight and dbias: so many partial sums, four for each of an H100's 132 multiprocessors, each over enough rows that
-# writing and reading it again is little against reading the rows. A constant, so that no result depends on the GPU.
-CHUNKS = 528
+# dweight and dbias: partial sums of blocks of so many threads together, 512 for each of an H100's 132 multiprocessors,
+# each over enough rows that writing and reading it again is little against reading the rows. A constant, so that no
+# result depends on the GPU.
+SUM_THREADS = 132 * 512
 ROWS_PER_CHUNK = 16
-SLICES = 8  # of the partial sums, added side by side by the warps of a block
-
-# Rows of a split call that are taken together: read for their sums, they are still in L2 (40 to 50 MB) for the output.
-L2_BYTES = 20 * 2**20
+SLICES = 32  # of the partial sums, added side by side by the warps of a block
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,17 @@ class Plan:
     partial: bool  # RMS over fewer than n elements
     offset: bool  # weight_offset is not zero
     aligned: bool  # all vectors begin at multiples of their size
-    native_bfloat16: bool  # the GPU rounds to bfloat16 by itself
+    capability: Capability  # of the GPU
     split: bool  # a team has a piece of a row, not all of it
     team: int  # threads that share a row or a piece
     teams: int  # per block
     trips: int  # vectors of x per thread
     full: bool  # the vectors are exactly as many as the row has: nothing to check
+
+    @property
+    def native_bfloat16(self) -> bool:
+        """Whether the GPU rounds to bfloat16 by itself."""
+        return rounds_to_bfloat16(self.capability)
 
     @property
     def exact(self) -> bool:
@@ -101,6 +107,11 @@ class Plan:
         return min(255, 65536 // self.block)
 
 
+def rounds_to_bfloat16(capability: Capability) -> bool:
+    """Whether GPUs of this compute capability have an instruction for it."""
+    return capability >= (8, 0)
+
+
 def team_shape(vectors: int, trips: int, warp_trips: int, long_trips: int) -> tuple[int, int] | None:
     """(team, trips) for a row of this many vectors, None for a row that one team cannot hold.
 
@@ -121,7 +132,7 @@ def team_shape(vectors: int, trips: int, warp_trips: int, long_trips: int) -> tu
 
 def plan_for(
     n: int, x: str, dy: str | None, weight: str | None, bias: str | None, *, centred: bool, partial: bool,
-    offset: bool, aligned: bool, native_bfloat16: bool,
+    offset: bool, aligned: bool, capability: Capability,
 ) -> Plan:  # fmt: skip
     """The plan for rows of n elements, however many: a row has the same bits in any batch."""
     lanes = BYTES // ITEMSIZE[x]
@@ -140,6 +151,6 @@ def plan_for(
         trips = 1
     teams = BLOCK // team if team <= WARP and not split else 1  # warps of one row meet at barriers of the whole block
     return Plan(
-        x, dy, weight, bias, centred, partial, offset, aligned, native_bfloat16, split, team, teams, trips,
+        x, dy, weight, bias, centred, partial, offset, aligned, capability, split, team, teams, trips,
         full=n % (team * trips * lanes) == 0,
     )  # fmt: skip

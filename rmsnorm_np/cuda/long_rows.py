@@ -1,5 +1,5 @@
-"""The kernels for long rows, cut into pieces: one launch leaves the moments of each piece; in a second one each block
-puts the moments of its row together and writes its piece.
+"""The kernels for long rows, cut into pieces: one launch leaves the moments of each piece, a small one makes of them
+the numbers of each row, a third writes the pieces.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 from numba import cuda
 
 from rmsnorm_np.cuda.elements import gradient_writer, row_writer
+from rmsnorm_np.cuda.kernel import NUMBERS_OF, Kernel, array_of, kernel
 from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.moments import (
     DY_SCALE,
@@ -36,13 +37,13 @@ from rmsnorm_np.cuda.pairs import add_to_pair, pair_tail, pair_total
 from rmsnorm_np.cuda.parameters import clearer, partial_writer
 from rmsnorm_np.cuda.reduce import adder, leads, sharer, team_maximum
 from rmsnorm_np.cuda.rows import rescaler, row_reader
-from rmsnorm_np.cuda.vector import compiled, inlined, words_of
+from rmsnorm_np.cuda.vector import ITEMSIZE, inlined, unrolled, words_of
 
 PLACES = 2 * PAIRS
 
 
 @lru_cache
-def piece_moments(plan: Plan) -> Any:
+def piece_moments(plan: Plan) -> Kernel:
     """Block `row * pieces + piece` leaves the moments of that piece of that row, in float64."""
     work, lanes, trips = plan.work, plan.lanes, plan.trips
     row_words, warps, length, backward = plan.row_words, plan.warps, plan.length, plan.dy is not None
@@ -55,9 +56,13 @@ def piece_moments(plan: Plan) -> Any:
     read_weight = row_reader(plan, weight_name)
     measure, inverse_length = measurer(plan), 1.0 / length
 
-    @compiled(plan.block)
+    x_array, dy_array, weight_array = (array_of(ITEMSIZE[name]) for name in (plan.x, dy_name, weight_name))
+
+    @kernel(
+        plan.capability, plan.block, dy=dy_array, x=x_array, weight=weight_array, kept=NUMBERS_OF[np.float64]
+    )  # fmt: skip
     def piece_moments_kernel(
-        dy: Any, x: Any, weight: Any, first_row: Any, n: Any, k: Any, inverse_last: Any, weight_rows: Any, offset: Any,
+        dy: Any, x: Any, weight: Any, n: Any, k: Any, inverse_last: Any, weight_rows: Any, offset: Any,
         eps: Any, kept: Any,
     ) -> None:  # fmt: skip
         x_words = cuda.local.array(row_words, np.uint32)
@@ -69,7 +74,7 @@ def piece_moments(plan: Plan) -> Any:
         maxima = cuda.shared.array(warps, np.float64)
         lane = np.int64(cuda.threadIdx.x)
         pieces = (n + length - 1) // length
-        row = first_row + np.int64(cuda.blockIdx.x) // pieces
+        row = np.int64(cuda.blockIdx.x) // pieces
         begin = np.int64(cuda.blockIdx.x) % pieces * length
         stop = min(length, n - begin)
         start = row * n + begin
@@ -162,38 +167,69 @@ def merger(plan: Plan) -> Any:
 
 
 @lru_cache
-def piece_forward(plan: Plan) -> Any:
-    """Block `row * pieces + piece` writes that piece of y."""
-    block, work, row_words, warps, length = plan.block, plan.work, plan.row_words, plan.warps, plan.length
+def row_numbers(plan: Plan) -> Kernel:
+    """Block `row` leaves what the elements of that row need, from the moments of its pieces."""
+    block, work, warps, length = plan.block, plan.work, plan.warps, plan.length
     scratch_shape = (warps, 2 * PAIRS)
-    read_row, merge, finish = row_reader(plan, plan.x), merger(plan), finisher(plan)
-    share, write_row = sharer(block, NUMBERS, 0), row_writer(plan)
-    rescale, scalable = rescaler(plan, plan.x), plan.x != "float16"
+    merge, finish = merger(plan), finisher(plan)
 
-    @compiled(plan.block)
-    def piece_forward_kernel(
-        x: Any, weight: Any, bias: Any, kept: Any, first_row: Any, n: Any, k: Any, inverse: Any, inverse_last: Any,
-        weight_rows: Any, bias_rows: Any, offset: Any, eps: Any, y: Any,
-    ) -> None:  # fmt: skip
-        words = cuda.local.array(row_words, np.uint32)
+    @kernel(plan.capability, plan.block, kept=NUMBERS_OF[np.float64], row_numbers=NUMBERS_OF[work])
+    def row_numbers_kernel(
+        kept: Any, n: Any, k: Any, inverse: Any, inverse_last: Any, eps: Any, row_numbers: Any
+    ) -> None:
         moments = cuda.local.array(MOMENTS, np.float64)
         numbers = cuda.local.array(NUMBERS, work)
         scratch = cuda.shared.array(scratch_shape, np.float64)
         means = cuda.shared.array(1, np.float64)
-        shared = cuda.shared.array(NUMBERS, work)
         maxima = cuda.shared.array(warps, np.float64)
+        row = np.int64(cuda.blockIdx.x)
+        merge(kept, row * ((n + length - 1) // length), n, inverse, inverse_last, moments, scratch, means, maxima)
+        if leads(block):
+            finish(moments, k, inverse, eps, numbers)
+        if cuda.threadIdx.x == 0:
+            for j in range(NUMBERS):
+                row_numbers[row * NUMBERS + j] = numbers[j]
+
+    return row_numbers_kernel
+
+
+@inlined
+def fetch_number(j: Any, row_numbers: Any, first: Any, numbers: Any) -> None:
+    """One of the numbers of a row."""
+    numbers[j] = row_numbers[first + j]
+
+
+fetch_numbers = unrolled(fetch_number, NUMBERS)
+
+
+@lru_cache
+def piece_forward(plan: Plan) -> Kernel:
+    """Block `(rows - 1 - row) * pieces + piece` writes that piece of y: what was read last is still in L2."""
+    work, row_words, length = plan.work, plan.row_words, plan.length
+    read_row, write_row = row_reader(plan, plan.x), row_writer(plan)
+    rescale, scalable = rescaler(plan, plan.x), plan.x != "float16"
+    x_array, weight_array, bias_array = (
+        array_of(ITEMSIZE[name or "float32"]) for name in (plan.x, plan.weight, plan.bias)
+    )
+
+    @kernel(
+        plan.capability, plan.block, x=x_array, weight=weight_array, bias=bias_array, row_numbers=NUMBERS_OF[work],
+        y=x_array,
+    )  # fmt: skip
+    def piece_forward_kernel(
+        x: Any, weight: Any, bias: Any, row_numbers: Any, rows: Any, n: Any, weight_rows: Any, bias_rows: Any,
+        offset: Any, y: Any,
+    ) -> None:  # fmt: skip
+        words = cuda.local.array(row_words, np.uint32)
+        numbers = cuda.local.array(NUMBERS, work)
         lane = np.int64(cuda.threadIdx.x)
         pieces = (n + length - 1) // length
-        row_here, piece = np.int64(cuda.blockIdx.x) // pieces, np.int64(cuda.blockIdx.x) % pieces
-        row = first_row + row_here
-        begin = piece * length
+        row = rows - 1 - np.int64(cuda.blockIdx.x) // pieces
+        begin = np.int64(cuda.blockIdx.x) % pieces * length
         stop = min(length, n - begin)
         start = row * n + begin
         read_row(x, start, lane, stop, words)
-        merge(kept, row_here * pieces, n, inverse, inverse_last, moments, scratch, means, maxima)
-        if leads(block):
-            finish(moments, k, inverse, eps, numbers)
-        share(numbers, shared)
+        fetch_numbers(row_numbers, row * NUMBERS, numbers)
         if scalable and numbers[X_TIMES] != 1:
             rescale(words, numbers[X_TIMES])
         write_row(
@@ -205,43 +241,40 @@ def piece_forward(plan: Plan) -> Any:
 
 
 @lru_cache
-def piece_backward(plan: Plan) -> Any:
+def piece_backward(plan: Plan) -> Kernel:
     """Block `(chunk * m + h) * pieces + piece` takes that piece of the rows h, h + m, … of one of `chunks` parts.
 
-    Its sums are a piece of row `first_task + chunk * m + h` of the partial sums.
+    Its sums are a piece of row `chunk * m + h` of the partial sums.
     """
-    block, work, lanes, trips, length = plan.block, plan.work, plan.lanes, plan.trips, plan.length
-    row_words, warps = plan.row_words, plan.warps
-    scratch_shape = (warps, 2 * PAIRS)
+    work, lanes, trips, length = plan.work, plan.lanes, plan.trips, plan.length
+    row_words = plan.row_words
     dy_name, weight_name = plan.dy or "float32", plan.weight or "float32"
     dy_words, weight_words = trips * words_of(dy_name, lanes), trips * words_of(weight_name, lanes)
     read_x, read_dy = row_reader(plan, plan.x), row_reader(plan, dy_name)
     read_weight = row_reader(plan, weight_name)
     has_weight, has_bias = plan.weight is not None, plan.bias is not None
-    merge, finish, share = merger(plan), finisher(plan), sharer(block, NUMBERS, 0)
     write_gradient, write_sums = gradient_writer(plan), partial_writer(plan)
     rescale_x, rescale_dy = rescaler(plan, plan.x), rescaler(plan, dy_name)
     x_scalable, dy_scalable = plan.x != "float16", dy_name != "float16"
     elements = trips * lanes
     clear = clearer(elements, work)
+    x_array, dy_array, weight_array = (array_of(ITEMSIZE[name]) for name in (plan.x, dy_name, weight_name))
+    sums_array = array_of(np.dtype(work).itemsize)
 
-    @compiled(plan.block)
+    @kernel(
+        plan.capability, plan.block, dy=dy_array, x=x_array, weight=weight_array, row_numbers=NUMBERS_OF[work],
+        dx=x_array, dweight=sums_array, dbias=sums_array,
+    )  # fmt: skip
     def piece_backward_kernel(
-        dy: Any, x: Any, weight: Any, kept: Any, first_row: Any, rows: Any, first_task: Any, n: Any, k: Any,
-        inverse: Any, inverse_last: Any, weight_rows: Any, m: Any, chunks: Any, offset: Any, eps: Any, dx: Any,
-        dweight: Any, dbias: Any,
+        dy: Any, x: Any, weight: Any, row_numbers: Any, rows: Any, n: Any, weight_rows: Any, m: Any, chunks: Any,
+        k: Any, offset: Any, dx: Any, dweight: Any, dbias: Any,
     ) -> None:  # fmt: skip
         x_words = cuda.local.array(row_words, np.uint32)
         d_words = cuda.local.array(dy_words, np.uint32)
         w_words = cuda.local.array(weight_words, np.uint32)
         weight_sums = cuda.local.array(elements, work)
         bias_sums = cuda.local.array(elements, work)
-        moments = cuda.local.array(MOMENTS, np.float64)
         numbers = cuda.local.array(NUMBERS, work)
-        scratch = cuda.shared.array(scratch_shape, np.float64)
-        means = cuda.shared.array(1, np.float64)
-        shared = cuda.shared.array(NUMBERS, work)
-        maxima = cuda.shared.array(warps, np.float64)
         lane = np.int64(cuda.threadIdx.x)
         pieces = (n + length - 1) // length
         task, begin = np.int64(cuda.blockIdx.x) // pieces, np.int64(cuda.blockIdx.x) % pieces * length
@@ -252,25 +285,32 @@ def piece_backward(plan: Plan) -> Any:
         if has_weight:
             read_weight(weight, h % weight_rows * n + begin, lane, stop, w_words)
         for group in range(first, last):
-            row_here = group * m + h
-            start = (first_row + row_here) * n + begin
+            row = group * m + h
+            start = row * n + begin
             read_x(x, start, lane, stop, x_words)
             read_dy(dy, start, lane, stop, d_words)
-            merge(kept, row_here * pieces, n, inverse, inverse_last, moments, scratch, means, maxima)
-            if leads(block):
-                finish(moments, k, inverse, eps, numbers)
-            share(numbers, shared)
+            fetch_numbers(row_numbers, row * NUMBERS, numbers)
             if x_scalable and numbers[X_TIMES] != 1:
                 rescale_x(x_words, numbers[X_TIMES])
             if dy_scalable and numbers[DY_TIMES] != 1:
                 rescale_dy(d_words, numbers[DY_TIMES])
             write_gradient(
-                x_words, d_words, w_words, dx, start, lane, stop, k - begin, work(offset), numbers, weight_sums,
+                x_words,
+                d_words,
+                w_words,
+                dx,
+                start,
+                lane,
+                stop,
+                k - begin,
+                work(offset),
+                numbers,
+                weight_sums,
                 bias_sums,
-            )  # fmt: skip
+            )
         if has_weight:
-            write_sums(weight_sums, (first_task + task) * n + begin, stop, lane, dweight)
+            write_sums(weight_sums, task * n + begin, stop, lane, dweight)
         if has_bias:
-            write_sums(bias_sums, (first_task + task) * n + begin, stop, lane, dbias)
+            write_sums(bias_sums, task * n + begin, stop, lane, dbias)
 
     return piece_backward_kernel

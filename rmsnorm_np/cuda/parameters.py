@@ -9,9 +9,10 @@ import numpy as np
 from numba import cuda
 
 from rmsnorm_np.cuda import launch
-from rmsnorm_np.cuda.launch import Plan
+from rmsnorm_np.cuda.kernel import NUMBERS_OF, Capability, Kernel, array_of, kernel
+from rmsnorm_np.cuda.launch import Plan, rounds_to_bfloat16
 from rmsnorm_np.cuda.reduce import WARP, WARP_LEVELS, lane_of, levels_of
-from rmsnorm_np.cuda.vector import compiled, encoder, inlined, unrolled, words_of, writer
+from rmsnorm_np.cuda.vector import ITEMSIZE, encoder, inlined, unrolled, words_of, writer
 
 COLUMNS = WARP  # of a block that adds up partial sums
 
@@ -82,14 +83,14 @@ def partial_writer(plan: Plan) -> Any:
 
 
 @lru_cache
-def add_partials(work: Any, name: str, native_bfloat16: bool) -> Any:
+def add_partials(work: Any, name: str, capability: Capability) -> Kernel:
     """Rows h, h + m, … of the partial sums, added in float64 in an order fixed by the shape, are row h of the total."""
-    put, write = encoder(name, native_bfloat16), writer(name, 1, False)
+    put, write = encoder(name, rounds_to_bfloat16(capability)), writer(name, 1, False)
     words = words_of(name, 1)
     slices = launch.SLICES
     table_shape = (slices, COLUMNS)
 
-    @compiled(COLUMNS * slices)
+    @kernel(capability, COLUMNS * slices, partial=NUMBERS_OF[work], total=array_of(ITEMSIZE[name]))
     def add_partials_kernel(partial: Any, tasks: Any, m: Any, n: Any, total: Any) -> None:
         table = cuda.shared.array(table_shape, np.float64)
         vector = cuda.local.array(words, np.uint32)

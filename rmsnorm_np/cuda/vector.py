@@ -37,14 +37,6 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 STORED = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
 
 
-def compiled(threads: int) -> Any:
-    """A decorator: a kernel for blocks of so many threads.
-
-    No fastmath: the tails of pairs are rounding errors, and NaN and infinity count.
-    """
-    return cuda.jit(launch_bounds=threads)
-
-
 def inlined(function: Any) -> Any:
     """A device function that becomes part of its caller, so that the caller's arrays can stay in registers.
 

@@ -19,6 +19,8 @@ def to_device(host):
     """A copy there; its bits travel, for Numba knows no bfloat16."""
     if SIMULATED:
         return simulated.to_device(host)
+    if host.dtype.name not in STORED:
+        return cuda.to_device(host)
     bits = cuda.to_device(np.ascontiguousarray(host).view(STORED[host.dtype.name]))
     return arrays.viewed(bits, host.shape, bits.strides, host.dtype)
 
@@ -37,7 +39,7 @@ def view_of(array, shape, strides, dtype):
 
 
 def fill(array, host):
-    arrays.copy(to_device(host), array, 0)
+    arrays.copy(arrays.seen("host", to_device(host)), arrays.seen("array", array), arrays.capability_here(), 0)
 
 
 def limit(**limits):

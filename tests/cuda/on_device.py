@@ -13,6 +13,7 @@ from tolerances import worst_ulp
 
 import rmsnorm_np as rn
 from rmsnorm_np.cli import bench, timing
+from rmsnorm_np.cuda.arrays import seen
 
 if hasattr(os, "sched_setaffinity"):  # the threads take turns: on one processor twice as fast
     processors = sorted(os.sched_getaffinity(0))
@@ -22,7 +23,7 @@ if hasattr(os, "sched_setaffinity"):  # the threads take turns: on one processor
 # A block is two warps, a thread has two vectors at most: small rows cross every border.
 limit(
     MAX_TEAM=64, BLOCK=32, PIECE_TEAM=64, FORWARD_TRIPS=2, FORWARD_WARP_TRIPS=2, FORWARD_LONG_TRIPS=2,
-    BACKWARD_TRIPS=2, CHUNKS=3, ROWS_PER_CHUNK=2, SLICES=2, L2_BYTES=2**13,
+    BACKWARD_TRIPS=2, SUM_THREADS=192, ROWS_PER_CHUNK=2, SLICES=2,
 )  # fmt: skip
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name) for name in ULP}
@@ -132,13 +133,16 @@ def test_mixed_dtypes(x_dtype, other, vectors, rng):
 def test_parameters_per_head(rows, m, bias_m, n, rng):
     """Rows with a weight of their own, more partial sums than blocks, a parameter with fewer rows than the other."""
     x, dy = numbers(rng, (rows, n), np.float32), numbers(rng, (rows, n), np.float32)
-    device = [to_device(a) for a in (dy, x)]
+    device = [seen("array", to_device(a)) for a in (dy, x)]
     from rmsnorm_np import cuda as engine
 
     weight, bias = numbers(rng, (m, n), np.float32), numbers(rng, (bias_m, n), np.float32)
-    y = engine.rms_forward(device[1], *map(to_device, (weight, bias)), n, 1e-6, 0.0, None)
+    parameters = [seen("parameter", to_device(a)) for a in (weight, bias)]
+    y = to_device(np.zeros_like(x))
+    engine.rms_forward(device[1], *parameters, n, 1e-6, 0.0, seen("y", y))
     assert worst_ulp(to_host(y), *exact_forward("rms", x, weight, bias, n, 1e-6, 0.0)) <= ULP["float32"]
-    dx, *grads = engine.rms_backward(*device, *map(to_device, (weight, bias)), n, 1e-6, 0.0, None)
+    dx = to_device(np.zeros_like(x))
+    _, *grads = engine.rms_backward(*device, *parameters, n, 1e-6, 0.0, seen("dx", dx))
     exact, magnitude, *sums = exact_backward("rms", dy, x, weight, bias, n, 1e-6, 0.0)
     assert worst_ulp(to_host(dx), exact, magnitude) <= DX_ULP["float32"]
     for gradient, sum_ in zip(grads, sums, strict=True):

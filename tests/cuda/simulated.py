@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import sys
 import threading
@@ -12,6 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 from numba import cuda
+from numba.cuda import types
 from numba.cuda.simulator import kernel, kernelapi
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
@@ -168,6 +170,35 @@ INTRINSICS = {
 
 # Arrays.
 
+_memory = []  # of the device: (address, bytes)
+
+
+def at(address, dtype):
+    """What a kernel sees of a pointer: the memory from there on, to its end. Whatever is beyond raises IndexError."""
+    for first, room in reversed(_memory):
+        if first <= address < first + room.size:
+            return room[address - first :][: (first + room.size - address) // dtype.itemsize * dtype.itemsize].view(
+                dtype
+            )
+    return np.empty(0, dtype)  # an array of no elements has no memory
+
+
+def pointer_to(array):
+    """The address of an array, also of one that `empty` did not make."""
+    first = array._ary.ctypes.data
+    if array._ary.size and not at(first, np.dtype(np.uint8)).size:
+        low, high = np.lib.array_utils.byte_bounds(array._ary)
+        _memory.append((low, np.asarray(_Span(array._ary, low, high - low))))
+    return ctypes.c_void_p(first)
+
+
+def launch(self, blocks, stream, *arguments):
+    given = [
+        at(argument, np.dtype(str(kind.dtype))) if isinstance(kind, types.CPointer) else argument
+        for kind, argument in zip(self.arguments, arguments, strict=True)
+    ]
+    cuda.jit(self.function)[blocks, self.threads, stream](*given)
+
 
 def view_of(array, shape, strides, dtype):
     host = array._ary
@@ -183,16 +214,20 @@ class _Span:
         self.__array_interface__ = {"shape": (size,), "typestr": "|u1", "version": 3, "data": (low, False)}
 
 
-def copy(source, target, stream):
-    target._ary[...] = source._ary
-
-
 def empty(shape, dtype, stream):
     """At a multiple of 256 bytes, as on a device, and full of NaN: what a kernel does not write shows."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     room = np.full(size + 256, 0xFF, np.uint8)
     start = -room.ctypes.data % 256
-    return FakeCUDAArray(room[start : start + size].view(dtype).reshape(shape))
+    room = room[start : start + size]
+    if size:
+        _memory.append((room.ctypes.data, room))
+    return FakeCUDAArray(room.view(dtype).reshape(shape))
+
+
+def scratch(sizes, stream):
+    """New for each call, so that what an earlier one left is not taken for this one's."""
+    return [empty((size,), np.uint8, stream)._ary.ctypes.data for size in sizes]
 
 
 def to_device(host):
@@ -208,17 +243,13 @@ class _Cuda:
         inside = kernel._get_kernel_context()
         return getattr(cuda if inside is None else inside, name)
 
-    @staticmethod
-    def jit(launch_bounds):
-        return cuda.jit
-
 
 def install():
     """Make the engine run in the simulator."""
     jit = cuda.jit
     cuda.jit = lambda *args, forceinline=False, **options: jit(*args, **options)
-    import rmsnorm_np.cuda as engine
     from rmsnorm_np.cuda import arrays
+    from rmsnorm_np.cuda.kernel import Kernel
 
     kernelapi.FakeCUDAModule.shfl_xor_sync = shfl_xor_sync
     kernelapi.FakeCUDAModule.fma = fma
@@ -235,6 +266,8 @@ def install():
             module.inlined = lambda function: function
         if hasattr(module, "cuda"):
             module.cuda = _Cuda()
-    arrays.viewed, arrays.copy, arrays.empty = view_of, copy, empty
-    arrays.address = lambda array: array._ary.ctypes.data
-    engine._rounds_to_bfloat16 = lambda: False
+    Kernel.__call__ = launch
+    arrays.viewed, arrays.empty, arrays.scratch = view_of, empty, scratch
+    FakeCUDAArray.device_ctypes_pointer = property(pointer_to)
+    FakeCUDAArray.stream = 0
+    arrays.capability_here = lambda: (7, 5)  # which does not round to bfloat16 itself

@@ -37,52 +37,65 @@ class Event:
 def asked(monkeypatch):
     """Pairs (the stream that an event was recorded on, the stream that was made to wait for it)."""
     asked = []
-
-    def as_cuda_array(value, sync):
-        assert not sync, "the host would wait"
-        interface = value.__cuda_array_interface__
-        dtype = np.dtype(interface["typestr"])
-        return types.SimpleNamespace(
-            shape=interface["shape"], strides=(4 * dtype.itemsize, dtype.itemsize), dtype=dtype
-        )
-
     driver = types.SimpleNamespace(
-        external_stream=lambda address: f"stream {address}",
-        event=lambda timing: Event(asked),
-        as_cuda_array=as_cuda_array,
+        external_stream=lambda address: address, default_stream=lambda: "default", event=lambda timing: Event(asked)
     )
     monkeypatch.setattr(arrays, "cuda", driver)
     return asked
 
 
+def stream_for(*streams):
+    return arrays.stream_for(tuple(None if stream is None else arrays.seen("x", Foreign(stream)) for stream in streams))
+
+
 def test_a_call_runs_on_the_stream_of_x_and_waits_for_the_others(asked):
-    assert arrays.stream_for((Foreign(), None, Foreign())) == 0
-    assert arrays.stream_for((Foreign(7), None, Foreign(7))) == "stream 7"
+    assert stream_for(0, None, 0) == 0
+    assert stream_for(7, None, 7) == 7
     assert asked == []
-    assert arrays.stream_for((Foreign(7), Foreign(9), None, Foreign(8), Foreign(9))) == "stream 7"
-    assert asked == [("stream 9", "stream 7"), ("stream 8", "stream 7")]
+    assert stream_for(7, 9, None, 8, 9) == 7
+    assert asked == [(9, 7), (8, 7)]
 
 
 def test_a_given_stream_waits_for_all(asked):
+    class Stream:
+        def __int__(self):
+            return 3
+
     with arrays.use_stream(5):
-        assert arrays.stream_for((Foreign(7), Foreign(), Foreign(7))) == "stream 5"
-    assert asked == [("stream 7", "stream 5")]
-    with arrays.use_stream("a stream of Numba"):
-        assert arrays.stream_for((Foreign(),)) == "a stream of Numba"
+        assert stream_for(7, 0, 7) == 5
+    assert asked == [(7, 5)]
+    with arrays.use_stream(Stream()):
+        assert stream_for(0) == 3
+    with arrays.use_stream(0):
+        assert stream_for(7) == 0
+    assert asked[1:] == [(7, "default")]
     with pytest.raises(KeyError), arrays.use_stream(5):
         raise KeyError
-    assert arrays.stream_for((Foreign(),)) == 0
+    assert stream_for(0) == 0
 
 
-def test_what_is_taken_for_an_array(asked, monkeypatch):
-    monkeypatch.setattr(arrays, "viewed", lambda array, shape, strides, dtype: dtype)
-    assert arrays.as_device_array("x", Foreign()).dtype == np.float32
-    assert arrays.as_device_array("x", Foreign(typestr="<V2")) == ml_dtypes.bfloat16
+def test_what_is_taken_for_an_array():
+    array = arrays.seen("x", Foreign())
+    assert array[:4] == (4096, (2, 4), (16, 4), np.dtype(np.float32))
+    assert arrays.seen("x", Foreign(typestr="<V2")).dtype == ml_dtypes.bfloat16
     for typestr in ("<i8", ">f4", "<c8", "<V4"):
         with pytest.raises(
             TypeError, match=r"dy has dtype .*, expected float16, bfloat16, float32 or float64 on a device"
         ):
-            arrays.as_device_array("dy", Foreign(typestr=typestr))
+            arrays.seen("dy", Foreign(typestr=typestr))
     for name in ("dy", "weight", "bias", "out"):
         with pytest.raises(TypeError, match=rf"{name} is a host array \(ndarray\), .* numba.cuda.to_device"):
-            arrays.as_device_array(name, np.ones(3))
+            arrays.seen(name, np.ones(3))
+    masked = Foreign()
+    masked.__cuda_array_interface__["mask"] = Foreign()
+    with pytest.raises(TypeError, match="x has a mask"):
+        arrays.seen("x", masked)
+
+
+def test_an_array_on_a_gpu_without_the_interface_is_not_called_a_host_array():
+    class Array:
+        def __dlpack_device__(self):
+            return 2, 0
+
+    with pytest.raises(TypeError, match=r"x \(Array\) lies on a GPU, but has no __cuda_array_interface__"):
+        arrays.seen("x", Array())

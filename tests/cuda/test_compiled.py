@@ -15,10 +15,8 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install rmsnorm_np[cuda13]")
 
-from numba import cuda
 from numba.cuda import dispatcher
 from numba.cuda.cudadrv import nvvm
-from numba.cuda.np import numpy_support
 
 from rmsnorm_np.cuda import kernels, launch, long_rows, parameters
 from rmsnorm_np.cuda.vector import STORED
@@ -52,35 +50,22 @@ def plan(
     centred, weight = op == "layer", weight or x
     return launch.plan_for(
         n, x, (dy or x) if backward else None, weight, bias or weight if centred else None, centred=centred,
-        partial=partial, offset=centred, aligned=aligned, native_bfloat16=capability >= (8, 0),
+        partial=partial, offset=centred, aligned=aligned, capability=capability,
     )  # fmt: skip
 
 
-def array(dtype):
-    return cuda.types.Array(numpy_support.from_dtype(np.dtype(dtype)), 1, "C")
-
-
 def kernels_of(p):
-    """(kernel, its argument types) for each launch that a plan takes."""
-    i, f = cuda.types.int64, cuda.types.float64
-    x, dy, w, b = (array(STORED[name or p.x]) for name in (p.x, p.dy, p.weight, p.bias))
-    sums = array(STORED[np.dtype(p.work).name])
-    dweight, dbias = (sums if name else x for name in (p.weight, p.bias))
-    kept = array(np.float64)
+    """The kernel of each launch that a plan takes."""
     if p.split:
-        gradient = dy if p.dy else x
-        yield long_rows.piece_moments(p), (gradient, x, w if p.dy else x, i, i, i, f, i, f, f, kept)
-        if p.dy:
-            yield long_rows.piece_backward(p), (dy, x, w, kept, i, i, i, i, i, f, f, i, i, i, f, f, x, dweight, dbias)
-        else:
-            yield long_rows.piece_forward(p), (x, w, b, kept, i, i, i, f, f, i, i, f, f, x)
-    elif p.dy:
-        yield kernels.backward(p), (dy, x, w, i, i, i, f, i, i, i, f, f, x, dweight, dbias)
-    else:
-        yield kernels.forward(p), (x, w, b, i, i, i, f, i, i, f, f, x)
+        return (
+            long_rows.piece_moments(p),
+            long_rows.row_numbers(p),
+            (long_rows.piece_backward if p.dy else long_rows.piece_forward)(p),
+        )
+    return ((kernels.backward if p.dy else kernels.forward)(p),)
 
 
-def ptx_of(kernel, signature, threads, capabilities):
+def ptx_of(kernel, capabilities):
     """The PTX for each capability. Numba types the kernel once: that takes four times as long as libNVVM does."""
     given = {}
 
@@ -90,7 +75,7 @@ def ptx_of(kernel, signature, threads, capabilities):
 
     nvvm_compile = nvvm.compile_ir
     with mock.patch.object(nvvm, "compile_ir", compile_ir):
-        first = cuda.compile_ptx(kernel.py_func, signature, cc=capabilities[0], launch_bounds=threads)[0]
+        first = kernel.ptx(capabilities[0])
     yield capabilities[0], first
     for major, minor in capabilities[1:]:
         options = given["options"] | {"arch": f"compute_{major}{minor}"}
@@ -176,14 +161,17 @@ def test_stays_in_registers(case, tmp_path):
     capabilities = CAPABILITIES if case in EVERYWHERE else (first, NEWEST)
     if p.native_bfloat16:
         capabilities = [c for c in capabilities if c >= (8, 0)]
-    for kernel, signature in kernels_of(p):
-        writes = kernel.py_func.__name__ != "piece_moments_kernel"
-        for capability, ptx in ptx_of(kernel, signature, p.block, capabilities):
+    for kernel in kernels_of(p):
+        name = kernel.function.__name__
+        reads, writes = name != "row_numbers_kernel", name not in ("piece_moments_kernel", "row_numbers_kernel")
+        for capability, ptx in ptx_of(kernel, capabilities):
             assert f".target sm_{capability[0]}{capability[1]}" in ptx
             assert ".local" not in ptx, capability
-            assert ("ld.global.v4" in ptx) == p.aligned
+            assert ("ld.global.v4" in ptx) == (p.aligned and reads)
             assert ("st.global.v4" in ptx) == (p.aligned and writes)
-            assert ("cvt.rn.bf16.f32" in ptx) == (p.x == "bfloat16" and p.native_bfloat16)
+            assert ("cvt.rn.bf16.f32" in ptx) == (
+                p.x == "bfloat16" and p.native_bfloat16 and name != "row_numbers_kernel"
+            )
             if capability == NEWEST and case not in EVERYWHERE:
                 continue
             if ptxas is None or nvdisasm is None:
@@ -195,7 +183,7 @@ def test_stays_in_registers(case, tmp_path):
             assert spilled or not re.search(r"\b(LDL|STL)\b", text)
             loads, stores = (re.findall(rf"\b{kind}\.E[\w.]*", text) for kind in ("LDG", "STG"))
             rows = [load for load in loads if ".128" in load]
-            if p.aligned:
+            if p.aligned and reads:
                 assert len(rows) >= p.trips * (2 if p.dy else 1)
                 assert p.split or len(rows) == len(loads)
                 assert not writes or any(".128" in store for store in stores)
@@ -203,10 +191,8 @@ def test_stays_in_registers(case, tmp_path):
 
 @pytest.mark.parametrize("name", STORED)
 def test_partial_sums_are_added_in_registers(name):
-    kernel = parameters.add_partials(np.float64 if name == "float64" else np.float32, name, True)
-    sums = array(np.uint64 if name == "float64" else np.uint32)
-    signature = (sums, *[cuda.types.int64] * 3, array(STORED[name]))
-    for _, ptx in ptx_of(kernel, signature, parameters.COLUMNS * launch.SLICES, ((9, 0), NEWEST)):
+    kernel = parameters.add_partials(np.float64 if name == "float64" else np.float32, name, (9, 0))
+    for _, ptx in ptx_of(kernel, ((9, 0), NEWEST)):
         assert ".local" not in ptx
 
 

@@ -1,0 +1,80 @@
+"""A kernel that is compiled on first use and costs little to launch.
+
+What a launch costs counts: a row of 4096 numbers takes a GPU 3 µs. So Numba compiles kernels, but does not launch them:
+it types all arguments of each call and makes an object of its own of each array. That took 220 µs in a small call with
+one launch, on the host of an H200; plain addresses and one signature left 28 for the launch, cuda.core needs 5 for it.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property, lru_cache
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from cuda.core import LaunchConfig, Program, ProgramOptions, Stream, launch
+from numba import cuda
+from numba.cuda import types
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Capability = tuple[int, int]
+
+_NUMBERS = ("inverse", "inverse_last", "offset", "eps")  # the parameters that are float64
+_UNSIGNED = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}
+NUMBERS_OF = {np.float32: types.CPointer(types.float32), np.float64: types.CPointer(types.float64)}
+
+
+def array_of(itemsize: int) -> Any:
+    """The argument is the address of elements of so many bytes, which the kernel sees as unsigned integers."""
+    return types.CPointer(_UNSIGNED[itemsize])
+
+
+class Kernel:
+    """A function for a grid of blocks on GPUs of one compute capability, with the types of its arguments.
+
+    No fastmath: the tails of pairs are rounding errors, and NaN and infinity count.
+    """
+
+    def __init__(
+        self, function: Callable[..., None], capability: Capability, threads: int, arguments: tuple[Any, ...]
+    ) -> None:
+        self.function, self.capability, self.threads, self.arguments = function, capability, threads, arguments
+
+    def ptx(self, capability: Capability) -> str:
+        """The kernel in the assembly language of all GPUs."""
+        code: str = cuda.compile_ptx(self.function, self.arguments, cc=capability, launch_bounds=self.threads)[0]
+        return code
+
+    @cached_property
+    def _compiled(self) -> Any:
+        ptx = self.ptx(self.capability)
+        entry = re.search(r"\.entry\s+(\w+)", ptx)
+        if entry is None:
+            raise RuntimeError(f"the compiler left no kernel for compute capability {self.capability}")
+        options = ProgramOptions(arch="sm_{}{}".format(*self.capability))
+        return Program(ptx, "ptx", options).compile("cubin").get_kernel(entry[1])
+
+    def __call__(self, blocks: int, stream: int, *arguments: Any) -> None:
+        """Launch it on the stream with this address; arrays are given by their addresses."""
+        launch(_stream(stream), LaunchConfig(grid=blocks, block=self.threads), self._compiled, *arguments)
+
+
+@lru_cache(maxsize=64)
+def _stream(address: int) -> Any:
+    return Stream.from_handle(address)
+
+
+def kernel(capability: Capability, threads: int, **others: Any) -> Callable[[Callable[..., None]], Kernel]:
+    """A decorator: a kernel for blocks of so many threads.
+
+    others: the types of its parameters that are neither float64 (`_NUMBERS`) nor int64, the arrays above all.
+    """
+
+    def made(function: Callable[..., None]) -> Kernel:
+        usual = {name: types.float64 if name in _NUMBERS else types.int64 for name in signature(function).parameters}
+        return Kernel(function, capability, threads, tuple((usual | others).values()))
+
+    return made
