@@ -15,6 +15,7 @@ from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.moments import (
     B_TAIL,
     C_TAIL,
+    DY_TIMES,
     DY_UNDO,
     MEAN,
     MEAN_TAIL,
@@ -22,6 +23,7 @@ from rmsnorm_np.cuda.moments import (
     RSTD_TAIL,
     UNDO,
     UNDO_AGAIN,
+    X_TIMES,
     B,
     C,
 )
@@ -205,6 +207,28 @@ def gradient_writer(plan: Plan) -> Any:
 
     x, dy, weight: words, the same elements of each. dweight and dbias, this thread's sums, take their share.
     """
+    write_ordinary, write_rescaled = vector_gradient_writer(plan, False), vector_gradient_writer(plan, True)
+    scalable = plan.x != "float16" or plan.dy != "float16"
+
+    @inlined
+    def write_gradient(
+        x: Any, dy: Any, weight: Any, dx: Any, start: Any, lane: Any, stop: Any, k: Any, offset: Any, numbers: Any,
+        dweight: Any, dbias: Any,
+    ) -> None:  # fmt: skip
+        if scalable and (numbers[X_TIMES] != 1 or numbers[DY_TIMES] != 1):
+            write_rescaled(x, dy, weight, dx, start, lane, stop, k, offset, numbers, dweight, dbias)
+        else:
+            write_ordinary(x, dy, weight, dx, start, lane, stop, k, offset, numbers, dweight, dbias)
+
+    return write_gradient
+
+
+@lru_cache
+def vector_gradient_writer(plan: Plan, rescaled: bool) -> Any:
+    """As `gradient_writer`, for rows that were rescaled or for those that were not.
+
+    To multiply by ones in all rows would be 3 of some 20 instructions for an element.
+    """
     work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
     partial = plan.partial
     has_weight, has_bias = plan.weight is not None, plan.bias is not None
@@ -223,9 +247,11 @@ def gradient_writer(plan: Plan) -> Any:
         d = dy_element(dy, t * dy_words, e)
         inside = not partial or i + e < k
         gradient, xhat = gradient_of(x_element(x, 4 * t, e), d, weight, t * weight_words, e, inside, offset, numbers)
-        put(result, 0, e, gradient * numbers[UNDO] * numbers[UNDO_AGAIN])
-        if has_weight or has_bias:
+        if rescaled:
+            gradient *= numbers[UNDO]
+            gradient *= numbers[UNDO_AGAIN]
             d *= numbers[DY_UNDO]
+        put(result, 0, e, gradient)
         if has_weight:
             dweight[t * lanes + e] += d * xhat
         if has_bias:

@@ -69,7 +69,7 @@ def piece_moments(plan: Plan) -> Kernel:
         d_words = cuda.local.array(dy_words, np.uint32)
         w_words = cuda.local.array(weight_words, np.uint32)
         moments = cuda.local.array(MOMENTS, np.float64)
-        scratch = cuda.shared.array(scratch_shape, work)
+        scratch = cuda.shared.array(scratch_shape, np.float64)
         shared = cuda.shared.array(SHARED, work)
         maxima = cuda.shared.array(warps, np.float64)
         lane = np.int64(cuda.threadIdx.x)

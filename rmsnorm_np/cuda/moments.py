@@ -23,8 +23,8 @@ from rmsnorm_np.cuda.pairs import (
     add_to_pair,
     lost_in_difference,
     pair_storer,
-    pair_tail,
     pair_total,
+    sums_of,
     tail_of,
 )
 from rmsnorm_np.cuda.reduce import adder, leads, sharer, team_maximum
@@ -114,12 +114,14 @@ def measurer(plan: Plan) -> Any:
     # A mean far from zero needs every digit of the sum. Half types have few digits themselves: the sum of a vector is
     # right to a small part of the distance between two of them.
     wide = plan.exact
+    part_type = np.float64 if wide else work
+    add, total, tail_of_sum = sums_of(work)
     zero, one, places = work(0), work(1), 2 * PAIRS
 
     @inlined
     def add_x_element(e: Any, t: Any, x: Any, parts: Any) -> None:
         if wide:
-            add_to_pair(parts, 0, x_element(x, 4 * t, e))
+            add(parts, 0, x_element(x, 4 * t, e), 0.0)
         else:
             parts[0] += x_element(x, 4 * t, e)
 
@@ -127,13 +129,10 @@ def measurer(plan: Plan) -> Any:
 
     @inlined
     def add_vector_of_x(t: Any, x: Any, sums: Any) -> None:
-        if wide:
-            add_x_elements(t, x, sums)
-        else:
-            parts = cuda.local.array(1, work)
-            parts[0] = zero
-            add_x_elements(t, x, parts)
-            add_to_pair(sums, 0, parts[0])
+        parts = cuda.local.array(2, part_type)
+        parts[0], parts[1] = zero, zero
+        add_x_elements(t, x, parts)
+        add(sums, 0, parts[0], parts[1])
 
     @inlined
     def add_element(
@@ -147,14 +146,14 @@ def measurer(plan: Plan) -> Any:
         parts[0] += value * value if not partial or i + e < k else zero
         if backward:
             g = scaled(dy_element(dy, t * dy_words, e), weight, t * weight_words, e, offset)
-            parts[1] += g * value
-            parts[2] += g
+            parts[2] += g * value
+            parts[4] += g
 
     scaled_pair = factor_pair(plan)
 
     @inlined
     def add_exact_element(
-        e: Any, t: Any, i: Any, x: Any, dy: Any, weight: Any, stop: Any, k: Any, offset: Any, mean: Any, sums: Any
+        e: Any, t: Any, i: Any, x: Any, dy: Any, weight: Any, stop: Any, k: Any, offset: Any, mean: Any, parts: Any
     ) -> None:
         value, tail = x_element(x, 4 * t, e), zero
         if centred:
@@ -164,13 +163,13 @@ def measurer(plan: Plan) -> Any:
             if checked and i + e * per_element >= stop:
                 value, tail = zero, zero
         if not partial or i + e < k:
-            add_product_to_pair(sums, 0, value, tail, value, tail)
+            add_product_to_pair(parts, 0, value, tail, value, tail)
         if backward:
             g, g_tail = scaled_pair(dy_element(dy, t * dy_words, e), weight, t * weight_words, e, offset)
-            add_product_to_pair(sums, 2, g, g_tail, value, tail)
+            add_product_to_pair(parts, 2, g, g_tail, value, tail)
             if centred:
-                add_to_pair(sums, 4, g)
-                sums[5] += g_tail
+                add_to_pair(parts, 4, g)
+                parts[5] += g_tail
 
     exact = plan.exact and plan.short
     add_elements = unrolled(add_exact_element if exact else add_element, lanes)
@@ -180,17 +179,12 @@ def measurer(plan: Plan) -> Any:
         t: Any, x: Any, dy: Any, weight: Any, lane: Any, stop: Any, k: Any, offset: Any, mean: Any, sums: Any
     ) -> None:
         i = (t * team + lane) * lanes
-        if exact:
-            add_elements(t, i, x, dy, weight, stop, k, offset, mean, sums)
-        else:
-            parts = cuda.local.array(3, work)  # of squares, products and g
-            parts[0], parts[1], parts[2] = zero, zero, zero
-            add_elements(t, i, x, dy, weight, stop, k, offset, mean, parts)
-            add_to_pair(sums, 0, parts[0])
-            if backward:
-                add_to_pair(sums, 2, parts[1])
-                if centred:
-                    add_to_pair(sums, 4, parts[2])
+        parts = cuda.local.array(places, work)  # of squares, products and g; tails are zero unless `exact`
+        for j in range(places):
+            parts[j] = zero
+        add_elements(t, i, x, dy, weight, stop, k, offset, mean, parts)
+        for j in range(0, 2 * pairs, 2):
+            add(sums, j, pair_total(parts, j) if exact and work is np.float32 else parts[j], parts[j + 1])
 
     @inlined
     def take_x(e: Any, t: Any, i: Any, x: Any, k: Any, largest: Any) -> None:
@@ -220,7 +214,7 @@ def measurer(plan: Plan) -> Any:
         x: Any, dy: Any, weight: Any, lane: Any, stop: Any, count: Any, inverse: Any, k: Any, k_row: Any, eps: Any,
         offset: Any, moments: Any, scratch: Any, shared: Any, maxima: Any,
     ) -> None:  # fmt: skip
-        sums = cuda.local.array(places, work)
+        sums = cuda.local.array(places, np.float64)
         mean = cuda.local.array(2, work)
         flag = cuda.local.array(1, work)
         largest = cuda.local.array(1, np.float64)
@@ -231,26 +225,26 @@ def measurer(plan: Plan) -> Any:
             moments[SUM], moments[SUM_TAIL], moments[G_SUM], moments[G_TAIL] = 0.0, 0.0, 0.0, 0.0
             moments[PRODUCTS], moments[PRODUCTS_TAIL] = 0.0, 0.0
             if centred:
-                sums[0], sums[1] = zero, zero
+                sums[0], sums[1] = 0.0, 0.0
                 add_x(x, sums)
                 add_up_x(sums, scratch)
                 if leads(team):
-                    moments[SUM], moments[SUM_TAIL] = np.float64(sums[0]), np.float64(sums[1])
+                    moments[SUM], moments[SUM_TAIL] = sums[0], sums[1]
                     store_pair(mean, 0, moments[SUM], moments[SUM_TAIL], count, inverse)
                 share_mean(mean, shared)
             for j in range(2 * pairs):
-                sums[j] = zero
+                sums[j] = 0.0
             add_products(x, dy, weight, lane, stop, k, offset, mean, sums)
             add_up(sums, scratch)
             if leads(team):
-                moments[SQUARES] = pair_total(sums, 0)
+                moments[SQUARES] = total(sums, 0)
                 squares = moments[SQUARES] + eps * x_scale * x_scale * k_row
                 ordinary = least * k_row < squares < most * k_row
                 if backward:
-                    moments[PRODUCTS], moments[PRODUCTS_TAIL] = np.float64(sums[2]), pair_tail(sums, 2)
+                    moments[PRODUCTS], moments[PRODUCTS_TAIL] = sums[2], tail_of_sum(sums, 2)
                     ordinary = ordinary and least < abs(moments[PRODUCTS]) < most
                     if centred:
-                        moments[G_SUM], moments[G_TAIL] = np.float64(sums[4]), pair_tail(sums, 4)
+                        moments[G_SUM], moments[G_TAIL] = sums[4], tail_of_sum(sums, 4)
                         ordinary = ordinary and abs(moments[G_SUM]) < most
                 flag[0] = one if ordinary else zero
             if scalable and x_scale == 1.0 and dy_scale == 1.0:

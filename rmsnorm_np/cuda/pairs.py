@@ -56,6 +56,37 @@ def pair_tail(sums: Any, j: int) -> Any:
 
 
 @lru_cache
+def sums_of(work: Any) -> tuple[Any, Any, Any]:
+    """(add, total, tail): a sum of numbers of the type inside, in sums[j] and sums[j + 1], both float64.
+
+    add(sums, j, head, tail) adds a number, or another sum. float32 inside: a float64 has digits enough, and the tail
+    stays zero; an addition is 1 instruction instead of 8, and between threads a sum is 2 words instead of 4.
+    """
+    if work is np.float32:
+
+        @inlined
+        def add(sums: Any, j: int, head: Any, tail: Any) -> None:
+            sums[j] += np.float64(head)
+
+        @inlined
+        def total(sums: Any, j: int) -> Any:
+            return sums[j]
+
+        @inlined
+        def tail(sums: Any, j: int) -> Any:
+            return 0.0
+
+        return add, total, tail
+
+    @inlined
+    def add_pair(sums: Any, j: int, head: Any, tail: Any) -> None:
+        add_to_pair(sums, j, head)
+        sums[j + 1] += tail
+
+    return add_pair, pair_total, pair_tail
+
+
+@lru_cache
 def tail_of(work: Any) -> Any:
     """tail(value): the value, or zero for the NaN that an infinite head leaves; it would turn infinity into NaN."""
     zero = work(0)
@@ -78,7 +109,7 @@ def pair_storer(work: Any) -> Any:
 
         @inlined
         def store(pair: Any, j: int, head: Any, tail: Any, count: Any, inverse: Any) -> None:
-            quotient = (head + tail) * inverse
+            quotient = head * inverse  # a float64, it needs no tail
             pair[j] = np.float32(quotient)
             pair[j + 1] = tail_or_zero(quotient - np.float64(pair[j]))
 

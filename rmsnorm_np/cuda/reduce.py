@@ -1,4 +1,4 @@
-"""Sums over the threads that share a row: its team. A sum is an unevaluated pair, right to twice the type's digits.
+"""Sums over the threads that share a row: its team. A sum is right to twice the digits of the type inside.
 
 A team is part of a warp, a warp, or a whole block. The order of additions follows from the team's size alone.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from numba import cuda
 
-from rmsnorm_np.cuda.pairs import add_to_pair
+from rmsnorm_np.cuda.pairs import sums_of
 from rmsnorm_np.cuda.vector import inlined
 
 WARP = 32
@@ -20,21 +21,22 @@ ALL_LANES = 0xFFFFFFFF
 
 @lru_cache
 def adder(team: int, count: int, work: Any) -> Any:
-    """add_up(sums, scratch): `count` pairs of each thread become the team's, in all threads that `leads` names.
+    """add_up(sums, scratch): `count` sums of each thread become the team's, in all threads that `leads` names.
 
-    scratch: for teams of more than one warp, shared memory of (warps, 2 * count), free again at the next barrier.
+    sums: as in `sums_of`. scratch: for teams of more than one warp, shared memory of (warps, 2 * count), free again at
+    the next barrier.
     """
     warps, levels = max(1, team // WARP), levels_of(min(team, WARP))
     warp_levels = levels_of(warps)
-    zero = work(0)
+    add, tails = sums_of(work)[0], work is np.float64
+    step = 1 if tails else 2
 
     @inlined
     def across(sums: Any, mask: Any, level: int) -> None:
         for c in range(count):
             head = cuda.shfl_xor_sync(mask, sums[2 * c], 1 << level)
-            tail = cuda.shfl_xor_sync(mask, sums[2 * c + 1], 1 << level)
-            add_to_pair(sums, 2 * c, head)
-            sums[2 * c + 1] += tail
+            tail = cuda.shfl_xor_sync(mask, sums[2 * c + 1], 1 << level) if tails else 0.0
+            add(sums, 2 * c, head, tail)
 
     if warps == 1:
 
@@ -52,12 +54,12 @@ def adder(team: int, count: int, work: Any) -> Any:
             for level in range(levels):
                 across(sums, ALL_LANES, level)
             if lane_of(WARP) == 0:
-                for j in range(2 * count):
+                for j in range(0, 2 * count, step):
                     scratch[thread >> WARP_LEVELS, j] = sums[j]
             cuda.syncthreads()
             if thread < WARP:
-                for j in range(2 * count):
-                    sums[j] = scratch[thread, j] if thread < warps else zero
+                for j in range(0, 2 * count, step):
+                    sums[j] = scratch[thread, j] if thread < warps else 0.0
                 for level in range(warp_levels):
                     across(sums, ALL_LANES, level)
 
