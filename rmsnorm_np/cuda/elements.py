@@ -253,7 +253,8 @@ def vector_gradient_writer(plan: Plan, rescaled: bool) -> Any:
             d *= numbers[DY_UNDO]
         put(result, 0, e, gradient)
         if has_weight:
-            dweight[t * lanes + e] += d * xhat
+            # the compiler would move the addition, without the product, behind both branches of `gradient_writer`
+            dweight[t * lanes + e] = cuda.fma(d, xhat, dweight[t * lanes + e])
         if has_bias:
             dbias[t * lanes + e] += d
 
