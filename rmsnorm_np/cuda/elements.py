@@ -28,7 +28,7 @@ from rmsnorm_np.cuda.moments import (
     C,
 )
 from rmsnorm_np.cuda.pairs import lost_in_difference
-from rmsnorm_np.cuda.rows import factor, factor_pair
+from rmsnorm_np.cuda.rows import factor, factor_pair, weight_kept
 from rmsnorm_np.cuda.vector import decoder, encoder, inlined, reader, unrolled, words_of, writer
 
 rms_gradient = inlined(_formulas.rms_gradient)
@@ -235,7 +235,7 @@ def vector_gradient_writer(plan: Plan, rescaled: bool) -> Any:
     dy_name = plan.dy or "float32"
     x_element, dy_element = decoder(plan.x, work, again=True), decoder(dy_name, work, again=True)
     put = encoder(plan.x, plan.native_bfloat16)
-    dy_words, weight_words = words_of(dy_name, lanes), words_of(plan.weight or "float32", lanes)
+    dy_words, weight_words = words_of(dy_name, lanes), words_of(weight_kept(plan), lanes)
     gradient_of = exact_gradient(plan) if plan.exact else simple_gradient(plan)
     write = writer(plan.x, lanes, plan.aligned)
 

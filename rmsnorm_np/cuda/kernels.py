@@ -18,7 +18,7 @@ from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.moments import MOMENTS, NUMBERS, PAIRS, SHARED, finisher, measurer
 from rmsnorm_np.cuda.parameters import clearer, partial_writer
 from rmsnorm_np.cuda.reduce import lane_of, leads, levels_of, sharer
-from rmsnorm_np.cuda.rows import row_reader
+from rmsnorm_np.cuda.rows import row_reader, weight_kept, weight_reader
 from rmsnorm_np.cuda.vector import ITEMSIZE, words_of
 
 
@@ -71,17 +71,17 @@ def backward(plan: Plan) -> Kernel:
     team, teams, work, lanes, trips = plan.team, plan.teams, plan.work, plan.lanes, plan.trips
     row_words, warps, levels = plan.row_words, plan.warps, levels_of(team)
     scratch_shape = (warps, 2 * PAIRS)
-    dy_name, weight_name = plan.dy or "float32", plan.weight or "float32"
-    dy_words, weight_words = trips * words_of(dy_name, lanes), trips * words_of(weight_name, lanes)
+    dy_name = plan.dy or "float32"
+    dy_words, weight_words = trips * words_of(dy_name, lanes), trips * words_of(weight_kept(plan), lanes)
     read_x, read_dy = row_reader(plan, plan.x), row_reader(plan, dy_name)
-    read_weight = row_reader(plan, weight_name)
+    read_weight = weight_reader(plan)
     has_weight, has_bias = plan.weight is not None, plan.bias is not None
     measure, finish, share = measurer(plan), finisher(plan), sharer(team, NUMBERS, 0)
     write_gradient, write_sums = gradient_writer(plan), partial_writer(plan)
     elements = trips * lanes
     clear = clearer(elements, work)
 
-    x_array, dy_array, weight_array = (array_of(ITEMSIZE[name]) for name in (plan.x, dy_name, weight_name))
+    x_array, dy_array, weight_array = (array_of(ITEMSIZE[name]) for name in (plan.x, dy_name, plan.weight or "float32"))
     sums_array = array_of(np.dtype(work).itemsize)
 
     @kernel(

@@ -36,7 +36,7 @@ from rmsnorm_np.cuda.moments import (
 from rmsnorm_np.cuda.pairs import add_to_pair, pair_tail, pair_total
 from rmsnorm_np.cuda.parameters import clearer, partial_writer
 from rmsnorm_np.cuda.reduce import adder, leads, sharer, team_maximum
-from rmsnorm_np.cuda.rows import rescaler, row_reader
+from rmsnorm_np.cuda.rows import rescaler, row_reader, weight_kept, weight_reader
 from rmsnorm_np.cuda.vector import ITEMSIZE, inlined, unrolled, words_of
 
 PLACES = 2 * PAIRS
@@ -48,15 +48,15 @@ def piece_moments(plan: Plan) -> Kernel:
     work, lanes, trips = plan.work, plan.lanes, plan.trips
     row_words, warps, length, backward = plan.row_words, plan.warps, plan.length, plan.dy is not None
     scratch_shape = (warps, 2 * PAIRS)
-    dy_name, weight_name = plan.dy or "float32", plan.weight or "float32"
+    dy_name = plan.dy or "float32"
     has_weight = backward and plan.weight is not None
     dy_words = trips * words_of(dy_name, lanes) if backward else 1
-    weight_words = trips * words_of(weight_name, lanes) if backward else 1
+    weight_words = trips * words_of(weight_kept(plan), lanes) if backward else 1
     read_x, read_dy = row_reader(plan, plan.x), row_reader(plan, dy_name)
-    read_weight = row_reader(plan, weight_name)
+    read_weight = weight_reader(plan)
     measure, inverse_length = measurer(plan), 1.0 / length
 
-    x_array, dy_array, weight_array = (array_of(ITEMSIZE[name]) for name in (plan.x, dy_name, weight_name))
+    x_array, dy_array, weight_array = (array_of(ITEMSIZE[name]) for name in (plan.x, dy_name, plan.weight or "float32"))
 
     @kernel(
         plan.capability, plan.block, dy=dy_array, x=x_array, weight=weight_array, kept=NUMBERS_OF[np.float64]
@@ -248,17 +248,17 @@ def piece_backward(plan: Plan) -> Kernel:
     """
     work, lanes, trips, length = plan.work, plan.lanes, plan.trips, plan.length
     row_words = plan.row_words
-    dy_name, weight_name = plan.dy or "float32", plan.weight or "float32"
-    dy_words, weight_words = trips * words_of(dy_name, lanes), trips * words_of(weight_name, lanes)
+    dy_name = plan.dy or "float32"
+    dy_words, weight_words = trips * words_of(dy_name, lanes), trips * words_of(weight_kept(plan), lanes)
     read_x, read_dy = row_reader(plan, plan.x), row_reader(plan, dy_name)
-    read_weight = row_reader(plan, weight_name)
+    read_weight = weight_reader(plan)
     has_weight, has_bias = plan.weight is not None, plan.bias is not None
     write_gradient, write_sums = gradient_writer(plan), partial_writer(plan)
     rescale_x, rescale_dy = rescaler(plan, plan.x), rescaler(plan, dy_name)
     x_scalable, dy_scalable = plan.x != "float16", dy_name != "float16"
     elements = trips * lanes
     clear = clearer(elements, work)
-    x_array, dy_array, weight_array = (array_of(ITEMSIZE[name]) for name in (plan.x, dy_name, weight_name))
+    x_array, dy_array, weight_array = (array_of(ITEMSIZE[name]) for name in (plan.x, dy_name, plan.weight or "float32"))
     sums_array = array_of(np.dtype(work).itemsize)
 
     @kernel(

@@ -28,7 +28,7 @@ from rmsnorm_np.cuda.pairs import (
     tail_of,
 )
 from rmsnorm_np.cuda.reduce import adder, leads, sharer, team_maximum
-from rmsnorm_np.cuda.rows import factor, factor_pair, rescaler
+from rmsnorm_np.cuda.rows import factor, factor_pair, rescaler, weight_kept
 from rmsnorm_np.cuda.vector import decoder, inlined, unrolled, words_of
 
 # numba-cuda knows math.sqrt, not np.sqrt: the same code, with another module for np.
@@ -98,7 +98,7 @@ def measurer(plan: Plan) -> Any:
     x_element = decoder(plan.x, work)
     dy_element = decoder(plan.dy or "float32", work)
     x_again, dy_again = decoder(plan.x, work, again=True), decoder(plan.dy or "float32", work, again=True)
-    dy_words, weight_words = words_of(plan.dy or "float32", lanes), words_of(plan.weight or "float32", lanes)
+    dy_words, weight_words = words_of(plan.dy or "float32", lanes), words_of(weight_kept(plan), lanes)
     scaled, weighed = factor(plan), factor(plan, again=True)
     pairs = (3 if centred else 2) if backward else 1
     add_up, add_up_x = adder(team, pairs, work), adder(team, 1, work)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from rmsnorm_np.cuda.intrinsics import product
+from rmsnorm_np.cuda.intrinsics import bits_of_float32, opaque, product
 from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.pairs import lost_in_difference
 from rmsnorm_np.cuda.vector import decoder, encoder, inlined, reader, unrolled, words_of
@@ -31,9 +31,42 @@ def row_reader(plan: Plan, name: str) -> Any:
     return unrolled(read_vector, trips)
 
 
+def weight_kept(plan: Plan) -> str:
+    """The dtype in which a thread keeps its weights from row to row: half floats are widened once.
+
+    The compiler would widen them before the loop anyhow, and keep both; packed words alone would cost 2 instructions
+    for an element of each row.
+    """
+    return "float32" if plan.weight in (None, "float16", "bfloat16") else plan.weight
+
+
+@lru_cache
+def weight_reader(plan: Plan) -> Any:
+    """read_weight(array, start, lane, stop, words): as `row_reader`, with words of the dtype `weight_kept`."""
+    name = plan.weight or "float32"
+    if name == weight_kept(plan):
+        return row_reader(plan, name)
+    read, element = reader(name, plan.lanes, plan.aligned), decoder(name, np.float32)
+    packed_words, team, trips, lanes = words_of(name, plan.lanes), plan.team, plan.trips, plan.lanes
+
+    @inlined
+    def widen(e: Any, t: Any, packed: Any, words: Any) -> None:
+        words[t * lanes + e] = opaque(bits_of_float32(element(packed, 0, e)))
+
+    widen_all = unrolled(widen, lanes)
+
+    @inlined
+    def read_vector(t: Any, array: Any, start: Any, lane: Any, stop: Any, words: Any) -> None:
+        packed = cuda.local.array(packed_words, np.uint32)
+        read(array, start + (t * team + lane) * lanes, start + stop, packed, 0)
+        widen_all(t, packed, words)
+
+    return unrolled(read_vector, trips)
+
+
 @lru_cache
 def factor(plan: Plan, again: bool = False) -> Any:
-    """scaled(value, words, at, e, offset): value · (weight_offset + weight[e])."""
+    """scaled(value, words, at, e, offset): value · (weight_offset + weight[e]). Backward: words as `weight_kept`."""
     if plan.weight is None:
 
         @inlined
@@ -41,7 +74,7 @@ def factor(plan: Plan, again: bool = False) -> Any:
             return value
 
         return unscaled
-    element = decoder(plan.weight, plan.work, again)
+    element = decoder(plan.weight if plan.dy is None else weight_kept(plan), plan.work, again and plan.exact)
     has_offset = plan.offset
 
     @inlined
@@ -63,7 +96,7 @@ def factor_pair(plan: Plan) -> Any:
             return value, zero
 
         return unscaled
-    element = decoder(plan.weight, plan.work, again=True)
+    element = decoder(plan.weight if plan.dy is None else weight_kept(plan), plan.work, again=True)
     has_offset = plan.offset
 
     @inlined
