@@ -48,7 +48,7 @@ def copy(source: Seen, target: Seen, capability: Capability, stream: int) -> Non
     if count:
         (begin, here, steps), (target_begin, there, target_steps) = map(_walk, (source, target))
         run = _copier(capability, itemsize, len(source.shape))
-        run(-(-count // BLOCK), stream, begin, target_begin, here, there, count, source.shape, steps, target_steps)
+        run(-(-count // BLOCK), stream, begin, target_begin, here, there, count, *source.shape, *steps, *target_steps)
 
 
 def _walk(array: Seen) -> tuple[int, int, tuple[int, ...]]:

@@ -193,10 +193,14 @@ def pointer_to(array):
 
 
 def launch(self, blocks, stream, *arguments):
-    given = [
-        at(argument, np.dtype(str(kind.dtype))) if isinstance(kind, types.CPointer) else argument
-        for kind, argument in zip(self.arguments, arguments, strict=True)
-    ]
+    left, given = list(arguments), []
+    for kind in self.arguments:
+        if isinstance(kind, types.UniTuple):
+            given.append(tuple(left.pop(0) for _ in range(kind.count)))
+        else:
+            value = left.pop(0)
+            given.append(at(value, np.dtype(str(kind.dtype))) if isinstance(kind, types.CPointer) else value)
+    assert not left
     cuda.jit(self.function)[blocks, self.threads, stream](*given)
 
 
