@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from types import FunctionType
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
-from rmsnorm_np import _formulas
-from rmsnorm_np.cuda.intrinsics import bits_of_float64, float64_of_bits, product
+from rmsnorm_np.cuda.intrinsics import bits_of_float64, float64_of_bits, product, rough_reciprocal_root
 from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.pairs import (
     add_product_to_pair,
@@ -30,9 +28,6 @@ from rmsnorm_np.cuda.pairs import (
 from rmsnorm_np.cuda.reduce import adder, leads, sharer, team_maximum
 from rmsnorm_np.cuda.rows import factor, factor_pair, rescaler, weight_kept
 from rmsnorm_np.cuda.vector import decoder, inlined, unrolled, words_of
-
-# numba-cuda knows math.sqrt, not np.sqrt: the same code, with another module for np.
-reciprocal_root = inlined(FunctionType(_formulas.reciprocal_root.__code__, {"np": math}))
 
 # Places of the moments, and of the numbers.
 SUM, SUM_TAIL, SQUARES, G_SUM, G_TAIL, PRODUCTS, PRODUCTS_TAIL, X_SCALE, DY_SCALE, MOMENTS = range(10)
@@ -280,7 +275,7 @@ def finisher(plan: Plan) -> Any:
         x_scale, dy_scale = moments[X_SCALE], moments[DY_SCALE]
         eps = eps * x_scale * x_scale  # not x_scale * x_scale, which can overflow
         mean_square = product(moments[SQUARES], inverse)
-        rstd = reciprocal_root(mean_square, 1.0, eps)
+        rstd = reciprocal_root(mean_square + eps)
         numbers[RSTD] = work(rstd)
         if work is np.float32:
             numbers[RSTD_TAIL] = tail_or_zero(rstd - np.float64(numbers[RSTD]))
@@ -291,10 +286,12 @@ def finisher(plan: Plan) -> Any:
         if centred:
             store_pair(numbers, MEAN, moments[SUM], moments[SUM_TAIL], k, inverse)
         if backward:
-            products, rstd_tail = moments[PRODUCTS], 0.0 if work is np.float32 else np.float64(numbers[RSTD_TAIL])
+            products, c_tail = moments[PRODUCTS], 0.0
             c = products * rstd
-            c_tail = cuda.fma(products, rstd, -c) + products * rstd_tail + moments[PRODUCTS_TAIL] * rstd
-            store_pair(numbers, C, c, c_tail if c_tail == c_tail else 0.0, k, inverse)
+            if work is np.float64:
+                c_tail = cuda.fma(products, rstd, -c) + products * numbers[RSTD_TAIL] + moments[PRODUCTS_TAIL] * rstd
+                c_tail = c_tail if c_tail == c_tail else 0.0
+            store_pair(numbers, C, c, c_tail, k, inverse)
             if centred:
                 store_pair(numbers, B, moments[G_SUM], moments[G_TAIL], k, inverse)
             exponent = exponent_of(x_scale) - exponent_of(dy_scale)
@@ -304,6 +301,19 @@ def finisher(plan: Plan) -> Any:
             numbers[UNDO_AGAIN] = work(power_of_two(exponent - (exponent >> 1)))
 
     return finish
+
+
+@inlined
+def reciprocal_root(value: Any) -> Any:
+    """1 / sqrt(value) of a float64, to an ULP or so.
+
+    A step of third order from 20 bits. A square root and a division, each right to the last bit, would be three times
+    as many instructions, and two calls; one warp computes while the others wait.
+    """
+    root = rough_reciprocal_root(value)
+    residual = cuda.fma(-value * root, root, 1.0)
+    refined = cuda.fma(root * residual, cuda.fma(residual, 0.375, 0.5), root)
+    return refined if refined == refined else root  # zero and infinity leave NaN in the residual
 
 
 @inlined
