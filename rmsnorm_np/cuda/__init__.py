@@ -19,6 +19,7 @@ from rmsnorm_np.cuda import arrays, kernels, launch, long_rows, parameters, vect
 from rmsnorm_np.cuda import arrays as arguments
 from rmsnorm_np.cuda.arrays import use_stream
 from rmsnorm_np.cuda.moments import MOMENTS, NUMBERS
+from rmsnorm_np.cuda.reduce import WARP
 
 if TYPE_CHECKING:
     from rmsnorm_np.cuda.arrays import Seen
@@ -119,7 +120,8 @@ def _numbers(
         rows * pieces, stream, gradient, x.address, w, n, k, inverse_last, 1 if weight is None else weight.shape[0],
         weight_offset, eps, kept,
     )  # fmt: skip
-    long_rows.row_numbers(plan)(rows, stream, kept, n, k, 1.0 / k, inverse_last, eps, numbers)
+    team = WARP if pieces <= launch.WARP_PIECES else plan.block
+    long_rows.row_numbers(plan, team)(rows, stream, kept, n, k, 1.0 / k, inverse_last, eps, numbers)
     return [numbers, *rest]
 
 
@@ -167,7 +169,7 @@ def _chunks(plan: launch.Plan, groups: int, blocks: int, sums: bool) -> int:
     if not sums:
         return most
     # Sums cost traffic: few of them, but where rows are few, blocks enough to give each multiprocessor one.
-    enough = launch.SUM_THREADS // plan.block
+    enough = launch.MULTIPROCESSORS * (plan.resident or max(1, launch.SPLIT_THREADS // plan.block))
     return max(1, min(most, max(groups // launch.ROWS_PER_CHUNK, enough // 4), enough // blocks))
 
 
@@ -175,7 +177,8 @@ def _total(plan: launch.Plan, parameter: Seen, partial: int, tasks: int, n: int,
     """The gradient of a parameter, from the sums of all blocks."""
     total = arrays.empty(tuple(parameter.owner.shape), parameter.dtype, stream)
     rows = parameter.shape[0]
-    parameters.add_partials(plan.work, parameter.dtype.name, plan.capability)(
+    slices = launch.SLICES[tasks // rows <= launch.MANY_TASKS]
+    parameters.add_partials(plan.work, parameter.dtype.name, plan.capability, slices)(
         rows * -(-n // parameters.COLUMNS), stream, partial, tasks, rows, n, arrays.seen("", total).address
     )
     return total

@@ -13,7 +13,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cuda.core import LaunchConfig, Program, ProgramOptions, Stream, launch
+from cuda.core import LaunchConfig, Linker, LinkerOptions, ObjectCode, Stream, launch
 from numba import cuda
 from numba.cuda import types
 
@@ -36,30 +36,51 @@ class Kernel:
     """A function for a grid of blocks on GPUs of one compute capability, with the types of its arguments.
 
     No fastmath: the tails of pairs are rounding errors, and NaN and infinity count.
+
+    threads: of a block; blocks: that a multiprocessor is to have room for, which limits the registers, 0 for no matter.
     """
 
     def __init__(
-        self, function: Callable[..., None], capability: Capability, threads: int, arguments: tuple[Any, ...]
+        self,
+        function: Callable[..., None],
+        capability: Capability,
+        threads: int,
+        blocks: int,
+        arguments: tuple[Any, ...],
     ) -> None:
-        self.function, self.capability, self.threads, self.arguments = function, capability, threads, arguments
+        self.function, self.capability, self.arguments = function, capability, arguments
+        self.threads, self.bounds = threads, (threads, blocks) if blocks else threads
 
-    def ptx(self, capability: Capability) -> str:
-        """The kernel in the assembly language of all GPUs."""
-        code: str = cuda.compile_ptx(self.function, self.arguments, cc=capability, launch_bounds=self.threads)[0]
+    def intermediate_code(self, capability: Capability) -> bytes:
+        """The kernel as Numba and libNVVM leave it, for a linker that optimises."""
+        code: bytes = cuda.compile(
+            self.function, self.arguments, device=False, abi="numba", output="ltoir", cc=capability,
+            launch_bounds=self.bounds,
+        )[0]  # fmt: skip
         return code
 
     @cached_property
     def _compiled(self) -> Any:
-        ptx = self.ptx(self.capability)
-        entry = re.search(r"\.entry\s+(\w+)", ptx)
-        if entry is None:
+        cubin = linker(self.intermediate_code(self.capability), self.capability).link("cubin")
+        name = re.search(rb"\.text\.(\w+)", bytes(cubin.code))  # the section of its instructions
+        if name is None:
             raise RuntimeError(f"the compiler left no kernel for compute capability {self.capability}")
-        options = ProgramOptions(arch="sm_{}{}".format(*self.capability))
-        return Program(ptx, "ptx", options).compile("cubin").get_kernel(entry[1])
+        return cubin.get_kernel(name[1].decode())
 
     def __call__(self, blocks: int, stream: int, *arguments: Any) -> None:
         """Launch it on the stream with this address; arrays are given by their addresses."""
         launch(_stream(stream), LaunchConfig(grid=blocks, block=self.threads), self._compiled, *arguments)
+
+
+def linker(code: bytes, capability: Capability, **options: Any) -> Any:
+    """What makes machine code of a kernel's intermediate code, by nvJitLink's own optimiser, as Numba does it.
+
+    From PTX, past that, registers are given out in another way, and the tightest kernels were a third slower.
+    """
+    architecture = "sm_{}{}".format(*capability)
+    return Linker(
+        ObjectCode.from_ltoir(code), options=LinkerOptions(arch=architecture, link_time_optimization=True, **options)
+    )
 
 
 @lru_cache(maxsize=64)
@@ -67,14 +88,16 @@ def _stream(address: int) -> Any:
     return Stream.from_handle(address)
 
 
-def kernel(capability: Capability, threads: int, **others: Any) -> Callable[[Callable[..., None]], Kernel]:
-    """A decorator: a kernel for blocks of so many threads.
+def kernel(
+    capability: Capability, threads: int, blocks: int = 0, **others: Any
+) -> Callable[[Callable[..., None]], Kernel]:
+    """A decorator: a kernel for blocks of so many threads, so many of them to a multiprocessor.
 
     others: the types of its parameters that are neither float64 (`_NUMBERS`) nor int64, the arrays above all.
     """
 
     def made(function: Callable[..., None]) -> Kernel:
         usual = {name: types.float64 if name in _NUMBERS else types.int64 for name in signature(function).parameters}
-        return Kernel(function, capability, threads, tuple((usual | others).values()))
+        return Kernel(function, capability, threads, blocks, tuple((usual | others).values()))
 
     return made

@@ -35,7 +35,7 @@ def forward(plan: Plan) -> Kernel:
         array_of(ITEMSIZE[name or "float32"]) for name in (plan.x, plan.weight, plan.bias)
     )
 
-    @kernel(plan.capability, plan.block, x=x_array, weight=weight_array, bias=bias_array, y=x_array)
+    @kernel(plan.capability, plan.block, plan.demanded, x=x_array, weight=weight_array, bias=bias_array, y=x_array)
     def forward_kernel(
         x: Any, weight: Any, bias: Any, rows: Any, n: Any, k: Any, inverse: Any, weight_rows: Any, bias_rows: Any,
         offset: Any, eps: Any, y: Any,
@@ -85,8 +85,8 @@ def backward(plan: Plan) -> Kernel:
     sums_array = array_of(np.dtype(work).itemsize)
 
     @kernel(
-        plan.capability, plan.block, dy=dy_array, x=x_array, weight=weight_array, dx=x_array, dweight=sums_array,
-        dbias=sums_array,
+        plan.capability, plan.block, plan.demanded, dy=dy_array, x=x_array, weight=weight_array, dx=x_array,
+        dweight=sums_array, dbias=sums_array,
     )  # fmt: skip
     def backward_kernel(
         dy: Any, x: Any, weight: Any, rows: Any, n: Any, k: Any, inverse: Any, weight_rows: Any, m: Any, chunks: Any,

@@ -35,7 +35,7 @@ from rmsnorm_np.cuda.moments import (
 )
 from rmsnorm_np.cuda.pairs import add_to_pair, pair_tail, pair_total
 from rmsnorm_np.cuda.parameters import clearer, partial_writer
-from rmsnorm_np.cuda.reduce import adder, leads, sharer, team_maximum
+from rmsnorm_np.cuda.reduce import WARP, adder, leads, sharer, team_maximum
 from rmsnorm_np.cuda.rows import rescaler, row_reader, weight_kept, weight_reader
 from rmsnorm_np.cuda.vector import ITEMSIZE, inlined, unrolled, words_of
 
@@ -95,14 +95,14 @@ def piece_moments(plan: Plan) -> Kernel:
 
 
 @lru_cache
-def merger(plan: Plan) -> Any:
+def merger(plan: Plan, block: int) -> Any:
     """merge(kept, first, n, inverse, inverse_last, moments, …): the moments of a row from those of its pieces.
 
     inverse: 1 / n; inverse_last: 1 / the elements of the last piece. The pieces of LayerNorm are centred around their
     own means: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
     1979. The result is in the threads that lead.
     """
-    block, length, centred, backward = plan.block, plan.length, plan.centred, plan.dy is not None
+    length, centred, backward = plan.length, plan.centred, plan.dy is not None
     add_up, add_up_x = adder(block, PAIRS, np.float64), adder(block, 1, np.float64)
     share_mean, maximum, inverse_length = sharer(block, 1, 0), team_maximum(block), 1.0 / length
 
@@ -167,13 +167,13 @@ def merger(plan: Plan) -> Any:
 
 
 @lru_cache
-def row_numbers(plan: Plan) -> Kernel:
-    """Block `row` leaves what the elements of that row need, from the moments of its pieces."""
-    block, work, warps, length = plan.block, plan.work, plan.warps, plan.length
+def row_numbers(plan: Plan, block: int) -> Kernel:
+    """Block `row`, of so many threads, leaves what the elements of that row need, from the moments of its pieces."""
+    work, warps, length = plan.work, max(1, block // WARP), plan.length
     scratch_shape = (warps, 2 * PAIRS)
-    merge, finish = merger(plan), finisher(plan)
+    merge, finish = merger(plan, block), finisher(plan)
 
-    @kernel(plan.capability, plan.block, kept=NUMBERS_OF[np.float64], row_numbers=NUMBERS_OF[work])
+    @kernel(plan.capability, block, kept=NUMBERS_OF[np.float64], row_numbers=NUMBERS_OF[work])
     def row_numbers_kernel(
         kept: Any, n: Any, k: Any, inverse: Any, inverse_last: Any, eps: Any, row_numbers: Any
     ) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from rmsnorm_np.cuda import launch
 from rmsnorm_np.cuda.kernel import NUMBERS_OF, Capability, Kernel, array_of, kernel
 from rmsnorm_np.cuda.launch import Plan, rounds_to_bfloat16
 from rmsnorm_np.cuda.reduce import WARP, WARP_LEVELS, lane_of, levels_of
@@ -83,11 +82,10 @@ def partial_writer(plan: Plan) -> Any:
 
 
 @lru_cache
-def add_partials(work: Any, name: str, capability: Capability) -> Kernel:
+def add_partials(work: Any, name: str, capability: Capability, slices: int) -> Kernel:
     """Rows h, h + m, … of the partial sums, added in float64 in an order fixed by the shape, are row h of the total."""
     put, write = encoder(name, rounds_to_bfloat16(capability)), writer(name, 1, False)
     words = words_of(name, 1)
-    slices = launch.SLICES
     table_shape = (slices, COLUMNS)
 
     @kernel(capability, COLUMNS * slices, partial=NUMBERS_OF[work], total=array_of(ITEMSIZE[name]))

@@ -23,7 +23,7 @@ if hasattr(os, "sched_setaffinity"):  # the threads take turns: on one processor
 # A block is two warps, a thread has two vectors at most: small rows cross every border.
 limit(
     MAX_TEAM=64, BLOCK=32, PIECE_TEAM=64, FORWARD_TRIPS=2, FORWARD_WARP_TRIPS=2, FORWARD_LONG_TRIPS=2,
-    BACKWARD_TRIPS=2, SUM_THREADS=192, ROWS_PER_CHUNK=2, SLICES=2,
+    BACKWARD_TRIPS=2, MULTIPROCESSORS=3, ROWS_PER_CHUNK=2, SLICES=(4, 2), MANY_TASKS=3, WARP_PIECES=2,
 )  # fmt: skip
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name) for name in ULP}
@@ -42,6 +42,7 @@ LENGTHS = {
     "a block": (128, 0),
     "pieces, not aligned": (128, 1),
     "pieces": (136, 0),
+    "many pieces": (270, 0),
 }
 
 
@@ -84,7 +85,7 @@ def rng():
 
 
 # Rows of more than a warp take seconds each: all with both norms in float32; in another dtype two kinds, with one norm.
-LONG = ("a block, not full", "a block", "pieces, not aligned", "pieces")
+LONG = ("a block, not full", "a block", "pieces, not aligned", "pieces", "many pieces")
 CHOSEN = {
     "float16": ("layer", "a block, not full", "pieces"),
     "bfloat16": ("rms", "a block", "pieces, not aligned"),
