@@ -255,7 +255,8 @@ def engine_arguments(
             copy(array, made, capability_here(), stream)
             array = made
         itemsize = array.dtype.itemsize
-        return array._replace(shape=(lead, n), strides=(n * itemsize, itemsize))
+        # not `_replace`, which takes four times as long
+        return Seen(array.address, (lead, n), (n * itemsize, itemsize), array.dtype, array.stream, False, array.owner)
 
     def permuted(array: Seen) -> Seen:
         return array._replace(shape=moved, strides=tuple(array.strides[i] for i in order))
