@@ -1,6 +1,8 @@
 """The formulas of both norms, once: compiled for vectors by the CPU engine and for threads by the CUDA engine.
 
-Undecorated Python on numbers: a Python float, a NumPy scalar, a vector of the CPU engine or a CUDA register.
+Undecorated Python on numbers: a Python float, a NumPy scalar, a vector of the CPU engine or a CUDA register. For the
+reciprocal root the CUDA engine has an instruction, and does not use the one here.
+
 Notation and derivation: arXiv:1910.07467, equations 4, 8 and 9; ``k`` elements enter the RMS, LayerNorm has ``k = n``.
 """
 

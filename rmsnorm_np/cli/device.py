@@ -24,9 +24,9 @@ def require() -> None:
 
 def moved(problem: Problem) -> Problem:
     """The same problem with its arrays on the device."""
-    from numba import cuda
+    from rmsnorm_np.cuda.arrays import to_device
 
-    arrays = {name: cuda.to_device(getattr(problem, name)) for name in ("x", "weight", "dy")}
+    arrays = {name: to_device(getattr(problem, name)) for name in ("x", "weight", "dy")}
     return replace(problem, **arrays)
 
 

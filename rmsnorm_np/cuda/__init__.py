@@ -17,7 +17,7 @@ from numba import cuda
 
 from rmsnorm_np.cuda import arrays, kernels, launch, long_rows, parameters, vector
 from rmsnorm_np.cuda import arrays as arguments
-from rmsnorm_np.cuda.arrays import use_stream
+from rmsnorm_np.cuda.arrays import to_device, use_stream
 from rmsnorm_np.cuda.moments import MOMENTS, NUMBERS
 from rmsnorm_np.cuda.reduce import WARP
 
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from rmsnorm_np.cuda.arrays import Seen
     from rmsnorm_np.cuda.kernel import Capability
 
-__all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_backward", "rms_forward", "use_stream"]
+__all__ = [
+    "arguments",
+    "describe",
+    "layer_backward",
+    "layer_forward",
+    "rms_backward",
+    "rms_forward",
+    "to_device",
+    "use_stream",
+]
 
 
 def rms_forward(

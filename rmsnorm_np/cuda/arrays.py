@@ -163,6 +163,24 @@ def _overlaps(a: Seen, b: Seen) -> bool:
     return a_first < b_stop and b_first < a_stop
 
 
+def to_device(array: np.ndarray[Any, Any]) -> Any:
+    """A copy of a host array as a device array of Numba. `numba.cuda.to_device` does not take bfloat16.
+
+    Parameters
+    ----------
+    array : numpy.ndarray
+        Of any shape; float16, bfloat16 (of ml_dtypes), float32 or float64.
+
+    Returns
+    -------
+    numba.cuda device array
+        Of the same shape and dtype, in C order. Its ``copy_to_host()`` gives the array back.
+    """
+    array = np.ascontiguousarray(array)
+    bits = cuda.to_device(array.view(STORED[array.dtype.name]))
+    return viewed(bits, array.shape, bits.strides, array.dtype)
+
+
 def empty(shape: tuple[int, ...], dtype: Any, stream: int) -> Any:
     """A new device array of Numba."""
     return cuda.device_array(shape, dtype, stream=_numba_stream(stream) if stream else 0)

@@ -1,8 +1,8 @@
 """A kernel that is compiled on first use and costs little to launch.
 
-What a launch costs counts: a row of 4096 numbers takes a GPU 3 µs. So Numba compiles kernels, but does not launch them:
-it types all arguments of each call and makes an object of its own of each array. That took 220 µs in a small call with
-one launch, on the host of an H200; plain addresses and one signature left 28 for the launch, cuda.core needs 5 for it.
+What a launch costs counts: a small kernel is done in a few microseconds. So Numba compiles kernels, but does not launch
+them: it types all arguments of each call and makes an object of its own of each array. That took 220 µs in a small call
+with one launch, on the host of an H200; plain addresses and one signature left 28 for the launch, cuda.core needs 5.
 """
 
 from __future__ import annotations

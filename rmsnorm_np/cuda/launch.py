@@ -23,6 +23,7 @@ PIECE_TEAM = 256  # threads for a piece of a split row
 FORWARD_TRIPS = 4
 FORWARD_WARP_TRIPS = 8  # one warp needs no barrier: worth more vectors per thread
 FORWARD_LONG_TRIPS = 8  # 32 registers for the row; 64 KB of it in a block
+BOTH_SUMS_VECTORS = 1024  # of half types: beyond, 512 threads of 128 registers keep a third of the sums in memory
 BACKWARD_TRIPS = 4  # a vector of half floats is 4 registers of x, 4 of dy, 4 of weight, 8 of dweight, 8 of dbias
 
 # Vectors of a row whose sums need the rounding error of every product. A vector's sum in plain float32 is off by half
@@ -167,15 +168,14 @@ def plan_for(
     if dy is None:
         shape = team_shape(vectors, FORWARD_TRIPS, FORWARD_WARP_TRIPS, FORWARD_LONG_TRIPS)
     else:
-        # Wider dy, weights and sums than usual take more registers: fewer vectors then.
-        words = words_of(dy, lanes) + (0 if weight is None else words_of(weight, lanes))
+        # A wider dy than x and wider sums take more registers: fewer vectors then.
         wide = "float64" in (dy, weight, bias) and x != "float64"
-        trips = 1 if wide or words > 2 * BYTES // WORD else BACKWARD_TRIPS
+        trips = 1 if wide else BACKWARD_TRIPS // 2 if words_of(dy, lanes) > BYTES // WORD else BACKWARD_TRIPS
         shape = team_shape(vectors, trips, trips, trips)
+        if ITEMSIZE[x] == 2 and weight is not None and bias is not None and vectors > BOTH_SUMS_VECTORS:
+            shape = None
     split = shape is None
-    team, trips = (PIECE_TEAM, FORWARD_TRIPS if dy is None else BACKWARD_TRIPS) if shape is None else shape
-    if split and dy is not None and "float64" in (dy, weight, bias) and x != "float64":
-        trips = 1
+    team, trips = (PIECE_TEAM, FORWARD_TRIPS if dy is None else trips) if shape is None else shape
     teams = BLOCK // team if team <= WARP and not split else 1  # warps of one row meet at barriers of the whole block
     return Plan(
         x, dy, weight, bias, centred, partial, offset, aligned, capability, split, team, teams, trips,

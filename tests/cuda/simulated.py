@@ -274,7 +274,7 @@ def install():
         if hasattr(module, "cuda"):
             module.cuda = _Cuda()
     Kernel.__call__ = launch
-    arrays.viewed, arrays.empty, arrays.scratch = view_of, empty, scratch
+    arrays.viewed, arrays.empty, arrays.scratch, arrays.to_device = view_of, empty, scratch, to_device
     FakeCUDAArray.device_ctypes_pointer = property(pointer_to)
     FakeCUDAArray.stream = 0
     arrays.capability_here = lambda: (7, 5)  # which does not round to bfloat16 itself
