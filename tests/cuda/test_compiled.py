@@ -48,7 +48,7 @@ if nvdisasm is None:
 
 def plan(
     n, x, *, backward=False, op="layer", dy=None, weight=None, bias=None, aligned=True, partial=False,
-    capability=(9, 0), spills=0,
+    capability=(9, 0), spills=0, newest=0,
 ):  # fmt: skip
     """LayerNorm holds more than RMSNorm does: weight, bias and weight_offset unless a case says otherwise."""
     centred, weight = op == "layer", weight or x
@@ -100,6 +100,11 @@ def machine_codes(kernel, capabilities):
 
 # The registers a thread needs grow with the vectors it holds; what it may have shrinks with the block. So of each kind
 # of plan, the one with most of both. `test_cases_are_the_largest_of_their_kind` knows the kinds.
+#
+# spills: bytes, stores and loads together. Where a multiprocessor is to hold more blocks (`Plan.resident`) than the
+# compiler would make room for, a few sums lie in memory, in the first-level cache; it is faster so, by up to 60 %.
+# Blocks of 512 threads have no more than 128 registers each, too few for backward; pieces, which are read twice, are
+# slower all the same. newest: for compute capability 10.0 and more, whose other compiler spills more.
 CASES = [
     {"n": 2048, "x": "bfloat16"},  # a warp, 8 vectors to a thread
     {"n": 1024, "x": "float32"},
@@ -107,30 +112,30 @@ CASES = [
     {"n": 128, "x": "float32"},  # so few that every rounding error is kept
     {"n": 64, "x": "float64"},
     {"n": 32768, "x": "float16"},  # the longest row of a block
-    {"n": 16384, "x": "float32"},
-    {"n": 16384, "x": "float32", "op": "rms", "spills": 16},  # ptxas keeps to 64 registers: two blocks fit
+    {"n": 16384, "x": "float32", "spills": 64},
+    {"n": 16384, "x": "float32", "op": "rms"},
     {"n": 8192, "x": "float64"},
     {"n": 2**18, "x": "bfloat16"},  # pieces
     {"n": 2**18, "x": "float32"},
     {"n": 2**18, "x": "float64"},
-    {"n": 512, "x": "float16", "backward": True},
-    {"n": 256, "x": "float32", "backward": True},
-    {"n": 128, "x": "float64", "backward": True},
-    {"n": 128, "x": "float32", "backward": True},
-    {"n": 64, "x": "float64", "backward": True},
+    {"n": 1024, "x": "float16", "backward": True},
+    {"n": 512, "x": "float32", "backward": True, "spills": 96},
+    {"n": 256, "x": "float64", "backward": True},
+    {"n": 128, "x": "float32", "backward": True, "spills": 192},
+    {"n": 64, "x": "float64", "backward": True, "spills": 96},
     {"n": 8192, "x": "bfloat16", "backward": True},
-    {"n": 4096, "x": "float32", "backward": True},
-    {"n": 2048, "x": "float64", "backward": True},
+    {"n": 8192, "x": "float32", "backward": True, "spills": 320, "newest": 1100},
+    {"n": 4096, "x": "float64", "backward": True, "spills": 1200},
     {"n": 2**18, "x": "bfloat16", "backward": True},
     {"n": 2**18, "x": "float32", "backward": True},
-    {"n": 2**18, "x": "float64", "backward": True},
+    {"n": 2**18, "x": "float64", "backward": True, "spills": 32},
     # and what is different in other ways
-    {"n": 256, "x": "bfloat16", "backward": True, "op": "rms"},
+    {"n": 16384, "x": "bfloat16", "backward": True, "op": "rms", "spills": 1100},  # with one sum, not two
+    {"n": 1024, "x": "bfloat16", "backward": True, "op": "rms", "spills": 64},
     {"n": 4096, "x": "float32", "op": "rms", "partial": True},
-    {"n": 4095, "x": "float32", "backward": True, "aligned": False},
-    {"n": 2**15 - 1, "x": "bfloat16", "aligned": False},
-    # ptxas keeps to 64 and 128 registers, with which twice the blocks fit that the 88 and 173 without a spill would let
-    {"n": 2**18 - 1, "x": "float32", "backward": True, "aligned": False, "spills": 32},
+    {"n": 4095, "x": "float32", "backward": True, "aligned": False, "spills": 512},
+    {"n": 2**15 - 1, "x": "bfloat16", "aligned": False, "spills": 128},
+    {"n": 2**18 - 1, "x": "float32", "backward": True, "aligned": False},
     {"n": 4096, "x": "bfloat16", "backward": True, "weight": "float32"},
     {"n": 2**18, "x": "bfloat16", "backward": True, "weight": "float32"},
     {"n": 2**18, "x": "float16", "backward": True, "weight": "float64"},
@@ -176,7 +181,8 @@ def test_stays_in_registers(case):
             name = kernel.function.__name__
             reads, writes = name != "row_numbers_kernel", name not in ("piece_moments_kernel", "row_numbers_kernel")
             for capability, registers, spilled, stack, text in machine_codes(kernel, capabilities):
-                assert spilled <= case.get("spills", 0), (name, capability)
+                allowed = case.get("newest" if "newest" in case and capability >= NEWEST else "spills", 0)
+                assert spilled <= allowed, (name, capability)
                 assert (stack == 0) == (spilled == 0), (name, capability)
                 assert registers <= p.registers
                 assert spilled or not re.search(r"\b(LDL|STL)\b", text)

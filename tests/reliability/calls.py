@@ -385,6 +385,7 @@ def assert_close(call, given, got, want):
         return
     wide = np.longdouble
     name, n = x.dtype.name, x.shape[-1]
+    top = ml_dtypes.finfo(x.dtype).max
     with np.errstate(all="ignore"):
         centred = call.function.startswith("layer")
         xw = x.astype(wide)
@@ -397,18 +398,37 @@ def assert_close(call, given, got, want):
         # by the engine to 106 bits of x, or 53 where x is not float64.
         largest = np.abs(x.astype(wide)).max(axis=-1, keepdims=True)
         known = np.ldexp(wide(4 + n / 8), -106 if name == "float64" else -53) / float(ml_dtypes.finfo(name).eps)
-        size = np.maximum(np.abs(xhat), centred * np.abs(xhat).max(axis=-1, keepdims=True) / 256)
-        size = np.maximum(size, centred * largest * rstd * known)
+        size = np.abs(xhat)
+        if centred:
+            size = np.maximum(size, np.abs(xhat).max(axis=-1, keepdims=True) / 256)
+            size = np.maximum(size, largest * rstd * known)
+        # A factor below the smallest normal number of the type inside has fewer digits than another, and its error is
+        # multiplied by the other factor: xhat in y, dy · rstd in dx and dweight. So it counts as no smaller than that.
+        # Where it is beyond the range the result may be infinite, also where the other factor is small.
+        tiny = wide(np.finfo(np.float32 if dy is None and x.itemsize == 2 else np.float64).tiny)
         if dy is None:
             g = np.broadcast_to(scale, x.shape)
-            terms = [np.maximum(size * np.abs(scale), 0 if b is None else np.abs(b.astype(wide)))]
+            factor = np.where(xhat != 0, np.maximum(size, tiny), size)
+            lost = factor > top
+            terms = [np.maximum(factor * np.abs(scale), 0 if b is None else np.abs(b.astype(wide)))]
             bounds = [Y_ULP[name] + 0.5]
         else:
             g = np.broadcast_to(dy.astype(wide) * scale, x.shape)
-            terms, bounds = [dx_terms(g, xhat, rstd, k, centred=centred)], [DX_ULP[name] + 0.5]
-            for parameter, factor in ((w, size), (b, wide(1))):
+            size_of_dy = np.abs(dy.astype(wide))
+            factor = np.where(dy != 0, np.maximum(size_of_dy * rstd, tiny), 0)
+            lost = factor > top
+            terms = [np.maximum(dx_terms(g, xhat, rstd, k, centred=centred), factor * np.abs(scale))]
+            bounds = [DX_ULP[name] + 0.5]
+            # A row out of range is scaled as a whole, until its largest x, and its largest dy, are near 1: what is
+            # subnormal then has fewer digits, or none, and counts as the smallest number that has them all.
+            largest_dy = np.where(np.isfinite(dy), size_of_dy, 0).max(axis=-1, keepdims=True)
+            sizes = np.maximum(size_of_dy, tiny * largest_dy) * np.abs(scale), np.maximum(np.abs(xhat), tiny)
+            terms = [np.maximum(terms[0], dx_terms(*sizes, rstd, k, centred=centred))]
+            size = np.maximum(size, tiny)
+            term_of_w = np.where(lost, factor, np.maximum(size_of_dy * size, factor * np.abs(xw)))
+            for parameter, term in ((w, term_of_w), (b, size_of_dy)):
                 shared = () if parameter is None else tuple(range(x.ndim - parameter.ndim))
-                terms.append((np.abs(dy.astype(wide)) * factor).sum(axis=shared))
+                terms.append(term.sum(axis=shared))
         # LayerNorm where x is its mean: whether infinity, or 1 / sqrt(0), meets zero or an error of rounding is open
         rounding = centred * np.finfo(np.float64).eps * largest
         unsure = (np.abs(xw) <= rounding).any(axis=-1, keepdims=True) & ~np.isfinite(g).all(axis=-1, keepdims=True)
@@ -420,8 +440,13 @@ def assert_close(call, given, got, want):
         assert (a.dtype, a.shape) == (reference.dtype, reference.shape)
         bound = np.nan_to_num(terms[i], nan=0.0, posinf=0.0)
         if i == 0:
-            native = reference.astype(x.dtype)
-            distance = ulp_distance(a.astype(x.dtype), native, restore(bound.reshape(x.shape)))
+            native, bound = reference.astype(x.dtype), restore(bound.reshape(x.shape))
+            a = a.astype(x.dtype)
+            # where the terms are beyond the range, what is left of them may be infinite by their errors alone
+            beyond = bound > top
+            a[beyond], native[beyond] = np.clip(a[beyond], -top, top), np.clip(native[beyond], -top, top)
+            distance = ulp_distance(a, native, bound)
+            distance[restore(np.broadcast_to(lost, x.shape)) & ~np.isfinite(a.astype(wide))] = 0.0
             neither = ~np.isfinite(a.astype(wide)) & ~np.isfinite(native.astype(wide))
             distance[neither & restore(np.broadcast_to(unsure, x.shape))] = 0.0
             distance[restore(np.broadcast_to(anything, x.shape))] = 0.0
@@ -433,4 +458,5 @@ def assert_close(call, given, got, want):
                 near = np.abs(a.astype(wide) - exact) <= allowed + 0.5 * spacing(exact, a.dtype)
             alike = (np.isnan(exact) & np.isnan(a.astype(wide))) | (exact == a.astype(wide))
             neither = ~np.isfinite(exact) & ~np.isfinite(a.astype(wide))
-            assert np.all(near | alike | (neither & unsure.any()) | anything.any())
+            beyond = ~np.isfinite(a.astype(wide)) & (bound.reshape(exact.shape) > ml_dtypes.finfo(a.dtype).max)
+            assert np.all(near | alike | (neither & unsure.any()) | anything.any() | beyond)
