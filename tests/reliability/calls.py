@@ -406,6 +406,11 @@ def assert_close(call, given, got, want):
         # multiplied by the other factor: xhat in y, dy · rstd in dx and dweight. So it counts as no smaller than that.
         # Where it is beyond the range the result may be infinite, also where the other factor is small.
         tiny = wide(np.finfo(np.float32 if dy is None and x.itemsize == 2 else np.float64).tiny)
+        # A float64 row out of range is scaled as a whole, until its largest x, and its largest dy, are in [0.5, 1):
+        # what is subnormal then has fewer digits, or none. Its xhat, times an rstd of up to 2 · sqrt(n), and its g
+        # count as the smallest numbers that have them all.
+        tiny *= 2 * np.sqrt(n)
+        size = np.maximum(size, tiny)
         if dy is None:
             g = np.broadcast_to(scale, x.shape)
             factor = np.where(xhat != 0, np.maximum(size, tiny), size)
@@ -419,12 +424,9 @@ def assert_close(call, given, got, want):
             lost = factor > top
             terms = [np.maximum(dx_terms(g, xhat, rstd, k, centred=centred), factor * np.abs(scale))]
             bounds = [DX_ULP[name] + 0.5]
-            # A row out of range is scaled as a whole, until its largest x, and its largest dy, are near 1: what is
-            # subnormal then has fewer digits, or none, and counts as the smallest number that has them all.
             largest_dy = np.where(np.isfinite(dy), size_of_dy, 0).max(axis=-1, keepdims=True)
             sizes = np.maximum(size_of_dy, tiny * largest_dy) * np.abs(scale), np.maximum(np.abs(xhat), tiny)
             terms = [np.maximum(terms[0], dx_terms(*sizes, rstd, k, centred=centred))]
-            size = np.maximum(size, tiny)
             term_of_w = np.where(lost, factor, np.maximum(size_of_dy * size, factor * np.abs(xw)))
             for parameter, term in ((w, term_of_w), (b, size_of_dy)):
                 shared = () if parameter is None else tuple(range(x.ndim - parameter.ndim))
