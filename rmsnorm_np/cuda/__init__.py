@@ -64,15 +64,9 @@ def layer_backward(
 
 
 def _plan(
-    x: Seen,
-    dy: Seen | None,
-    weight: Seen | None,
-    bias: Seen | None,
-    k: int,
-    weight_offset: float,
-    out: Seen,
+    x: Seen, dy: Seen | None, weight: Seen | None, bias: Seen | None, k: int, weight_offset: float, out: Seen,
     centred: bool,
-) -> launch.Plan:
+) -> launch.Plan:  # fmt: skip
     n = x.shape[1]
     given = [a for a in (x, dy, weight, bias) if a is not None]
     aligned = arrays.are_aligned(n, vector.BYTES // x.dtype.itemsize, tuple(a.address for a in (*given, out)))
@@ -113,6 +107,7 @@ def _forward(
     long_rows.piece_forward(plan)(
         rows * pieces, stream, source, w, b, numbers, rows, n, weight_rows, bias_rows, weight_offset, target
     )
+    arrays.leave_scratch()
 
 
 def _numbers(
@@ -166,10 +161,12 @@ def _backward(
             )  # fmt: skip
     else:
         tasks = 0
-    return None, *(
+    totals = [
         None if parameter is None else _total(plan, parameter, partial, tasks, n, stream)
         for parameter, partial in zip((weight, bias), sums, strict=True)
-    )
+    ]
+    arrays.leave_scratch()
+    return None, *totals
 
 
 def _chunks(plan: launch.Plan, groups: int, blocks: int, sums: bool) -> int:

@@ -204,17 +204,21 @@ _KEPT = 64 * 2**20  # bytes at most that stay allocated; for more, time to alloc
 
 
 def scratch(sizes: tuple[int, ...], stream: int) -> list[int]:
-    """Addresses of so many bytes each, this thread's until its next call: to allocate takes longer than to launch."""
+    """Addresses of so many bytes each, this thread's until `leave_scratch`: to allocate takes longer than to launch."""
     ends = [0]
     for size in sizes:
         ends.append(ends[-1] + size + -size % _ALIGNMENT)
     place = (cuda.current_context(), stream)
-    array = _scratch.array
-    if array is None or _scratch.place != place or array.size < ends[-1]:
-        array = empty((ends[-1],), np.dtype(np.uint8), stream)
-        _scratch.place, _scratch.array = place, array if ends[-1] <= _KEPT else None
-    first = array.device_ctypes_pointer.value
+    if _scratch.array is None or _scratch.place != place or _scratch.array.size < ends[-1]:
+        _scratch.place, _scratch.array = place, empty((ends[-1],), np.dtype(np.uint8), stream)
+    first = _scratch.array.device_ctypes_pointer.value
     return [first + end for end in ends[:-1]]
+
+
+def leave_scratch() -> None:
+    """All that works there has been launched: what is too large to keep is given back."""
+    if _scratch.array is not None and _scratch.array.size > _KEPT:
+        _scratch.array = None
 
 
 _ALIGNMENT = 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -99,3 +100,34 @@ def test_an_array_on_a_gpu_without_the_interface_is_not_called_a_host_array():
 
     with pytest.raises(TypeError, match=r"x \(Array\) lies on a GPU, but has no __cuda_array_interface__"):
         arrays.seen("x", Array())
+
+
+def test_scratch_stays_while_kernels_are_launched_on_it(monkeypatch):
+    """What a call has asked for is not given back before the call says so; small memory is used again."""
+
+    class Memory:
+        device_ctypes_pointer = types.SimpleNamespace(value=4096)
+
+        def __init__(self, size):
+            self.size = size
+
+    made = []
+
+    def empty(shape, dtype, stream):
+        memory = Memory(*shape)
+        made.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(arrays, "empty", empty)
+    monkeypatch.setattr(arrays, "cuda", types.SimpleNamespace(current_context=lambda: "context"))
+    monkeypatch.setattr(arrays, "_scratch", arrays._Scratch())
+    assert arrays.scratch((100, 300, 5), 0) == [4096, 4096 + 256, 4096 + 768]
+    arrays.leave_scratch()
+    assert arrays.scratch((200,), 0) == [4096]
+    assert len(made) == 1
+    arrays.scratch((100,), 7)  # another stream may not wait for the first
+    assert len(made) == 2
+    arrays.scratch((2**27,), 7)
+    assert made[2]() is not None
+    arrays.leave_scratch()
+    assert made[2]() is None
