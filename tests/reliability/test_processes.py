@@ -211,6 +211,7 @@ import time
 import numpy as np
 import rmsnorm_np as rn
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 x = np.random.default_rng(0).standard_normal((4096, 4096))
 weight, before = np.ones(4096), x[::512].copy()
 small = x[:40, :1024].copy()
