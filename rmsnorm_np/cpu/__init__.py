@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments as arguments
-from rmsnorm_np.cpu import cache, kernels, long_rows, memory, threads
+from rmsnorm_np.cpu import cache, extreme, kernels, long_rows, memory, threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ __all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_back
 # Numba has no 16-bit floats on CPUs: the kernels see their bits, and tell the two formats apart by these types.
 _FLOAT16, _FLOAT16_BITS, _BFLOAT16_BITS = map(np.dtype, (np.float16, np.uint16, np.int16))
 
-# The bound within which a sum of squares is ordinary, in the dtype to which another row is copied (see `extreme`).
-_WIDE_HALF = np.array([2.0**90], np.float32)
-_WIDE_DOUBLE = np.array([2.0**900], np.float64)
-_WIDE_GRADIENT = np.array([2.0**300], np.float64)  # rstd³ times a sum has to stay in the range of float64
+# The bound below which a sum of squares is ordinary, and above whose reciprocal (see `blocks`).
+_HALF_BOUND = 2.0**90
+_DOUBLE_BOUND = 2.0**900
+_GRADIENT_BOUND = 2.0**300  # rstd³ times a sum has to stay in the range of float64
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 SCALED_ROWS = 128  # from so many rows on, a backward pass over halves converts weight once for all of them (1.1 to 1.2
@@ -65,10 +65,11 @@ def _forward(
         on_threads = threads.choose(x.size)
         streaming = memory.streams(y)
     key = x.dtype, weight is None or weight.dtype, bias is None or bias.dtype, centred, weight_offset != 0.0
-    wide = None
+    bound = left = None
     x_stored, y_stored = x, y
     if x.itemsize != 4:
-        wide = _WIDE_DOUBLE if x.itemsize == 8 else _WIDE_HALF if centred is None else None
+        bound = _DOUBLE_BOUND if x.itemsize == 8 else _HALF_BOUND if centred is None else None
+        left = None if bound is None else np.empty(rows, np.uint8)
         x_stored, y_stored = _stored(x), _stored(y)
     weight_m = bias_m = 1
     if weight is not None:
@@ -78,10 +79,11 @@ def _forward(
     if bias is not None:
         bias_m, bias = len(bias), _stored(bias)
     args = (
-        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, wide,
+        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, bound, left,
         on_threads, y_stored,
     )  # fmt: skip
-    (kernel.compiled.get(key) or kernel.compile(key, args))(*args)
+    if (kernel.compiled.get(key) or kernel.compile(key, args))(*args):  # `_run`, without a call of its own
+        _run(extreme.left_forward, key, (*args[:8], centred, left, on_threads, y_stored))
     return y
 
 
@@ -101,29 +103,39 @@ def _backward(
     weight_m = 1 if weight is None else len(weight)
     m = max(weight_m, 1 if bias is None else len(bias))
     streaming = memory.streams(dx)
-    kernel = kernels.backward if n <= long_rows.LONG_ROW else long_rows.long_backward
     key: tuple[Any, ...] = (
         dy.dtype, x.dtype, weight is None or weight.dtype, dweight is None or dweight.dtype,
         dbias is None or dbias.dtype, centred, not weight_offset,
     )  # fmt: skip
     before = (_stored(dy), _stored(x), _stored(weight), k, weight_m, m)
-    wide = _WIDE_GRADIENT if x.itemsize == 8 else None
-    after = (weight_offset or None, eps, streaming, centred, wide, threads.choose(x.size), _stored(dx))
+    bound = _GRADIENT_BOUND if x.itemsize == 8 else None
+    left = None if bound is None else np.empty(rows, np.uint8)
+    on_threads = threads.choose(x.size)
+    numbers = weight_offset or None, eps
+    after = (streaming, centred, bound, left, on_threads, _stored(dx))
     if n <= long_rows.LONG_ROW:
+        sums: list[Any] = [dweight, dbias]
         chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
-        partials = (None if total is None else np.empty((chunks * m, n)) for total in (dweight, dbias))
-        args = (*before, chunks, *after, *partials, _stored(dweight), _stored(dbias))
-        (kernel.compiled.get(key) or kernel.compile(key, args))(*args)
+        partials = [None if total is None else np.empty((chunks * m, n)) for total in sums]
+        some_left = _run(kernels.backward, key, (*before, chunks, *numbers, *after, *partials, *map(_stored, sums)))
     else:
         # each column is added up over the rows at once; only a parameter with fewer rows than the other needs more
         sums = [None if t is None else t if len(t) == m else np.empty((m, n)) for t in (dweight, dbias)]
-        args = (*before, *after, *map(_stored, sums))
         key = (key, *(s is None or s.dtype for s in sums))
-        (kernel.compiled.get(key) or kernel.compile(key, args))(*args)
-        for total, sum_ in zip((dweight, dbias), sums, strict=True):
-            if total is not None and sum_ is not None and total is not sum_:
-                total[...] = sum_.reshape(-1, len(total), n).sum(axis=0)
+        some_left = _run(long_rows.long_backward, key, (*before, *numbers, *after, *map(_stored, sums)))
+        chunks = 1
+        partials = [None if total is None or not some_left else np.zeros((m, n)) for total in sums]
+    if some_left:
+        args = (*before, chunks, *numbers, centred, left, on_threads, _stored(dx), *partials, *map(_stored, sums))
+        _run(extreme.left_backward, key, args)
+    for total, sum_ in zip((dweight, dbias), sums, strict=True):
+        if total is not None and total is not sum_:
+            total[...] = sum_.reshape(-1, len(total), n).sum(axis=0)
     return dx, dweight, dbias
+
+
+def _run(kernel: Any, key: Any, args: tuple[Any, ...]) -> Any:
+    return (kernel.compiled.get(key) or kernel.compile(key, args))(*args)
 
 
 def _scale(x: Any, weight: Any, weight_offset: float) -> tuple[Any, float]:
@@ -170,8 +182,9 @@ def warmup(
             dtype = np.dtype(ml_dtypes.bfloat16)
         else:
             dtype = np.dtype(name)
-        x = np.ones((1, 64), dtype)
-        for weight, bias in ((x, None), (None, None), (x, x)):
+        ones = np.ones((1, 64), dtype)
+        x = np.concatenate([ones, np.full_like(ones, np.nan)])  # the second row is for the kernels of `extreme`
+        for weight, bias in ((ones, None), (None, None), (ones, ones)):
             if report is not None:
                 given = [parameter for parameter, array in (("weight", weight), ("bias", bias)) if array is not None]
                 report(f"{name}, {' and '.join(given) or 'x alone'}")

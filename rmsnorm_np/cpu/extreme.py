@@ -1,9 +1,11 @@
-"""Rows whose sums left the range of the type they are computed in: done again from a copy that is in range.
+"""The kernels for rows that the others left, as their sums leave the range of the type they are computed in.
 
-float64 rows are scaled by a power of two, which is exact, and eps by its square: the norm of s·x with eps·s² is the
-norm of x with eps. Half-precision rows, computed in float32, are copied to float32 and computed in float64.
-``wide`` carries both: its dtype is the copy's, its element the bound that an ordinary sum stays within. It is None
-where nothing can leave the range (float32 in float64), and then Numba drops this code.
+Such a row is copied, and the copy brought into the range. float64 rows are scaled by a power of two, which is exact,
+and eps by its square: the norm of s·x with eps·s² is the norm of x with eps. Half-precision rows, computed in float32,
+are copied to float32 and computed in float64. A copy is a block of one row for :mod:`rmsnorm_np.cpu.blocks`.
+
+These are kernels of their own for they are seldom needed: within the others they took a third of the time that those
+take to compile.
 """
 
 from __future__ import annotations
@@ -13,62 +15,135 @@ from typing import Any
 
 import numpy as np
 
-from rmsnorm_np.cpu.gradients import absent_with, keep_gradient_numbers, keep_moments, write_row_gradient
-from rmsnorm_np.cpu.jit import inlined, piece
-from rmsnorm_np.cpu.rows import (
-    forward_precision,
-    keep_mean,
-    keep_statistics,
-    kept_mean,
-    reciprocal_root,
-    write_output,
-)
-from rmsnorm_np.cpu.simd import (
-    LANES,
-    add_product,
-    data,
-    float64,
-    hold,
-    kept,
-    load,
-    minus,
-    rounded,
-    scratch,
-    store,
-    zeros,
-)
+from rmsnorm_np.cpu.blocks import backward_block, forward_block
+from rmsnorm_np.cpu.gradients import absent_with
+from rmsnorm_np.cpu.jit import Kernel, piece, unless_exact
+from rmsnorm_np.cpu.kernels import add_partials, part_start
+from rmsnorm_np.cpu.simd import BLOCK, LANES, data, float64, hold, load, store, zeros
+from rmsnorm_np.cpu.threads import in_parallel
+
+# --------------------------------------------------------------------------------------------------------- forward
 
 
-@inlined
-def is_ordinary(total: Any, k: int, eps: float, wide: Any) -> Any:
-    """Whether the mean square + eps is inside the bounds."""
-    if wide is None:
-        return True
-    mean_square = rounded(total) / k + eps
-    return 1.0 / wide[0] < mean_square < wide[0]
-
-
-@inlined
-def is_ordinary_gradient(sums: Any, products: Any, wide: Any) -> Any:
-    """Whether the sums of g and of g·x are inside the bounds; a row of zeros is not, and comes to no harm."""
-    if wide is None:
-        return True
-    size = abs(rounded(products))
-    return 1.0 / wide[0] < size < wide[0] and abs(rounded(sums)) < wide[0]
+def _forward(
+    x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, centred: Any, left: Any,
+    threads: int, y: Any,
+) -> None:  # fmt: skip
+    """The rows of y for which `left` is not 0."""
+    rows, n = x.shape
+    in_parallel(
+        _forward_piece, (rows + BLOCK - 1) // BLOCK, threads,
+        (data(x), data(weight), data(bias), data(y), rows, n, k, m, bias_m, offset, eps, centred, data(left)),
+    )  # fmt: skip
 
 
 @piece
-def power_of_two(row: Any, count: int, least: float, most: float) -> float:
-    """2**-e that brings the largest of `count` elements and of `least` near 1; 1 where that cannot be, or need not,
-    for it is between 1 / most and most.
+def _forward_piece(
+    p: int, x: Any, weight: Any, bias: Any, y: Any, rows: int, n: int, k: int, m: int, bias_m: int, offset: Any,
+    eps: float, centred: Any, left: Any,
+) -> None:  # fmt: skip
+    room = room_of(x, n)
+    row, result = data(room[0]), data(room[1])
+    for r in range(p * BLOCK, min(p * BLOCK + BLOCK, rows)):
+        if left[r] != 0:
+            copy_row(x, r * n, row, 0, n)
+            e = exponent_of(row, k, math.sqrt(eps), 2.0**400)  # what is outside the RMS may be of any size
+            scale_row(row, -e, n)
+            forward_block(
+                row, weight, bias, result, 0, r, 1, n, k, m, bias_m, offset, math.ldexp(eps, -2 * e), 0, centred, None
+            )
+            copy_row(result, 0, y, r * n, n)
+    hold(room)
+
+
+def room_of_doubles(x: Any, n: int) -> Any:
+    return np.empty((2, n), np.float64)
+
+
+@unless_exact("x", room_of_doubles)
+def room_of(x: Any, n: int) -> Any:
+    """For a copy of a row of x, and for its result."""
+    return np.empty((2, n), np.float32)
+
+
+# -------------------------------------------------------------------------------------------------------- backward
+
+
+def _backward(
+    dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, centred: Any,
+    left: Any, threads: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any, dbias: Any,
+) -> None:  # fmt: skip
+    """The rows of dx for which `left` is not 0; their shares join the partial sums, and these are added up."""
+    rows, n = x.shape
+    in_parallel(
+        _backward_piece, chunks * m, threads,
+        (data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial), rows, n, k, weight_m, m,
+         chunks, offset, eps, centred, data(left)),
+    )  # fmt: skip
+    add_partials(weight_partial, dweight, threads)
+    add_partials(bias_partial, dbias, threads)
+
+
+@piece
+def _backward_piece(
+    t: int, dy: Any, x: Any, weight: Any, dx: Any, weight_partial: Any, bias_partial: Any, rows: int, n: int, k: int,
+    weight_m: int, m: int, chunks: int, offset: Any, eps: float, centred: Any, left: Any,
+) -> None:  # fmt: skip
+    """The rows whose shares are in row t of the partial sums."""
+    zero = n - n  # a literal is a type of its own, and would have `backward_block` compiled for each
+    room = np.empty((4, n))
+    row, gradient, result, unused = data(room[0]), data(room[1]), data(room[2]), data(room[3])
+    shift = t % m % weight_m * n
+    for g in range(part_start(t // m, rows // m, chunks), part_start(t // m + 1, rows // m, chunks)):
+        r = g * m + t % m
+        if left[r] == 0:
+            continue
+        copy_row(x, r * n, row, zero, n)
+        copy_row(dy, r * n, gradient, zero, n)
+        # the root of n above 1: then rstd is below 1, and dy · rstd no larger than dy
+        e = exponent_of(row, k, math.sqrt(eps), 1.0) - math.frexp(float(n))[1] // 2 - 2
+        scale_row(row, -e, n)
+        scaled_eps = math.ldexp(eps, -2 * e)
+        # xhat does not depend on the scale of x: the shares of dweight and dbias come from dy as it is
+        backward_block(
+            gradient, row, weight, result, weight_partial, bias_partial, 1, zero, zero, n, k, shift, t * n,
+            offset, scaled_eps, zero, centred, None,
+        )  # fmt: skip
+        dy_e = exponent_of(gradient, n, 0.0, 2.0**100)  # the sum of g · x has to stay in range, too
+        if dy_e != 0:
+            scale_row(gradient, -dy_e, n)
+            backward_block(
+                gradient, row, weight, result, absent_with(weight_partial, unused), absent_with(bias_partial, unused),
+                1, zero, zero, n, k, shift, zero, offset, scaled_eps, zero, centred, None,
+            )  # fmt: skip
+        scale_row(result, dy_e - e, n)
+        copy_row(result, zero, dx, r * n, n)
+    hold(room)
+
+
+# ------------------------------------------------------------------------------------------------------- both
+
+
+@piece
+def exponent_of(row: Any, count: int, least: float, most: float) -> int:
+    """That of the largest of `count` elements and of `least`; 0 where that is between 1 / most and most, or no
+    number but 0.
     """
     largest = least
     for i in range(count):
         largest = max(largest, abs(row[i]))
     if not 0.0 < largest < math.inf or 1.0 / most < largest < most:
-        return 1.0
-    exponent = math.frexp(largest)[1]
-    return math.ldexp(1.0, min(-exponent, 1023))
+        return 0
+    return math.frexp(largest)[1]
+
+
+@piece
+def scale_row(row: Any, exponent: int, n: int) -> None:
+    """Times 2**exponent, which may itself be out of range, but hardly its root."""
+    if exponent != 0:
+        half, rest = math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
+        for i in range(n):
+            row[i] = row[i] * half * rest
 
 
 @piece
@@ -79,78 +154,5 @@ def copy_row(source: Any, start: int, target: Any, target_start: int, n: int) ->
         store(target, target_start + i, load(source, start + i, like, count), count)
 
 
-@piece
-def forward_extreme_row(
-    x: Any, weight: Any, bias: Any, y: Any, start: int, n: int, k: int, shift: int, bias_shift: int, offset: Any,
-    eps: float, centred: Any, wide: Any,
-) -> None:  # fmt: skip
-    zero = n - n  # a literal would have all it is passed to compiled once more
-    room = np.empty((2, n), wide.dtype)
-    row, result = data(room[0]), data(room[1])
-    copy_row(x, start, row, zero, n)
-    scale = power_of_two(row, k, math.sqrt(eps), 2.0**400)  # what is outside the RMS may be of any size
-    if scale != 1.0:
-        for i in range(n):
-            row[i] *= scale
-    eps = eps * scale * scale  # not scale * scale, which can overflow
-    means, totals = scratch(), scratch()
-    work = forward_precision(centred)  # means nothing for the copy, and gives the code that ordinary float64 rows have
-    keep_statistics(row, zero, n, k, means, totals, zero, centred, work, zero)
-    rstd = reciprocal_root(kept(totals, zero, row), k, eps)
-    mean = kept_mean(means, zero, row, centred)
-    write_output(row, weight, bias, result, zero, n, shift, bias_shift, offset, mean, rstd, zero, zero, work)
-    copy_row(result, zero, y, start, n)
-    hold(room)
-
-
-@piece
-def write_extreme_gradient(
-    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, start: int, n: int, k: int, shift: int,
-    sum_shift: int, offset: Any, eps: float, centred: Any, wide: Any,
-) -> None:  # fmt: skip
-    """One row: dx, and its share of dweight and dbias."""
-    zero = n - n  # a literal would have all it is passed to compiled once more
-    room = np.empty((4, n), wide.dtype)
-    row, gradient, result, unused = data(room[0]), data(room[1]), data(room[2]), data(room[3])
-    copy_row(x, start, row, zero, n)
-    copy_row(dy, start, gradient, zero, n)
-    scale = power_of_two(row, k, math.sqrt(eps), 2.0**100)  # what is outside the RMS may be of any size; rstd³ times
-    dy_scale = power_of_two(gradient, n, 0.0, 2.0**100)  # the sum of g · x has to stay in range
-    for i in range(n):
-        row[i] *= scale
-        gradient[i] *= dy_scale
-    eps = eps * scale * scale  # not scale * scale, which can overflow
-    means, rstds, bs, cs = scratch(), scratch(), scratch(), scratch()
-    keep_mean(row, zero, n, means, zero, centred)
-    mean = kept_mean(means, zero, row, centred)
-    keep_moments(gradient, row, weight, zero, n, k, shift, offset, mean, zero, rstds, bs, cs, zero)
-    keep_gradient_numbers(row, k, eps, rstds, bs, cs, zero)
-    # xhat does not depend on the scale of x: the shares of dweight and dbias come from dy as it is
-    add_shares(dy, start, row, dweight, dbias, sum_shift, n, mean, kept(rstds, zero, row))
-    write_row_gradient(
-        gradient, row, weight, result, absent_with(dweight, unused), absent_with(dbias, unused), 0, n, zero, k, shift,
-        zero, offset, means, rstds, bs, cs, zero, zero, zero, centred,
-    )  # fmt: skip
-    exponent = math.frexp(scale)[1] - math.frexp(dy_scale)[1]
-    for i in range(n):
-        result[i] = math.ldexp(result[i], exponent)
-    copy_row(result, zero, dx, start, n)
-    hold(room)
-
-
-@piece
-def add_shares(
-    dy: Any, start: int, x: Any, dweight: Any, dbias: Any, sum_shift: int, n: int, mean: Any, rstd: Any
-) -> None:
-    """dy · xhat and dy of one row, added to what stands at sum_shift; that row of dy is at `start`, of x at 0."""
-    like = rounded(zeros(x, float64))
-    for i in range(0, n, LANES):
-        count = min(LANES, n - i)
-        lanes = load(dy, start + i, like, count)
-        if dweight is not None:
-            xhat = minus(load(x, i, float64, count), mean) * rstd
-            sums = rounded(load(dweight, sum_shift + i, like, count))
-            store(dweight, sum_shift + i, add_product(sums, xhat, lanes), count)
-        if dbias is not None:
-            sums = rounded(load(dbias, sum_shift + i, like, count))
-            store(dbias, sum_shift + i, sums + rounded(lanes), count)
+left_forward = Kernel(_forward)
+left_backward = Kernel(_backward)

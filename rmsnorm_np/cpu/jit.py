@@ -84,14 +84,14 @@ class Kernel:
     the caller vouches for the types: two calls with one key have arguments of the same types.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., bool | None]) -> None:
         self.dispatcher = cached(numba.njit(no_cfunc_wrapper=True, **_OPTIONS)(function))
-        self.compiled: dict[Any, Callable[..., None]] = {}
+        self.compiled: dict[Any, Callable[..., bool | None]] = {}
 
-    def compile(self, key: Any, args: tuple[Any, ...]) -> Callable[..., None]:
+    def compile(self, key: Any, args: tuple[Any, ...]) -> Callable[..., bool | None]:
         """The code for arguments of the types of `args`, which `key` stands for; from then on it is in `compiled`."""
         # with NUMBA_DISABLE_JIT=1 the dispatcher is the plain function
-        code: Callable[..., None] = self.dispatcher
+        code: Callable[..., bool | None] = self.dispatcher
         if hasattr(code, "compile"):
             threads.layer()
             code = code.compile(tuple(map(numba.typeof, args)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsnorm_np.cpu.extreme import forward_extreme_row, is_ordinary, is_ordinary_gradient, write_extreme_gradient
+from rmsnorm_np.cpu.blocks import is_ordinary, is_ordinary_gradient
 from rmsnorm_np.cpu.gradients import (
     absent_with,
     clear,
@@ -39,19 +39,21 @@ TILE = 1024  # columns whose sums over the rows stay in the first-level cache fr
 
 def _long_forward(
     x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, wide: Any, threads: int, y: Any,
-) -> None:  # fmt: skip
+    centred: Any, bound: Any, left: Any, threads: int, y: Any,
+) -> bool:  # fmt: skip
+    """As :mod:`rmsnorm_np.cpu.kernels` has it: whether there are rows in `left`."""
     rows, n = x.shape
     segments = (n + SEGMENT - 1) // SEGMENT
     pieces = (n + PIECE - 1) // PIECE
     sums = np.empty((3, segments, 2))
+    some_left = False
     for r in range(rows):
         start = r * n
         if centred is not None:
             in_parallel(_piece_sums, pieces, threads, (data(x), start, n, sums[0], centred))
             _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]))
         in_parallel(_piece_squares, pieces, threads, (data(x), start, n, k, sums[2], sums[1], centred))
-        ordinary = _add_squares(data(x), k, eps, data(sums[1]), centred, wide)
+        ordinary = _add_squares(data(x), k, eps, data(sums[1]), centred, bound)
         shift = r % m * n - start
         bias_shift = r % bias_m * n - start
         if ordinary:
@@ -60,11 +62,10 @@ def _long_forward(
                 (data(x), data(weight), data(bias), data(y), start, n, pieces, shift, bias_shift, offset, sums[2],
                  sums[1], streaming, centred),
             )  # fmt: skip
-        elif wide is not None:
-            forward_extreme_row(
-                data(x), data(weight), data(bias), data(y), start, n, k, shift + start, bias_shift + start, offset,
-                eps, centred, wide,
-            )  # fmt: skip
+        if left is not None:
+            left[r] = not ordinary
+            some_left |= not ordinary
+    return some_left
 
 
 @piece
@@ -93,13 +94,13 @@ def _piece_squares(p: int, x: Any, start: int, n: int, k: int, means: Any, sums:
 
 
 @piece
-def _add_squares(x: Any, k: int, eps: float, sums: Any, centred: Any, wide: Any) -> Any:
+def _add_squares(x: Any, k: int, eps: float, sums: Any, centred: Any, bound: Any) -> Any:
     """rstd, in place 0 of `sums`; returns whether the sum is ordinary."""
     total = kept(sums, 0, x)
     for s in range(1, (k + SEGMENT - 1) // SEGMENT):
         total = total + kept(sums, s, x)
     keep(sums, 0, reciprocal_root(total, k, eps))
-    return is_ordinary(total, k, eps, wide)
+    return is_ordinary(total, k, eps, bound)
 
 
 @piece
@@ -117,12 +118,14 @@ def _piece_output(
 
 def _long_backward(
     dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, wide: Any, threads: int, dx: Any, dweight: Any, dbias: Any,
-) -> None:  # fmt: skip
+    centred: Any, bound: Any, left: Any, threads: int, dx: Any, dweight: Any, dbias: Any,
+) -> bool:  # fmt: skip
     """First the sums of all rows, then the columns: each column piece adds dweight and dbias over the rows by itself.
 
     dweight and dbias have shape (m, n) here and no partial sums stand between: at this n those would cost more
     traffic than reading x and dy again.
+
+    Returns whether there is nothing yet but the sums: if one row is not ordinary, all are left to `extreme`.
     """
     rows, n = x.shape
     segments = (n + SEGMENT - 1) // SEGMENT
@@ -143,7 +146,7 @@ def _long_backward(
         ordinary &= _add_gradient_sums(
             data(x), n, k, eps, segments, data(sums[3]), data(sums[0]), data(sums[1]), data(sums[2]), r // m,
             data(numbers[0, r % m]), data(numbers[1, r % m]), data(numbers[2, r % m]), data(numbers[3, r % m]),
-            centred, wide,
+            centred, bound,
         )  # fmt: skip
     if ordinary:
         in_parallel(
@@ -151,29 +154,10 @@ def _long_backward(
             (data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), pieces, rows, n, k, weight_m, m,
              offset, numbers, streaming, centred),
         )  # fmt: skip
-    elif wide is not None:
-        sums = np.zeros((2, n))
-        for h in range(m):
-            _extreme_rows(
-                data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), data(sums[0]), data(sums[1]), h,
-                rows, n, k, weight_m, m, offset, eps, centred, wide,
-            )  # fmt: skip
-
-
-@piece
-def _extreme_rows(
-    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, weight_sums: Any, bias_sums: Any, h: int,
-    rows: int, n: int, k: int, weight_m: int, m: int, offset: Any, eps: float, centred: Any, wide: Any,
-) -> None:  # fmt: skip
-    clear(weight_sums, 0, n)
-    clear(bias_sums, 0, n)
-    for r in range(h, rows, m):
-        write_extreme_gradient(
-            dy, x, weight, dx, absent_with(dweight, weight_sums), absent_with(dbias, bias_sums), r * n, n, k,
-            h % weight_m * n, 0, offset, eps, centred, wide,
-        )  # fmt: skip
-    put_sums(dweight, h * n, absent_with(dweight, weight_sums), n, 0)
-    put_sums(dbias, h * n, absent_with(dbias, bias_sums), n, 0)
+    if left is not None:
+        for r in range(rows):
+            left[r] = not ordinary
+    return not ordinary
 
 
 @piece
@@ -195,7 +179,7 @@ def _piece_gradient_sums(
 @piece
 def _add_gradient_sums(
     x: Any, n: int, k: int, eps: float, segments: int, mean: Any, squares: Any, sums: Any, products: Any, j: int,
-    means: Any, rstds: Any, bs: Any, cs: Any, centred: Any, wide: Any,
+    means: Any, rstds: Any, bs: Any, cs: Any, centred: Any, bound: Any,
 ) -> Any:  # fmt: skip
     """mean, rstd, b and c of a row, in place j; returns whether all sums were ordinary."""
     square, g_sum, product = kept(squares, 0, x), kept(sums, 0, x), kept(products, 0, x)
@@ -209,7 +193,7 @@ def _add_gradient_sums(
     keep(bs, j, g_sum)
     keep(cs, j, product)
     keep_gradient_numbers(x, k, eps, rstds, bs, cs, j)
-    return is_ordinary(square, k, eps, wide) and is_ordinary_gradient(g_sum, product, wide)
+    return is_ordinary(square, k, eps, bound) and is_ordinary_gradient(g_sum, product, bound)
 
 
 @piece

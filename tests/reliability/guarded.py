@@ -20,7 +20,7 @@ import numpy as np
 import rmsnorm_np as rn
 from rmsnorm_np import cpu
 from rmsnorm_np.cpu import long_rows, memory, threads
-from rmsnorm_np.cpu.kernels import SHORT_ROW
+from rmsnorm_np.cpu.blocks import SHORT_ROW
 from rmsnorm_np.cpu.simd import LANES
 
 PAGE = mmap.PAGESIZE
