@@ -161,6 +161,28 @@ def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backen
     assert_exact(op, x.astype(dtype), weight.astype(dtype), bias.astype(dtype), dy.astype(dtype), eps, backend)
 
 
+@pytest.mark.parametrize("shape", [(70, 7)] if JIT_OFF else [(700, 7), (300, 100), (6, 70001)], ids=str)
+@pytest.mark.parametrize(("kind", "far"), [(np.float64, 1e290), (ml_dtypes.bfloat16, 1e30)], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize("op", OPS)
+def test_extreme_rows_among_ordinary_ones(op, kind, far, shape, backend, rng):
+    """Each row is as it would be alone, also in the memory of its input; none is missing in the sums, or there twice."""
+    x, weight, bias, dy = arrays(rng, shape, np.float64)
+    x[1::5] *= far
+    x[3::7] /= far
+    x, weight, bias, dy = (a.astype(kind) for a in (x, weight, bias, dy))
+    assert_exact(op, x, weight, bias, dy, 0.0, backend)
+    y, dx, *_ = call(op, x, weight, bias, dy, 0.0, backend)
+    for r in range(6):
+        alone = call(op, x[r : r + 1], weight, bias, dy[r : r + 1], 0.0, backend)
+        assert same(alone[:2], [a[r : r + 1] for a in (y, dx)])
+    inside = x.copy()
+    assert same([call(op, inside, weight, bias, dy, 0.0, backend, out=inside)[0]], [y])
+    inside = dy.copy()
+    backward = rn.layer_norm_backward if op == "layer" else rn.rms_norm_backward
+    p = {"p": 0.3} if op == "partial" else {}
+    assert same(backward(inside, x, weight, bias, eps=0.0, backend=backend, out=inside, **p)[:1], [dx])
+
+
 @pytest.mark.parametrize("n", [7, 100])
 def test_large_x_beside_large_dy(n, backend, rng):
     """The squares of x are in range, the sum of g · x is none of a large x, and rstd³ times that sum vanished."""
