@@ -162,14 +162,16 @@ def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backen
 
 
 @pytest.mark.parametrize("shape", [(70, 7)] if JIT_OFF else [(700, 7), (300, 100), (6, 70001)], ids=str)
-@pytest.mark.parametrize(("kind", "far"), [(np.float64, 1e290), (ml_dtypes.bfloat16, 1e30)], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "far"), [(np.float64, 1e290), (ml_dtypes.bfloat16, 1e30)], ids=["float64", "bfloat16"]
+)
 @pytest.mark.parametrize("op", OPS)
 def test_extreme_rows_among_ordinary_ones(op, kind, far, shape, backend, rng):
     """Each row is as it would be alone, also in the memory of its input; none is missing in the sums, or there twice."""
     x, weight, bias, dy = arrays(rng, shape, np.float64)
     x[1::5] *= far
     x[3::7] /= far
-    x, weight, bias, dy = (a.astype(kind) for a in (x, weight, bias, dy))
+    x, weight, bias, dy = (a.astype(np.dtype(kind)) for a in (x, weight, bias, dy))
     assert_exact(op, x, weight, bias, dy, 0.0, backend)
     y, dx, *_ = call(op, x, weight, bias, dy, 0.0, backend)
     for r in range(6):

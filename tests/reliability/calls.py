@@ -429,8 +429,10 @@ def assert_close(call, given, got, want):
             size_of_g = np.maximum(np.abs(g), tiny * largest_dy * np.maximum(1, np.abs(scale)))
             sizes = size_of_g, np.maximum(np.abs(xhat), tiny)
             terms = [np.maximum(terms[0], dx_terms(*sizes, rstd, k, centred=centred))]
-            # The weights of such a row stay as they are: their sum, times a cube of its rstd, may overflow.
-            overflows = 8 * n**2.5 * np.abs(scale) > np.finfo(np.float64).max
+            # The weights of such a row stay as they are, as does what is outside the RMS beside what is inside: their
+            # sums, times a cube of its rstd, may overflow.
+            factors = np.maximum(1, np.abs(scale)) * np.maximum(1, np.abs(xhat))
+            overflows = 8 * n**2.5 * factors > np.finfo(np.float64).max
             open_rows = (name == "float64") & np.broadcast_to(overflows, x.shape).any(axis=-1, keepdims=True)
             term_of_w = np.where(lost, factor, np.maximum(size_of_dy * size, factor * np.abs(xw)))
             for parameter, term in ((w, term_of_w), (b, size_of_dy)):
@@ -439,8 +441,9 @@ def assert_close(call, given, got, want):
         # LayerNorm where x is its mean: whether infinity, or 1 / sqrt(0), meets zero or an error of rounding is open.
         # And where x vanishes beside the row's largest: whether infinity meets zero or a number.
         rounding = centred * np.finfo(np.float64).eps * largest
-        vanishing = tiny * largest if name == "float64" and dy is not None else wide(0)
-        near_zero = (np.abs(xw) <= np.maximum(rounding, vanishing)).any(axis=-1, keepdims=True)
+        scaled_by = np.where(np.isfinite(x), np.abs(x.astype(wide)), 0).max(axis=-1, keepdims=True)
+        vanishing = tiny * scaled_by if name == "float64" and dy is not None else wide(0)
+        near_zero = (np.abs(xw) <= np.fmax(rounding, vanishing)).any(axis=-1, keepdims=True)
         unsure = near_zero & ~np.isfinite(g).all(axis=-1, keepdims=True)
         anything = centred & (np.abs(xw) <= rounding).all(axis=-1, keepdims=True) & (eps <= rounding**2)
     for i, (a, reference) in enumerate(zip(got, want, strict=True)):
