@@ -167,7 +167,7 @@ def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backen
 )
 @pytest.mark.parametrize("op", OPS)
 def test_extreme_rows_among_ordinary_ones(op, kind, far, shape, backend, rng):
-    """Each row is as it would be alone, also in the memory of its input; none is missing in the sums, or there twice."""
+    """Each row is as it would be alone, also in its input's memory; none is missing in the sums, or there twice."""
     x, weight, bias, dy = arrays(rng, shape, np.float64)
     x[1::5] *= far
     x[3::7] /= far
