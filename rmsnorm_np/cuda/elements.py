@@ -132,9 +132,11 @@ def exact_gradient(plan: Plan) -> Any:
     """As `simple_gradient`, where the result has as many digits as the type inside.
 
     g, b, c and xhat are pairs. The formula of their heads rounds once; the tails, and what g - b rounds off, go through
-    the same formula, which is linear in each. Two roundings count: that of the difference, and that of the result.
+    the same formula, which is linear in each. Two roundings count: that of the difference, and that of the result. In
+    LayerNorm the difference can be three times its largest term: in float64, where a GPU has arithmetic to spare for
+    it, what it rounds off goes to the tail too.
     """
-    centred, zero = plan.centred, plan.work(0)
+    centred, zero, careful = plan.centred, plan.work(0), plan.centred and plan.work is np.float64
     scaled_pair, standardised_pair = factor_pair(plan), standardiser_pair(plan)
 
     @inlined
@@ -147,6 +149,11 @@ def exact_gradient(plan: Plan) -> Any:
             b = numbers[B]
             gradient = layer_gradient(g, xhat, b, c)
             tail += lost_in_difference(g, b, g - b)
+            if careful:
+                share = product(xhat, c)
+                difference = (g - b) - share
+                tail += lost_in_difference(g - b, share, difference) - cuda.fma(xhat, c, -share)
+                tail += difference - gradient  # exact, for they are neighbours
             tail = rms_gradient(layer_gradient(tail, xhat, numbers[B_TAIL], c_tail), xhat_tail, c)
         elif inside:
             gradient = rms_gradient(g, xhat, c)
