@@ -132,12 +132,18 @@ def exact_gradient(plan: Plan) -> Any:
     """As `simple_gradient`, where the result has as many digits as the type inside.
 
     g, b, c and xhat are pairs. The formula of their heads rounds once; the tails, and what g - b rounds off, go through
-    the same formula, which is linear in each. Two roundings count: that of the difference, and that of the result. In
-    LayerNorm the difference can be three times its largest term: in float64, where a GPU has arithmetic to spare for
-    it, what it rounds off goes to the tail too.
+    the same formula, which is linear in each. Two roundings count: that of the difference, which may be three times its
+    largest term, and that of the result. In float64, where a GPU has arithmetic to spare for it, only the last one.
     """
-    centred, zero, careful = plan.centred, plan.work(0), plan.centred and plan.work is np.float64
+    centred, zero, careful = plan.centred, plan.work(0), plan.work is np.float64
     scaled_pair, standardised_pair = factor_pair(plan), standardiser_pair(plan)
+
+    @inlined
+    def lost_in_formula(outer: Any, xhat: Any, c: Any, gradient: Any) -> Any:
+        """outer - xhat · c - gradient."""
+        share = product(xhat, c)
+        difference = outer - share  # gradient or its neighbour: the difference of the two is exact
+        return lost_in_difference(outer, share, difference) - cuda.fma(xhat, c, -share) + (difference - gradient)
 
     @inlined
     def gradient_of(x: Any, d: Any, weight: Any, at: Any, e: Any, inside: Any, offset: Any, numbers: Any) -> Any:
@@ -150,13 +156,12 @@ def exact_gradient(plan: Plan) -> Any:
             gradient = layer_gradient(g, xhat, b, c)
             tail += lost_in_difference(g, b, g - b)
             if careful:
-                share = product(xhat, c)
-                difference = (g - b) - share
-                tail += lost_in_difference(g - b, share, difference) - cuda.fma(xhat, c, -share)
-                tail += difference - gradient  # exact, for they are neighbours
+                tail += lost_in_formula(g - b, xhat, c, gradient)
             tail = rms_gradient(layer_gradient(tail, xhat, numbers[B_TAIL], c_tail), xhat_tail, c)
         elif inside:
             gradient = rms_gradient(g, xhat, c)
+            if careful:
+                tail += lost_in_formula(g, xhat, c, gradient)
             tail = rms_gradient(rms_gradient(tail, xhat, c_tail), xhat_tail, c)
         correction = gradient * numbers[RSTD_TAIL] + tail * rstd
         # an infinite number has no correction: infinity less infinity is NaN

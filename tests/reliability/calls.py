@@ -434,7 +434,7 @@ def assert_close(call, given, got, want):
             factors = np.maximum(1, np.abs(scale)) * np.maximum(1, np.abs(xhat))
             overflows = 8 * n**2.5 * factors > np.finfo(np.float64).max
             open_rows = (name == "float64") & np.broadcast_to(overflows, x.shape).any(axis=-1, keepdims=True)
-            # of a float64 row out of range dy · rstd is taken with an rstd down to 1 / (4 · sqrt(n)), and may be subnormal
+            # In a float64 row out of range dy meets an rstd down to 1 / (4 · sqrt(n)), and may be subnormal then.
             least = 2 * tiny * np.abs(xhat) * (dy != 0)
             term_of_w = np.where(lost, factor, np.maximum(np.maximum(size_of_dy * size, factor * np.abs(xw)), least))
             for parameter, term in ((w, term_of_w), (b, size_of_dy)):
