@@ -429,6 +429,7 @@ def assert_close(call, given, got, want):
             size_of_g = np.maximum(np.abs(g), tiny * largest_dy * np.maximum(1, np.abs(scale)))
             sizes = size_of_g, np.maximum(np.abs(xhat), tiny)
             terms = [np.maximum(terms[0], dx_terms(*sizes, rstd, k, centred=centred))]
+            terms[0] = np.fmax(terms[0], rstd * size_of_g)  # outside the RMS a NaN of the row is no term
             # The weights of such a row stay as they are, as does what is outside the RMS beside what is inside: their
             # sums, times a cube of its rstd, may overflow.
             factors = np.maximum(1, np.abs(scale)) * np.maximum(1, np.abs(xhat))
