@@ -123,8 +123,10 @@ def _backward(
         sums = [None if t is None else t if len(t) == m else np.empty((m, n)) for t in (dweight, dbias)]
         key = (key, *(s is None or s.dtype for s in sums))
         some_left = _run(long_rows.long_backward, key, (*before, *numbers, *after, *map(_stored, sums)))
-        chunks = 1
-        partials = [None if total is None or not some_left else np.zeros((m, n)) for total in sums]
+        chunks, partials = 1, [None if total is None or not some_left else np.empty((m, n)) for total in sums]
+        for partial in partials:
+            if partial is not None:
+                partial.fill(0.0)
     if some_left:
         args = (*before, chunks, *numbers, centred, left, on_threads, _stored(dx), *partials, *map(_stored, sums))
         _run(extreme.left_backward, key, args)

@@ -178,7 +178,7 @@ def main():
             memory.streams = lambda y: 0
     if "long" in args.path:
         long_rows.LONG_ROW = 0
-    rooms = Rooms(12, {"short": 40_000, "borders": 2_500_000, "large": 14 << 20}[args.lengths])
+    rooms = Rooms(15, {"short": 40_000, "borders": 2_500_000, "large": 14 << 20}[args.lengths])
     rng = np.random.default_rng(0)
     digest, cases = hashlib.sha256(), 0
     kinds = map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
