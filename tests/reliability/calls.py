@@ -407,8 +407,8 @@ def assert_close(call, given, got, want):
         # Where it is beyond the range the result may be infinite, also where the other factor is small.
         tiny = wide(np.finfo(np.float32 if dy is None and x.itemsize == 2 else np.float64).tiny)
         # A float64 row out of range is scaled as a whole, until its largest x, and its largest dy, are in [0.5, 1), or
-        # backward x so that rstd is in [1 / (8 · sqrt(n)), 1]: what is subnormal then has fewer digits, or none. Its xhat
-        # and its g count as the smallest numbers that have them all.
+        # backward x so that rstd is in [1 / (8 · sqrt(n)), 1]. What is subnormal then has fewer digits, or none: xhat
+        # and g count as the smallest numbers that have them all.
         tiny *= 8 * np.sqrt(n)
         size = np.maximum(size, tiny)
         if dy is None:
