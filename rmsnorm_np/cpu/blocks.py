@@ -10,17 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 from rmsnorm_np.cpu.gradients import keep_gradient_numbers, keep_moments, write_row_gradient, write_short_gradient
-from rmsnorm_np.cpu.jit import inlined, piece
+from rmsnorm_np.cpu.jit import inlined, piece, unless_exact
 from rmsnorm_np.cpu.rows import (
     forward_precision,
     keep_mean,
     keep_statistics,
     kept_mean,
     reciprocal_root,
+    squares_of,
     write_output,
     write_short_output,
 )
-from rmsnorm_np.cpu.simd import LANES, keep, kept, rounded, scratch, width
+from rmsnorm_np.cpu.simd import LANES, float32, keep, kept, rounded, scratch, width
 
 SHORT_ROW = 64  # up to here what is done once a row counts: with 16 elements 1.35 times as fast, with 64 the same
 
@@ -32,6 +33,14 @@ def is_ordinary(total: Any, k: int, eps: float, bound: Any) -> Any:
         return True
     mean_square = rounded(total) / k + eps
     return 1.0 / bound < mean_square < bound
+
+
+@unless_exact("x", lambda x, start, n, k, rstd, bound: True)
+def is_ordinary_outside(x: Any, start: int, n: int, k: int, rstd: Any, bound: Any) -> Any:
+    """Whether x · rstd stays in range behind the RMS's k elements, too. Of float64, which has no wider type, all is."""
+    if bound is None or k == n or rstd <= 1.0:
+        return True
+    return rounded(squares_of(x, start + k, n - k, None, float32, 0)) * rstd * rstd < bound
 
 
 @inlined
@@ -60,7 +69,8 @@ def forward_block(
     left = 0
     for j in range(rows):
         start = base + j * n
-        if not is_ordinary(kept(totals, j, x), k, eps, bound):
+        ordinary = is_ordinary(kept(totals, j, x), k, eps, bound)
+        if not (ordinary and is_ordinary_outside(x, start, n, k, kept(rstds, j, x), bound)):
             left |= 1 << j
         elif short:
             write_short_output(

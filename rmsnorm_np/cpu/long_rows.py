@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsnorm_np.cpu.blocks import is_ordinary, is_ordinary_gradient
+from rmsnorm_np.cpu.blocks import is_ordinary, is_ordinary_gradient, is_ordinary_outside
 from rmsnorm_np.cpu.gradients import (
     absent_with,
     clear,
@@ -53,7 +53,7 @@ def _long_forward(
             in_parallel(_piece_sums, pieces, threads, (data(x), start, n, sums[0], centred))
             _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]))
         in_parallel(_piece_squares, pieces, threads, (data(x), start, n, k, sums[2], sums[1], centred))
-        ordinary = _add_squares(data(x), k, eps, data(sums[1]), centred, bound)
+        ordinary = _add_squares(data(x), start, n, k, eps, data(sums[1]), bound)
         shift = r % m * n - start
         bias_shift = r % bias_m * n - start
         if ordinary:
@@ -94,13 +94,13 @@ def _piece_squares(p: int, x: Any, start: int, n: int, k: int, means: Any, sums:
 
 
 @piece
-def _add_squares(x: Any, k: int, eps: float, sums: Any, centred: Any, bound: Any) -> Any:
-    """rstd, in place 0 of `sums`; returns whether the sum is ordinary."""
+def _add_squares(x: Any, start: int, n: int, k: int, eps: float, sums: Any, bound: Any) -> Any:
+    """rstd, in place 0 of `sums`; returns whether the row is ordinary."""
     total = kept(sums, 0, x)
     for s in range(1, (k + SEGMENT - 1) // SEGMENT):
         total = total + kept(sums, s, x)
     keep(sums, 0, reciprocal_root(total, k, eps))
-    return is_ordinary(total, k, eps, bound)
+    return is_ordinary(total, k, eps, bound) and is_ordinary_outside(x, start, n, k, kept(sums, 0, x), bound)
 
 
 @piece

@@ -115,7 +115,7 @@ def path(request, monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_two_special_values_in_a_row(op, dtype, eps, path, rng, request):
     """In x or in dy: inside and outside of the RMS of pRMSNorm, in a vector and behind the last one."""
-    if op == "partial" and dtype.name in ("bfloat16", "float64"):
+    if op == "partial" and dtype.name == "float64":
         reason = "known: outside the RMS, x times rstd overflows before the weight makes it finite again"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     one, other = np.meshgrid(specials(dtype), specials(dtype))
