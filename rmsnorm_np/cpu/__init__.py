@@ -20,10 +20,7 @@ __all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_back
 # Numba has no 16-bit floats on CPUs: the kernels see their bits, and tell the two formats apart by these types.
 _FLOAT16, _FLOAT16_BITS, _BFLOAT16_BITS = map(np.dtype, (np.float16, np.uint16, np.int16))
 
-# The bound below which a sum of squares is ordinary, and above whose reciprocal (see `blocks`).
-_HALF_BOUND = 2.0**90
-_DOUBLE_BOUND = 2.0**900
-_GRADIENT_BOUND = 2.0**300  # rstd³ times a sum has to stay in the range of float64
+_MARK = np.dtype(np.uint8)  # for each row whether it was left to `extreme`
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 SCALED_ROWS = 128  # from so many rows on, a backward pass over halves converts weight once for all of them (1.1 to 1.2
@@ -65,11 +62,11 @@ def _forward(
         on_threads = threads.choose(x.size)
         streaming = memory.streams(y)
     key = x.dtype, weight is None or weight.dtype, bias is None or bias.dtype, centred, weight_offset != 0.0
-    bound = left = None
+    left = None
     x_stored, y_stored = x, y
     if x.itemsize != 4:
-        bound = _DOUBLE_BOUND if x.itemsize == 8 else _HALF_BOUND if centred is None else None
-        left = None if bound is None else np.empty(rows, np.uint8)
+        if centred is None or x.itemsize == 8:  # else float64 inside, and no sum leaves its range
+            left = np.zeros(rows, _MARK)
         x_stored, y_stored = _stored(x), _stored(y)
     weight_m = bias_m = 1
     if weight is not None:
@@ -79,7 +76,7 @@ def _forward(
     if bias is not None:
         bias_m, bias = len(bias), _stored(bias)
     args = (
-        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, bound, left,
+        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, left,
         on_threads, y_stored,
     )  # fmt: skip
     if (kernel.compiled.get(key) or kernel.compile(key, args))(*args):  # `_run`, without a call of its own
@@ -108,11 +105,10 @@ def _backward(
         dbias is None or dbias.dtype, centred, not weight_offset,
     )  # fmt: skip
     before = (_stored(dy), _stored(x), _stored(weight), k, weight_m, m)
-    bound = _GRADIENT_BOUND if x.itemsize == 8 else None
-    left = None if bound is None else np.empty(rows, np.uint8)
+    left = np.zeros(rows, _MARK) if x.itemsize == 8 else None
     on_threads = threads.choose(x.size)
     numbers = weight_offset or None, eps
-    after = (streaming, centred, bound, left, on_threads, _stored(dx))
+    after = (streaming, centred, left, on_threads, _stored(dx))
     if n <= long_rows.LONG_ROW:
         sums: list[Any] = [dweight, dbias]
         chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
@@ -123,10 +119,7 @@ def _backward(
         sums = [None if t is None else t if len(t) == m else np.empty((m, n)) for t in (dweight, dbias)]
         key = (key, *(s is None or s.dtype for s in sums))
         some_left = _run(long_rows.long_backward, key, (*before, *numbers, *after, *map(_stored, sums)))
-        chunks, partials = 1, [None if total is None or not some_left else np.empty((m, n)) for total in sums]
-        for partial in partials:
-            if partial is not None:
-                partial.fill(0.0)
+        chunks, partials = 1, [None if total is None or not some_left else np.zeros((m, n)) for total in sums]
     if some_left:
         args = (*before, chunks, *numbers, centred, left, on_threads, _stored(dx), *partials, *map(_stored, sums))
         _run(extreme.left_backward, key, args)

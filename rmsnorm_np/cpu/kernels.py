@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmsnorm_np.cpu.blocks import backward_block, forward_block
+from rmsnorm_np.cpu.blocks import backward_block, bound_for, forward_block, gradient_bound_for
 from rmsnorm_np.cpu.gradients import clear
 from rmsnorm_np.cpu.jit import Kernel, inlined, optional, piece
 from rmsnorm_np.cpu.simd import (
@@ -69,7 +69,7 @@ def block_rows(n: int, elements: int) -> int:
 @piece
 def _forward_task(
     task: int, tasks: int, queues: Any, x: Any, weight: Any, bias: Any, y: Any, rows: int, n: int, k: int, m: int,
-    bias_m: int, offset: Any, eps: float, streaming: int, centred: Any, bound: Any, left: Any, block: int,
+    bias_m: int, offset: Any, eps: float, streaming: int, centred: Any, left: Any, block: int,
 ) -> None:  # fmt: skip
     blocks = (rows + block - 1) // block
     share = max(1, min(16, blocks // (8 * tasks)))
@@ -82,27 +82,26 @@ def _forward_task(
                 count = min(block, rows - first)
                 left_out = forward_block(
                     x, weight, bias, y, first * n, first, count, n, k, m, bias_m, offset, eps, streaming, centred,
-                    bound,
+                    bound_for(left, x),
                 )  # fmt: skip
-                if left is not None:
+                if left is not None and left_out != 0:
                     for j in range(count):
                         left[first + j] = left_out >> j & 1
-                    if left_out != 0:
-                        add_atomically(queues, tasks * APART, 1)
+                    add_atomically(queues, tasks * APART, 1)
             b = take(queues, part, part_start(part, blocks, tasks), share)
 
 
 def _forward(
     x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, bound: Any, left: Any, threads: int, y: Any,
+    centred: Any, left: Any, threads: int, y: Any,
 ) -> bool:  # fmt: skip
-    """Whether there are rows in `left`, which has a 1 for each row that was left to `extreme` (None: none can be)."""
+    """Whether there are rows in `left`, where a 1 is put for each row that is left to `extreme` (None: none can be)."""
     rows, n = x.shape
     queues = counters(threads * APART + 1)
     in_parallel(
         _forward_task, threads, threads,
         (threads, queues, data(x), data(weight), data(bias), data(y), rows, n, k, m, bias_m, offset, eps, streaming,
-         centred, bound, data(left), block_rows(n, BLOCK_ELEMENTS * (2 if x.itemsize == 2 else 1))),
+         centred, data(left), block_rows(n, BLOCK_ELEMENTS * (2 if x.itemsize == 2 else 1))),
     )  # fmt: skip
     return bool(queues[threads * APART] != 0)
 
@@ -114,7 +113,7 @@ def _forward(
 def _backward_task(
     task: int, tasks: int, queues: Any, dy: Any, x: Any, weight: Any, dx: Any, weight_partial: Any, bias_partial: Any,
     rows: int, n: int, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, streaming: int,
-    centred: Any, bound: Any, left: Any,
+    centred: Any, left: Any,
 ) -> None:  # fmt: skip
     """Rows t % m, t % m + m, … of one of `chunks` parts of them, added up in row t of the partial sums; for some t."""
     groups = rows // m
@@ -130,19 +129,18 @@ def _backward_task(
                 count, base, shift = min(block, stop - g), (g * m + t % m) * n, t % m % weight_m * n
                 done = backward_block(
                     dy, x, weight, dx, weight_partial, bias_partial, count, base, m * n, n, k, shift, t * n, offset,
-                    eps, streaming, centred, bound,
+                    eps, streaming, centred, gradient_bound_for(left),
                 )  # fmt: skip
-                if left is not None:
+                if left is not None and not done:
                     for j in range(count):
-                        left[(g + j) * m + t % m] = not done
-                    if not done:
-                        add_atomically(queues, tasks * APART, 1)
+                        left[(g + j) * m + t % m] = 1
+                    add_atomically(queues, tasks * APART, 1)
             t = take(queues, part, part_start(part, chunks * m, tasks), 1)
 
 
 def _backward(
     dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, streaming: int,
-    centred: Any, bound: Any, left: Any, threads: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any,
+    centred: Any, left: Any, threads: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any,
     dbias: Any,
 ) -> bool:  # fmt: skip
     """Whether there are rows in `left`, as in `_forward`: then the partial sums lack them, and are not added up."""
@@ -151,7 +149,7 @@ def _backward(
     in_parallel(
         _backward_task, threads, threads,
         (threads, queues, data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial), rows, n,
-         k, weight_m, m, chunks, offset, eps, streaming, centred, bound, data(left)),
+         k, weight_m, m, chunks, offset, eps, streaming, centred, data(left)),
     )  # fmt: skip
     if queues[threads * APART] != 0:
         return True

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsnorm_np.cpu.blocks import is_ordinary, is_ordinary_gradient, is_ordinary_outside
+from rmsnorm_np.cpu.blocks import bound_for, gradient_bound_for, is_ordinary, is_ordinary_gradient, is_ordinary_outside
 from rmsnorm_np.cpu.gradients import (
     absent_with,
     clear,
@@ -39,7 +39,7 @@ TILE = 1024  # columns whose sums over the rows stay in the first-level cache fr
 
 def _long_forward(
     x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, bound: Any, left: Any, threads: int, y: Any,
+    centred: Any, left: Any, threads: int, y: Any,
 ) -> bool:  # fmt: skip
     """As :mod:`rmsnorm_np.cpu.kernels` has it: whether there are rows in `left`."""
     rows, n = x.shape
@@ -53,7 +53,7 @@ def _long_forward(
             in_parallel(_piece_sums, pieces, threads, (data(x), start, n, sums[0], centred))
             _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]))
         in_parallel(_piece_squares, pieces, threads, (data(x), start, n, k, sums[2], sums[1], centred))
-        ordinary = _add_squares(data(x), start, n, k, eps, data(sums[1]), bound)
+        ordinary = _add_squares(data(x), start, n, k, eps, data(sums[1]), bound_for(left, x))
         shift = r % m * n - start
         bias_shift = r % bias_m * n - start
         if ordinary:
@@ -62,9 +62,9 @@ def _long_forward(
                 (data(x), data(weight), data(bias), data(y), start, n, pieces, shift, bias_shift, offset, sums[2],
                  sums[1], streaming, centred),
             )  # fmt: skip
-        if left is not None:
-            left[r] = not ordinary
-            some_left |= not ordinary
+        elif left is not None:
+            left[r] = 1
+            some_left = True
     return some_left
 
 
@@ -118,7 +118,7 @@ def _piece_output(
 
 def _long_backward(
     dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, bound: Any, left: Any, threads: int, dx: Any, dweight: Any, dbias: Any,
+    centred: Any, left: Any, threads: int, dx: Any, dweight: Any, dbias: Any,
 ) -> bool:  # fmt: skip
     """First the sums of all rows, then the columns: each column piece adds dweight and dbias over the rows by itself.
 
@@ -146,7 +146,7 @@ def _long_backward(
         ordinary &= _add_gradient_sums(
             data(x), n, k, eps, segments, data(sums[3]), data(sums[0]), data(sums[1]), data(sums[2]), r // m,
             data(numbers[0, r % m]), data(numbers[1, r % m]), data(numbers[2, r % m]), data(numbers[3, r % m]),
-            centred, bound,
+            centred, gradient_bound_for(left),
         )  # fmt: skip
     if ordinary:
         in_parallel(
@@ -154,9 +154,9 @@ def _long_backward(
             (data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), pieces, rows, n, k, weight_m, m,
              offset, numbers, streaming, centred),
         )  # fmt: skip
-    if left is not None:
+    elif left is not None:
         for r in range(rows):
-            left[r] = not ordinary
+            left[r] = 1
     return not ordinary
 
 

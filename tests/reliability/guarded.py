@@ -69,6 +69,11 @@ class Rooms:
         self.used += 1
         return self.rooms[self.used - 1].lay(shape, np.dtype(dtype), self.at_end)
 
+    def zeros(self, shape, dtype=np.float64):
+        array = self.empty(shape, dtype)
+        array.fill(0)
+        return array
+
     def copy(self, array):
         if array is None:
             return None
