@@ -157,7 +157,7 @@ def test_tables_fit_the_screen(small, width):
 def test_bench_fits_the_screen(width):
     entries = tuple(
         bench.Entry(name, (0.999,), 0.999, 12.3e9, timing.Ratio(10.4, 9.97, 11.9), 219.99)
-        for name in (bench.OURS, bench.OURS_INTO, bench.LIMIT, *peers.PACKAGES)
+        for name in (bench.OURS, bench.OURS_INTO, bench.LIMIT, *cli.PEERS)
     )
     cases = [bench.Case("LayerNorm", "forward+backward", "bfloat16", (131072, 4096), entries)]
     text = drawn(bench.render, cases, "cpu", width=width)
@@ -226,11 +226,11 @@ def test_bench_prints_json(monkeypatch, capsys):
     def count(contenders, **options):
         return {name: timing.Timing((float(place), 2.0 * place)) for place, name in enumerate(contenders, 1)}
 
-    monkeypatch.setattr(peers, "versions", dict)
     monkeypatch.setattr(bench, "interleave", count)
-    assert cli.main(["bench", "--json", "--shapes", "2x40", "--backend", "reference"]) == 0
+    assert cli.main(["bench", "--json", "--shapes", "2x40", "--backend", "reference", "--peers"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
+    assert json.loads(out)["peers"] == {}
     cases = json.loads(out)["cases"]
     assert {(case["norm"], case["direction"]) for case in cases} == set(
         itertools.product(("RMSNorm", "LayerNorm"), ("forward", "forward+backward"))
@@ -241,6 +241,18 @@ def test_bench_prints_json(monkeypatch, capsys):
         if case["direction"] == "forward":
             assert case["entries"][0]["ulp"] <= 0.5
             assert case["entries"][0]["bandwidth"] == 2 * 2 * 40 * 4 / 1.5
+
+
+def test_bench_takes_no_other_peers(monkeypatch):
+    """Nor are they imported: their threads are what one wants to be without."""
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    monkeypatch.setattr(peers.metadata, "version", lambda name: "1")
+    asked = []
+    for name in ("torch", "torch_compiled", "jax", "onnxruntime", "openvino"):
+        monkeypatch.setattr(peers, f"_{name}", lambda problem, threads, name=name: asked.append(name))
+    assert peers.versions(["jax"]) == {"jax": "1"}
+    assert list(peers.calls(None, 1, ["jax", "torch"])) == []
+    assert asked == ["torch", "torch_compiled", "jax"]
 
 
 def test_bench_on_a_gpu_says_what_is_missing(monkeypatch):

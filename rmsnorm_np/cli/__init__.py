@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+PEERS = ("torch", "jax", "onnxruntime", "openvino")  # names to import, and to install
 DEFAULT_SHAPES = ((1, 4096), (512, 768), (8192, 4096))
 
 
@@ -20,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "bench":
         from rmsnorm_np.cli.bench import bench
 
-        return bench(options.shapes, options.dtype, options.backend, options.rounds, options.json, options.plot)
+        return bench(
+            options.shapes, options.dtype, options.backend, options.rounds, options.json, options.plot, options.peers
+        )
     if options.command == "info":
         from rmsnorm_np.cli.info import info
 
@@ -62,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--backend", choices=("cpu", "reference", "cuda"), default="cpu")
     bench.add_argument("--rounds", type=_positive, default=7, help="how often each is timed (default: 7)")
     bench.add_argument("--plot", metavar="FILE", help="draw bandwidth against size, as .png, .svg or .pdf (matplotlib)")
+    bench.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        default=list(PEERS),
+        help="no others (default: all that are installed): where cores are few, each library's threads slow the rest",
+    )
     commands.add_parser("info", parents=[json], help="versions, processor, threads, cache folder, engines")
     warmup = commands.add_parser("warmup", parents=[json], help="compile everything now and keep it")
     warmup.add_argument("dtypes", nargs="*", type=_dtype, metavar="DTYPE", help="only these: " + ", ".join(DTYPES))

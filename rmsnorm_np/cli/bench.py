@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rmsnorm_np.cli import console, device, peers
+from rmsnorm_np.cli import PEERS, console, device, peers
 from rmsnorm_np.cli.checks import Step, ulp_error
 from rmsnorm_np.cli.inputs import LAYER_NORM, RMS_NORM, Array, Norm, dtype_named
 from rmsnorm_np.cli.peers import Problem
@@ -50,15 +50,21 @@ class Case:
 
 
 def bench(
-    shapes: Sequence[tuple[int, int]], dtype: str, backend: str, rounds: int, as_json: bool, plot: str | None
+    shapes: Sequence[tuple[int, int]],
+    dtype: str,
+    backend: str,
+    rounds: int,
+    as_json: bool,
+    plot: str | None,
+    only: Sequence[str] = PEERS,
 ) -> int:
     """Measure, print and draw; always 0, a benchmark has no wrong answer."""
     if backend == "cuda":
         device.require()
     with console.progress(len(shapes) * len(NORMS) * len(ARRAYS_MOVED)) as step:
-        cases = list(measure(shapes, dtype_named(dtype), backend, rounds, step))
+        cases = list(measure(shapes, dtype_named(dtype), backend, rounds, step, only))
     if as_json:
-        console.print_json({"backend": backend, "peers": peers.versions(), "cases": cases})
+        console.print_json({"backend": backend, "peers": peers.versions(only), "cases": cases})
     else:
         render(Console(highlight=False), cases, backend)
     if plot is not None:
@@ -69,9 +75,14 @@ def bench(
 
 
 def measure(
-    shapes: Sequence[tuple[int, int]], dtype: np.dtype[Any], backend: str, rounds: int, step: Step
+    shapes: Sequence[tuple[int, int]],
+    dtype: np.dtype[Any],
+    backend: str,
+    rounds: int,
+    step: Step,
+    only: Sequence[str] = PEERS,
 ) -> Iterator[Case]:
-    """One `Case` after the other; ``step`` is told what comes next."""
+    """One `Case` after the other, with no other peers than these; ``step`` is told what comes next."""
     rng = np.random.default_rng(0)
     for shape in shapes:
         x, dy = (rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(2))
@@ -80,10 +91,10 @@ def measure(
             for direction in ARRAYS_MOVED:
                 step(f"{norm.label} {direction}, {shape[0]}×{shape[1]}")
                 problem = Problem(norm.op, direction, x, weight, dy, EPS)
-                yield _measure_case(norm, problem, backend, rounds)
+                yield _measure_case(norm, problem, backend, rounds, only)
 
 
-def _measure_case(norm: Norm, problem: Problem, backend: str, rounds: int) -> Case:
+def _measure_case(norm: Norm, problem: Problem, backend: str, rounds: int, only: Sequence[str]) -> Case:
     if backend == "cuda":
         contenders = _our_calls(norm, device.moved(problem), backend, device.empty_like)
         contenders[LIMIT] = device.copies(ARRAYS_MOVED[problem.direction] * problem.x.nbytes)
@@ -93,7 +104,7 @@ def _measure_case(norm: Norm, problem: Problem, backend: str, rounds: int) -> Ca
 
         contenders = _our_calls(norm, problem, backend, np.empty_like)
         contenders[LIMIT] = limit.calls(problem.x.nbytes)[problem.direction]
-        contenders.update(peers.calls(problem, _threads()))
+        contenders.update(peers.calls(problem, _threads(), only))
         timings = interleave(contenders, rounds=rounds)
     exact = _exact_rows(norm, problem)
     entries = (_entry(name, timings[name], timings[OURS], problem, exact, call) for name, call in contenders.items())

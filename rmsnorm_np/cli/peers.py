@@ -6,7 +6,7 @@ an operation or a dtype offers none, rather than one through a conversion that w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from rmsnorm_np.cli import PEERS
 
-PACKAGES = {"torch": "torch", "jax": "jax", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Problem:
     eps: float
 
 
-def versions() -> dict[str, str]:
-    """The peers that can be imported, with their versions."""
-    return {name: metadata.version(package) for name, package in PACKAGES.items() if find_spec(name) is not None}
+def versions(only: Sequence[str] = PEERS) -> dict[str, str]:
+    """Those of these peers that can be imported, with their versions."""
+    return {name: metadata.version(name) for name in only if find_spec(name) is not None}
 
 
-def calls(problem: Problem, threads: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+def calls(problem: Problem, threads: int, only: Sequence[str] = PEERS) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Pairs of a peer's name and its call; a forward call returns y, the other (dx, dweight)."""
     makers = {
         "torch": _torch,
@@ -46,7 +46,7 @@ def calls(problem: Problem, threads: int) -> Iterator[tuple[str, Callable[[], An
         "onnxruntime": _onnxruntime,
         "openvino": _openvino,
     }
-    installed = versions()
+    installed = versions(only)
     for name, maker in makers.items():
         if name.split()[0] not in installed:
             continue
