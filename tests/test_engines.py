@@ -185,6 +185,18 @@ def test_extreme_rows_among_ordinary_ones(op, kind, far, shape, backend, rng):
     assert same(backward(inside, x, weight, bias, eps=0.0, backend=backend, out=inside, **p)[:1], [dx])
 
 
+@pytest.mark.parametrize("n", [7, 100] if JIT_OFF else [7, 100, 70001])
+@pytest.mark.parametrize("op", OPS)
+def test_padding_needs_no_kernels_of_its_own(op, n, rng, monkeypatch):
+    """Rows with dy = 0 are usual, as extreme rows are not: no kernels for those need be compiled."""
+    from rmsnorm_np.cpu import extreme
+
+    monkeypatch.setattr(extreme, "left_backward", None)
+    x, weight, bias, dy = arrays(rng, (5, n), np.float64)
+    dy[1::2] = 0
+    assert_exact(op, x, weight, bias, dy, 1e-6, "cpu")
+
+
 @pytest.mark.parametrize("n", [7, 100])
 def test_large_x_beside_large_dy(n, backend, rng):
     """The squares of x are in range, the sum of g · x is none of a large x, and rstd³ times that sum vanished."""

@@ -64,12 +64,20 @@ def is_ordinary_outside(x: Any, start: int, n: int, k: int, rstd: Any, bound: An
 
 
 @inlined
-def is_ordinary_gradient(sums: Any, products: Any, bound: Any) -> Any:
-    """Whether the sums of g and of g·x are inside the bounds; a row of zeros is not, and comes to no harm."""
+def is_ordinary_gradient(sums: Any, products: Any, dy: Any, start: int, n: int, bound: Any) -> Any:
+    """Whether the sums of g and of g·x are inside the bounds, or all of the row's dy are zero, as padding's are."""
     if bound is None:
         return True
     size = abs(rounded(products))
-    return 1.0 / bound < size < bound and abs(rounded(sums)) < bound
+    return (1.0 / bound < size < bound and abs(rounded(sums)) < bound) or is_zero(dy, start, n)
+
+
+@piece
+def is_zero(numbers: Any, start: int, n: int) -> bool:
+    for i in range(start, start + n):  # noqa: SIM110 (Numba has no generators to give to `all`)
+        if numbers[i] != 0:
+            return False
+    return True
 
 
 @piece
@@ -129,7 +137,7 @@ def backward_block(
     ordinary = True
     for j in range(rows):  # a loop of its own, as in forward
         ordinary &= is_ordinary(kept(rstds, j, x), k, eps, bound)
-        ordinary &= is_ordinary_gradient(kept(bs, j, x), kept(cs, j, x), bound)
+        ordinary &= is_ordinary_gradient(kept(bs, j, x), kept(cs, j, x), dy, base + j * step, n, bound)
         keep_gradient_numbers(x, k, eps, rstds, bs, cs, j)
     short = n <= SHORT_ROW and n % LANES == 0 and k == n
     if ordinary:

@@ -144,9 +144,9 @@ def _long_backward(
             (data(dy), data(x), data(weight), start, n, k, shift, offset, sums, centred),
         )  # fmt: skip
         ordinary &= _add_gradient_sums(
-            data(x), n, k, eps, segments, data(sums[3]), data(sums[0]), data(sums[1]), data(sums[2]), r // m,
-            data(numbers[0, r % m]), data(numbers[1, r % m]), data(numbers[2, r % m]), data(numbers[3, r % m]),
-            centred, gradient_bound_for(left),
+            data(dy), data(x), start, n, k, eps, segments, data(sums[3]), data(sums[0]), data(sums[1]), data(sums[2]),
+            r // m, data(numbers[0, r % m]), data(numbers[1, r % m]), data(numbers[2, r % m]),
+            data(numbers[3, r % m]), centred, gradient_bound_for(left),
         )  # fmt: skip
     if ordinary:
         in_parallel(
@@ -178,8 +178,8 @@ def _piece_gradient_sums(
 
 @piece
 def _add_gradient_sums(
-    x: Any, n: int, k: int, eps: float, segments: int, mean: Any, squares: Any, sums: Any, products: Any, j: int,
-    means: Any, rstds: Any, bs: Any, cs: Any, centred: Any, bound: Any,
+    dy: Any, x: Any, start: int, n: int, k: int, eps: float, segments: int, mean: Any, squares: Any, sums: Any,
+    products: Any, j: int, means: Any, rstds: Any, bs: Any, cs: Any, centred: Any, bound: Any,
 ) -> Any:  # fmt: skip
     """mean, rstd, b and c of a row, in place j; returns whether all sums were ordinary."""
     square, g_sum, product = kept(squares, 0, x), kept(sums, 0, x), kept(products, 0, x)
@@ -193,7 +193,7 @@ def _add_gradient_sums(
     keep(bs, j, g_sum)
     keep(cs, j, product)
     keep_gradient_numbers(x, k, eps, rstds, bs, cs, j)
-    return is_ordinary(square, k, eps, bound) and is_ordinary_gradient(g_sum, product, bound)
+    return is_ordinary(square, k, eps, bound) and is_ordinary_gradient(g_sum, product, dy, start, n, bound)
 
 
 @piece
