@@ -185,15 +185,41 @@ def test_extreme_rows_among_ordinary_ones(op, kind, far, shape, backend, rng):
     assert same(backward(inside, x, weight, bias, eps=0.0, backend=backend, out=inside, **p)[:1], [dx])
 
 
+@pytest.mark.parametrize("n", [16] if JIT_OFF else [16, 70001])
+def test_an_extreme_row_changes_no_bit_of_another(n, rng):
+    """An ordinary row with elements so small that they would vanish if it were scaled, alone and beside such a row."""
+    x, dy = rng.standard_normal((2, n)), rng.standard_normal((2, n))
+    x[1] *= 1e200
+    dy[0], x[0, 3:9], x[0, 9] = dy[0] * 1e-290, x[0, 3:9] * 1e-290, 0
+    weight = np.ones(n)
+    dy[0, 0], weight[0] = 2.0**120, 2.0**-100
+    both = rn.rms_norm_backward(dy, x, weight, eps=0.0).dx
+    assert same([rn.rms_norm_backward(dy[:1], x[:1], weight, eps=0.0).dx], [both[:1]])
+
+
+def test_gradients_of_float64_at_the_ends_of_the_range(rng):
+    """What is finite where dy · rstd is not, zero where the scale is infinite, exact where dy · rstd is subnormal."""
+    x = (1 + np.arange(8) * 2.0**-45)[None]
+    dweight = rn.layer_norm_backward(np.full((1, 8), 1e300), x, np.ones(8), eps=0.0).dweight
+    xhat = (np.arange(8) - L(3.5)) / np.sqrt(L(5.25))
+    assert np.all(np.abs(dweight / (xhat * L(1e300)) - 1) < 2.0**-51)
+    x, dy = np.array([[1.5e-323, 0, 0, 0]]), np.array([[0, 0, 1e308, 0]])
+    assert np.all(rn.rms_norm_backward(dy, x, np.array([1.0, 1, 0, 1]), eps=0.0).dx == 0)
+    x, dy = rng.standard_normal((1, 4096)), rng.uniform(3e-308, 6e-308, (1, 4096))
+    dweight = rn.rms_norm_backward(dy, x, np.ones(4096), eps=0.0).dweight
+    exact = dy[0] * x[0] / np.sqrt((x[0].astype(L) ** 2).mean())
+    assert worst_ulp(dweight, exact) <= 2.5
+
+
 @pytest.mark.parametrize("n", [7, 100] if JIT_OFF else [7, 100, 70001])
 @pytest.mark.parametrize("op", OPS)
 def test_padding_needs_no_kernels_of_its_own(op, n, rng, monkeypatch):
     """Rows with dy = 0 are usual, as extreme rows are not: no kernels for those need be compiled."""
     from rmsnorm_np.cpu import extreme
 
-    monkeypatch.setattr(extreme, "left_backward", None)
+    monkeypatch.setattr(extreme, "extreme_backward", None)
     x, weight, bias, dy = arrays(rng, (5, n), np.float64)
-    dy[1::2] = 0
+    dy[1::2], x[2] = 0, 0
     assert_exact(op, x, weight, bias, dy, 1e-6, "cpu")
 
 

@@ -70,7 +70,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         choices=PEERS,
         default=list(PEERS),
-        help="no others (default: all that are installed): where cores are few, each library's threads slow the rest",
+        help="compare with these only, or with none (default: all installed ones): where cores are few, the threads of "
+        "each library slow the others",
     )
     commands.add_parser("info", parents=[json], help="versions, processor, threads, cache folder, engines")
     warmup = commands.add_parser("warmup", parents=[json], help="compile everything now and keep it")

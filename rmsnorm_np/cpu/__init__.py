@@ -1,6 +1,7 @@
 """The CPU engine: normalised arguments in, arrays out. Here a call gets its memory, its kernel and its threads.
 
-Read on in `kernels` (how rows are cut), `rows` and `gradients` (what happens to one row), `simd` (what a vector is).
+Read on in `kernels` (how rows are cut into blocks), `blocks` (what happens to one), `rows` and `gradients` (to a row),
+`simd` (what a vector is); `extreme` has rows that leave the range.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_back
 # Numba has no 16-bit floats on CPUs: the kernels see their bits, and tell the two formats apart by these types.
 _FLOAT16, _FLOAT16_BITS, _BFLOAT16_BITS = map(np.dtype, (np.float16, np.uint16, np.int16))
 
-_MARK = np.dtype(np.uint8)  # for each row whether it was left to `extreme`
+_MARK = np.dtype(np.uint8)  # for each row whether it was skipped, for `extreme` to take
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 SCALED_ROWS = 128  # from so many rows on, a backward pass over halves converts weight once for all of them (1.1 to 1.2
@@ -62,11 +63,11 @@ def _forward(
         on_threads = threads.choose(x.size)
         streaming = memory.streams(y)
     key = x.dtype, weight is None or weight.dtype, bias is None or bias.dtype, centred, weight_offset != 0.0
-    left = None
+    skipped = None
     x_stored, y_stored = x, y
     if x.itemsize != 4:
         if centred is None or x.itemsize == 8:  # else float64 inside, and no sum leaves its range
-            left = np.zeros(rows, _MARK)
+            skipped = np.zeros(rows, _MARK)
         x_stored, y_stored = _stored(x), _stored(y)
     weight_m = bias_m = 1
     if weight is not None:
@@ -76,11 +77,11 @@ def _forward(
     if bias is not None:
         bias_m, bias = len(bias), _stored(bias)
     args = (
-        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, left,
+        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, skipped,
         on_threads, y_stored,
     )  # fmt: skip
     if (kernel.compiled.get(key) or kernel.compile(key, args))(*args):  # `_run`, without a call of its own
-        _run(extreme.left_forward, key, (*args[:8], centred, left, on_threads, y_stored))
+        _run(extreme.extreme_forward, key, (*args[:8], centred, skipped, on_threads, y_stored))
     return y
 
 
@@ -105,24 +106,25 @@ def _backward(
         dbias is None or dbias.dtype, centred, not weight_offset,
     )  # fmt: skip
     before = (_stored(dy), _stored(x), _stored(weight), k, weight_m, m)
-    left = np.zeros(rows, _MARK) if x.itemsize == 8 else None
+    skipped = np.zeros(rows, _MARK) if x.itemsize == 8 else None
     on_threads = threads.choose(x.size)
     numbers = weight_offset or None, eps
-    after = (streaming, centred, left, on_threads, _stored(dx))
+    after = (streaming, centred, skipped, on_threads, _stored(dx))
     if n <= long_rows.LONG_ROW:
         sums: list[Any] = [dweight, dbias]
         chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
         partials = [None if total is None else np.empty((chunks * m, n)) for total in sums]
-        some_left = _run(kernels.backward, key, (*before, chunks, *numbers, *after, *partials, *map(_stored, sums)))
+        some = _run(kernels.backward, key, (*before, chunks, *numbers, *after, *partials, *map(_stored, sums)))
     else:
         # each column is added up over the rows at once; only a parameter with fewer rows than the other needs more
         sums = [None if t is None else t if len(t) == m else np.empty((m, n)) for t in (dweight, dbias)]
         key = (key, *(s is None or s.dtype for s in sums))
-        some_left = _run(long_rows.long_backward, key, (*before, *numbers, *after, *map(_stored, sums)))
-        chunks, partials = 1, [None if total is None or not some_left else np.zeros((m, n)) for total in sums]
-    if some_left:
-        args = (*before, chunks, *numbers, centred, left, on_threads, _stored(dx), *partials, *map(_stored, sums))
-        _run(extreme.left_backward, key, args)
+        some = _run(long_rows.long_backward, key, (*before, *numbers, *after, *map(_stored, sums)))
+        chunks, partials = 1, [None if total is None or not some else np.zeros((m, n)) for total in sums]
+    if some:
+        marks = skipped, int(n > long_rows.LONG_ROW), on_threads
+        args = (*before, chunks, *numbers, centred, *marks, _stored(dx), *partials, *map(_stored, sums))
+        _run(extreme.extreme_backward, key, args)
     for total, sum_ in zip((dweight, dbias), sums, strict=True):
         if total is not None and total is not sum_:
             total[...] = sum_.reshape(-1, len(total), n).sum(axis=0)

@@ -1,15 +1,21 @@
 """What happens to a block of rows that stays in the first-level cache: the sums of each row, then what it gives.
 
-A row whose sums leave the range of the type they are computed in is left, and :mod:`rmsnorm_np.cpu.extreme` takes it.
-``bound`` tells such rows: an ordinary sum is below it and above its reciprocal. It is None where nothing can leave the
-range (float32 in float64), and then Numba drops the question.
+A row whose sums leave the range of the type they are computed in is skipped: :mod:`rmsnorm_np.cpu.extreme` takes it.
+``bound`` tells such rows: the sums of an ordinary one are below it and above its reciprocal. It is None where nothing
+can leave the range (float32 in float64), and then Numba drops the question.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from rmsnorm_np.cpu.gradients import keep_gradient_numbers, keep_moments, write_row_gradient, write_short_gradient
+from rmsnorm_np.cpu.gradients import (
+    add_bias_share,
+    keep_gradient_numbers,
+    keep_moments,
+    write_row_gradient,
+    write_short_gradient,
+)
 from rmsnorm_np.cpu.jit import inlined, optional, piece, unless_exact
 from rmsnorm_np.cpu.rows import (
     forward_precision,
@@ -35,14 +41,14 @@ def bound_of(x: Any) -> float:
     return HALF_BOUND
 
 
-@optional("left", lambda left, x: None)
-def bound_for(left: Any, x: Any) -> Any:
-    """The bound of sums of squares; there is none where there are no marks for rows that are left."""
+@optional("skipped", lambda skipped, x: None)
+def bound_for(skipped: Any, x: Any) -> Any:
+    """The bound of sums of squares; there is none where there are no marks for rows that are skipped."""
     return bound_of(x)
 
 
-@optional("left", lambda left: None)
-def gradient_bound_for(left: Any) -> Any:
+@optional("skipped", lambda skipped: None)
+def gradient_bound_for(skipped: Any) -> Any:
     return GRADIENT_BOUND
 
 
@@ -64,12 +70,14 @@ def is_ordinary_outside(x: Any, start: int, n: int, k: int, rstd: Any, bound: An
 
 
 @inlined
-def is_ordinary_gradient(sums: Any, products: Any, dy: Any, start: int, n: int, bound: Any) -> Any:
-    """Whether the sums of g and of g·x are inside the bounds, or all of the row's dy are zero, as padding's are."""
+def is_ordinary_gradient(sums: Any, products: Any, dy: Any, x: Any, start: int, n: int, bound: Any) -> Any:
+    """Whether the sums of g and of g·x are inside the bounds, or nothing but zeros is in dy or x, as in padding."""
     if bound is None:
         return True
     size = abs(rounded(products))
-    return (1.0 / bound < size < bound and abs(rounded(sums)) < bound) or is_zero(dy, start, n)
+    if 1.0 / bound < size < bound and abs(rounded(sums)) < bound:
+        return True
+    return is_zero(dy, start, n) or is_zero(x, start, n)
 
 
 @piece
@@ -85,7 +93,7 @@ def forward_block(
     x: Any, weight: Any, bias: Any, y: Any, base: int, first: int, rows: int, n: int, k: int, m: int, bias_m: int,
     offset: Any, eps: float, streaming: int, centred: Any, bound: Any,
 ) -> int:  # fmt: skip
-    """Rows first, first + 1, …, the first of which starts at base. Bit j of what is returned: row first + j is left."""
+    """Rows first, first + 1, … from base on. Bit j of what is returned: row first + j was skipped."""
     work = forward_precision(centred)
     means, totals, rstds = scratch(), scratch(), scratch()
     for j in range(rows):
@@ -94,12 +102,12 @@ def forward_block(
         keep(rstds, j, reciprocal_root(kept(totals, j, x), k, eps))
     h, bias_h = first % m, first % bias_m
     short = n <= SHORT_ROW and n % width(x, work) == 0  # then memory.streams has seen to it that rows begin on lines
-    left = 0
+    skipped = 0
     for j in range(rows):
         start = base + j * n
         ordinary = is_ordinary(kept(totals, j, x), k, eps, bound)
         if not (ordinary and is_ordinary_outside(x, start, n, k, kept(rstds, j, x), bound)):
-            left |= 1 << j
+            skipped |= 1 << j
         elif short:
             write_short_output(
                 x, weight, bias, y, start, n, h * n - start, bias_h * n - start, offset,
@@ -112,17 +120,17 @@ def forward_block(
             )  # fmt: skip
         h = h + 1 if h + 1 < m else 0  # the next row's row of weight and of bias: a division costs as much as
         bias_h = bias_h + 1 if bias_h + 1 < bias_m else 0  # 16 elements
-    return left
+    return skipped
 
 
 @piece
 def backward_block(
     dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any, rows: int, base: int, step: int, n: int, k: int,
     shift: int, sum_shift: int, offset: Any, eps: float, streaming: int, centred: Any, bound: Any,
-) -> bool:  # fmt: skip
+) -> int:  # fmt: skip
     """Rows that start at base, base + step, …; shift and sum_shift: where their row of weight and of dweight starts.
 
-    Returns whether they are done: if one of them is not ordinary all are left.
+    Bit j of what is returned: the row that starts at base + j * step was skipped, but for its share of dbias.
     """
     means, rstds, bs, cs = scratch(), scratch(), scratch(), scratch()
     # while this block's sums are taken, dy of the next is fetched, and x while its gradients are written: neither
@@ -134,22 +142,26 @@ def backward_block(
         keep_moments(
             dy, x, weight, start, n, k, shift - start, offset, kept_mean(means, j, x, centred), ahead, rstds, bs, cs, j
         )
-    ordinary = True
+    skipped = 0
     for j in range(rows):  # a loop of its own, as in forward
-        ordinary &= is_ordinary(kept(rstds, j, x), k, eps, bound)
-        ordinary &= is_ordinary_gradient(kept(bs, j, x), kept(cs, j, x), dy, base + j * step, n, bound)
+        ordinary = is_ordinary(kept(rstds, j, x), k, eps, bound)
+        if not (ordinary and is_ordinary_gradient(kept(bs, j, x), kept(cs, j, x), dy, x, base + j * step, n, bound)):
+            skipped |= 1 << j
         keep_gradient_numbers(x, k, eps, rstds, bs, cs, j)
     short = n <= SHORT_ROW and n % LANES == 0 and k == n
-    if ordinary:
-        for j in range(rows):
-            if short:
-                write_short_gradient(
-                    dy, x, weight, dx, dweight, dbias, base + j * step, n, shift, sum_shift, offset, means, rstds, bs,
-                    cs, j, streaming, ahead, centred,
-                )  # fmt: skip
-            else:
-                write_row_gradient(
-                    dy, x, weight, dx, dweight, dbias, 0, n, base + j * step, k, shift, sum_shift, offset, means, rstds,
-                    bs, cs, j, streaming, ahead, centred,
-                )  # fmt: skip
-    return ordinary
+    for j in range(rows):
+        if skipped >> j & 1:
+            add_bias_share(
+                dy, base + j * step, x, dbias, sum_shift, n
+            )  # in its turn: the sum keeps its order, and bits
+        elif short:
+            write_short_gradient(
+                dy, x, weight, dx, dweight, dbias, base + j * step, n, shift, sum_shift, offset, means, rstds, bs, cs,
+                j, streaming, ahead, centred,
+            )  # fmt: skip
+        else:
+            write_row_gradient(
+                dy, x, weight, dx, dweight, dbias, 0, n, base + j * step, k, shift, sum_shift, offset, means, rstds,
+                bs, cs, j, streaming, ahead, centred,
+            )  # fmt: skip
+    return skipped

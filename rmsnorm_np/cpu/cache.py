@@ -129,7 +129,7 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         sources = _sources()
         if sources is None:
             return None
-        key = f"{self._function.__qualname__} {sig} {codegen.magic_tuple()}".encode()
+        key = f"{self._function.__module__}.{self._function.__qualname__} {sig} {codegen.magic_tuple()}".encode()
         return f"{self._function.__name__.lstrip('_')}-{hashlib.sha256(sources + key).hexdigest()[:32]}.nbc"
 
 

@@ -1,8 +1,8 @@
-"""The kernels for rows that the others left, as their sums leave the range of the type they are computed in.
+"""The kernels for rows that the others skipped, as their sums leave the range of the type they are computed in.
 
 Such a row is copied, and the copy brought into the range. float64 rows are scaled by a power of two, which is exact,
 and eps by its square: the norm of s·x with eps·s² is the norm of x with eps. Half-precision rows, computed in float32,
-are copied to float32 and computed in float64. A copy is a block of one row for :mod:`rmsnorm_np.cpu.blocks`.
+are copied to float32 and computed in float64.
 
 These are kernels of their own for they are seldom needed: within the others they took a third of the time that those
 take to compile.
@@ -15,44 +15,69 @@ from typing import Any
 
 import numpy as np
 
-from rmsnorm_np.cpu.blocks import backward_block, forward_block
-from rmsnorm_np.cpu.gradients import absent_with
-from rmsnorm_np.cpu.jit import Kernel, piece, unless_exact
-from rmsnorm_np.cpu.kernels import add_partials, part_start
-from rmsnorm_np.cpu.simd import BLOCK, LANES, data, float64, hold, load, store, zeros
+from rmsnorm_np.cpu.blocks import forward_block
+from rmsnorm_np.cpu.gradients import (
+    absent_with,
+    add_bias_share,
+    keep_gradient_numbers,
+    keep_moments,
+    write_row_gradient,
+)
+from rmsnorm_np.cpu.jit import Kernel, optional, piece, unless_exact
+from rmsnorm_np.cpu.kernels import BLOCK_ELEMENTS, EXTREME, add_partials, block_rows, part_start
+from rmsnorm_np.cpu.rows import keep_mean, kept_mean
+from rmsnorm_np.cpu.simd import (
+    LANES,
+    add_product,
+    data,
+    float64,
+    hold,
+    kept,
+    load,
+    minus,
+    rounded,
+    scratch,
+    store,
+    zeros,
+)
 from rmsnorm_np.cpu.threads import in_parallel
 
 # --------------------------------------------------------------------------------------------------------- forward
 
 
-def _forward(
-    x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, centred: Any, left: Any,
+def _extreme_forward(
+    x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, centred: Any, skipped: Any,
     threads: int, y: Any,
 ) -> None:  # fmt: skip
-    """The rows of y for which `left` is not 0."""
+    """The rows of y that were skipped."""
     rows, n = x.shape
+    block = block_rows(n, BLOCK_ELEMENTS)
     in_parallel(
-        _forward_piece, (rows + BLOCK - 1) // BLOCK, threads,
-        (data(x), data(weight), data(bias), data(y), rows, n, k, m, bias_m, offset, eps, centred, data(left)),
+        _forward_rows, (rows + block - 1) // block, threads,
+        (data(x), data(weight), data(bias), data(y), block, rows, n, k, m, bias_m, offset, eps, centred,
+         data(skipped)),
     )  # fmt: skip
 
 
 @piece
-def _forward_piece(
-    p: int, x: Any, weight: Any, bias: Any, y: Any, rows: int, n: int, k: int, m: int, bias_m: int, offset: Any,
-    eps: float, centred: Any, left: Any,
+def _forward_rows(
+    p: int, x: Any, weight: Any, bias: Any, y: Any, block: int, rows: int, n: int, k: int, m: int, bias_m: int,
+    offset: Any, eps: float, centred: Any, skipped: Any,
 ) -> None:  # fmt: skip
     room = room_of(x, n)
     row, result = data(room[0]), data(room[1])
-    for r in range(p * BLOCK, min(p * BLOCK + BLOCK, rows)):
-        if left[r] != 0:
-            copy_row(x, r * n, row, 0, n)
-            e = exponent_of(row, k, math.sqrt(eps), 2.0**400)  # what is outside the RMS may be of any size
-            scale_row(row, -e, n)
-            forward_block(
-                row, weight, bias, result, 0, r, 1, n, k, m, bias_m, offset, math.ldexp(eps, -2 * e), 0, centred, None
-            )
-            copy_row(result, 0, y, r * n, n)
+    for r in range(p * block, min(p * block + block, rows)):
+        if skipped[r] == 0:
+            continue
+        copy_row(x, r * n, row, 0, n)
+        scale = power_of_two(row, k, math.sqrt(eps), 2.0**400)  # what is outside the RMS may be of any size
+        scale_row(row, scale, n)
+        forward_block(
+            row, weight, bias, result, 0, r, 1, n, k, m, bias_m, offset,
+            eps * scale * scale,  # not scale * scale, which can overflow
+            0, centred, None,
+        )  # fmt: skip
+        copy_row(result, 0, y, r * n, n)
     hold(room)
 
 
@@ -69,81 +94,101 @@ def room_of(x: Any, n: int) -> Any:
 # -------------------------------------------------------------------------------------------------------- backward
 
 
-def _backward(
+def _extreme_backward(
     dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, centred: Any,
-    left: Any, threads: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any, dbias: Any,
+    skipped: Any, all_of_it: int, threads: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any,
+    dbias: Any,
 ) -> None:  # fmt: skip
-    """The rows of dx for which `left` is not 0; their shares join the partial sums, and these are added up."""
+    """The rows of dx that were skipped; their shares join the partial sums, and these are added up.
+
+    all_of_it: whether the shares of dbias are not there yet either.
+    """
     rows, n = x.shape
     in_parallel(
-        _backward_piece, chunks * m, threads,
+        _backward_rows, chunks * m, threads,
         (data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial), rows, n, k, weight_m, m,
-         chunks, offset, eps, centred, data(left)),
+         chunks, offset, eps, centred, data(skipped), all_of_it),
     )  # fmt: skip
     add_partials(weight_partial, dweight, threads)
     add_partials(bias_partial, dbias, threads)
 
 
 @piece
-def _backward_piece(
+def _backward_rows(
     t: int, dy: Any, x: Any, weight: Any, dx: Any, weight_partial: Any, bias_partial: Any, rows: int, n: int, k: int,
-    weight_m: int, m: int, chunks: int, offset: Any, eps: float, centred: Any, left: Any,
+    weight_m: int, m: int, chunks: int, offset: Any, eps: float, centred: Any, skipped: Any, all_of_it: int,
 ) -> None:  # fmt: skip
     """The rows whose shares are in row t of the partial sums."""
-    zero = n - n  # a literal is a type of its own, and would have `backward_block` compiled for each
     room = np.empty((4, n))
     row, gradient, result, unused = data(room[0]), data(room[1]), data(room[2]), data(room[3])
+    means, rstds, bs, cs = scratch(), scratch(), scratch(), scratch()
     shift = t % m % weight_m * n
     for g in range(part_start(t // m, rows // m, chunks), part_start(t // m + 1, rows // m, chunks)):
-        r = g * m + t % m
-        if left[r] == 0:
+        start = (g * m + t % m) * n
+        mark = skipped[g * m + t % m]
+        if mark == 0:
             continue
-        copy_row(x, r * n, row, zero, n)
-        copy_row(dy, r * n, gradient, zero, n)
-        # the root of n above 1: then rstd is below 1, and dy · rstd no larger than dy
-        e = exponent_of(row, k, math.sqrt(eps), 1.0) - math.frexp(float(n))[1] // 2 - 2
-        scale_row(row, -e, n)
-        scaled_eps = math.ldexp(eps, -2 * e)
+        copy_row(x, start, row, 0, n)
+        copy_row(dy, start, gradient, 0, n)
+        scale, dy_scale = 1.0, 1.0
+        if mark == EXTREME:
+            scale = power_of_two(row, k, math.sqrt(eps), 2.0**100)  # what is outside the RMS may be of any size; rstd³
+            dy_scale = power_of_two(gradient, n, 0.0, 2.0**100)  # times the sum of g · x has to stay in range
+            scale_row(row, scale, n)
+            scale_row(gradient, dy_scale, n)
+        keep_mean(row, 0, n, means, 0, centred)
+        mean = kept_mean(means, 0, row, centred)
+        keep_moments(gradient, row, weight, 0, n, k, shift, offset, mean, 0, rstds, bs, cs, 0)
+        keep_gradient_numbers(row, k, eps * scale * scale, rstds, bs, cs, 0)
         # xhat does not depend on the scale of x: the shares of dweight and dbias come from dy as it is
-        backward_block(
-            gradient, row, weight, result, weight_partial, bias_partial, 1, zero, zero, n, k, shift, t * n,
-            offset, scaled_eps, zero, centred, None,
+        add_weight_share(dy, start, row, weight_partial, t * n, n, mean, kept(rstds, 0, row))
+        if all_of_it:
+            add_bias_share(dy, start, x, bias_partial, t * n, n)
+        write_row_gradient(
+            gradient, row, weight, result, absent_with(weight_partial, unused), absent_with(bias_partial, unused), 0, n,
+            0, k, shift, 0, offset, means, rstds, bs, cs, 0, 0, 0, centred,
         )  # fmt: skip
-        dy_e = exponent_of(gradient, n, 0.0, 2.0**100)  # the sum of g · x has to stay in range, too
-        if dy_e != 0:
-            scale_row(gradient, -dy_e, n)
-            backward_block(
-                gradient, row, weight, result, absent_with(weight_partial, unused), absent_with(bias_partial, unused),
-                1, zero, zero, n, k, shift, zero, offset, scaled_eps, zero, centred, None,
-            )  # fmt: skip
-        scale_row(result, dy_e - e, n)
-        copy_row(result, zero, dx, r * n, n)
+        exponent = math.frexp(scale)[1] - math.frexp(dy_scale)[1]
+        if exponent != 0:
+            for i in range(n):
+                result[i] = np.ldexp(result[i], exponent)
+        copy_row(result, 0, dx, start, n)
     hold(room)
 
 
-# ------------------------------------------------------------------------------------------------------- both
+@optional("dweight", lambda dy, start, x, dweight, sum_shift, n, mean, rstd: None)
+def add_weight_share(dy: Any, start: int, x: Any, dweight: Any, sum_shift: int, n: int, mean: Any, rstd: Any) -> Any:
+    """dy · xhat of one row, added to what stands at sum_shift; that row of dy is at `start`, of x at 0."""
+    like = rounded(zeros(x, float64))
+    for i in range(0, n, LANES):
+        count = min(LANES, n - i)
+        xhat = minus(load(x, i, float64, count), mean) * rstd
+        sums = rounded(load(dweight, sum_shift + i, like, count))
+        store(dweight, sum_shift + i, add_product(sums, xhat, load(dy, start + i, like, count)), count)
+
+
+# ------------------------------------------------------------------------------------------------------------ both
 
 
 @piece
-def exponent_of(row: Any, count: int, least: float, most: float) -> int:
-    """That of the largest of `count` elements and of `least`; 0 where that is between 1 / most and most, or no
-    number but 0.
+def power_of_two(row: Any, count: int, least: float, most: float) -> float:
+    """2**-e that brings the largest of `count` elements and of `least` near 1; 1 where that cannot be, or need not,
+    for it is between 1 / most and most.
     """
     largest = least
     for i in range(count):
         largest = max(largest, abs(row[i]))
     if not 0.0 < largest < math.inf or 1.0 / most < largest < most:
-        return 0
-    return math.frexp(largest)[1]
+        return 1.0
+    exponent = math.frexp(largest)[1]
+    return math.ldexp(1.0, min(-exponent, 1023))
 
 
 @piece
-def scale_row(row: Any, exponent: int, n: int) -> None:
-    """Times 2**exponent, which may itself be out of range, but hardly its root."""
-    if exponent != 0:
-        half, rest = math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
+def scale_row(row: Any, scale: float, n: int) -> None:
+    if scale != 1.0:
         for i in range(n):
-            row[i] = row[i] * half * rest
+            row[i] = scale * np.float64(row[i])
 
 
 @piece
@@ -154,5 +199,5 @@ def copy_row(source: Any, start: int, target: Any, target_start: int, n: int) ->
         store(target, target_start + i, load(source, start + i, like, count), count)
 
 
-left_forward = Kernel(_forward)
-left_backward = Kernel(_backward)
+extreme_forward = Kernel(_extreme_forward)
+extreme_backward = Kernel(_extreme_backward)

@@ -273,6 +273,16 @@ def write_short_gradient(
             store(dx, i, lanes)
 
 
+@optional("dbias", lambda dy, start, x, dbias, sum_shift, n: None)
+def add_bias_share(dy: Any, start: int, x: Any, dbias: Any, sum_shift: int, n: int) -> Any:
+    """dy of one row, added to what stands at sum_shift."""
+    like = rounded(zeros(x, float64))
+    for i in range(0, n, LANES):
+        count = min(LANES, n - i)
+        sums = load(dbias, sum_shift + i, like, count)
+        store(dbias, sum_shift + i, rounded(sums) + rounded(load(dy, start + i, like, count)), count)
+
+
 # ------------------------------------------------------------------------------------- rows of sums over many rows
 
 

@@ -41,6 +41,7 @@ from rmsnorm_np.cpu.threads import PARALLEL_ELEMENTS, in_parallel
 BLOCK_ELEMENTS = 4096
 # Each thread has its part of the work in a queue. When that is empty it takes from the others' queues: a core that is
 # slow or busy does less, and yet the same rows meet the same core's cache in each call.
+EXTREME = 2  # the mark of a skipped row that has to be brought into range; 1: of one that has not
 APART = 8  # places between two queues: a cache line
 
 
@@ -69,7 +70,7 @@ def block_rows(n: int, elements: int) -> int:
 @piece
 def _forward_task(
     task: int, tasks: int, queues: Any, x: Any, weight: Any, bias: Any, y: Any, rows: int, n: int, k: int, m: int,
-    bias_m: int, offset: Any, eps: float, streaming: int, centred: Any, left: Any, block: int,
+    bias_m: int, offset: Any, eps: float, streaming: int, centred: Any, skipped: Any, block: int,
 ) -> None:  # fmt: skip
     blocks = (rows + block - 1) // block
     share = max(1, min(16, blocks // (8 * tasks)))
@@ -80,28 +81,28 @@ def _forward_task(
         while b < stop:
             for first in range(b * block, min(min(b + share, stop) * block, rows), block):
                 count = min(block, rows - first)
-                left_out = forward_block(
+                some = forward_block(
                     x, weight, bias, y, first * n, first, count, n, k, m, bias_m, offset, eps, streaming, centred,
-                    bound_for(left, x),
+                    bound_for(skipped, x),
                 )  # fmt: skip
-                if left is not None and left_out != 0:
+                if skipped is not None and some != 0:
                     for j in range(count):
-                        left[first + j] = left_out >> j & 1
+                        skipped[first + j] = EXTREME * (some >> j & 1)
                     add_atomically(queues, tasks * APART, 1)
             b = take(queues, part, part_start(part, blocks, tasks), share)
 
 
 def _forward(
     x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, left: Any, threads: int, y: Any,
+    centred: Any, skipped: Any, threads: int, y: Any,
 ) -> bool:  # fmt: skip
-    """Whether there are rows in `left`, where a 1 is put for each row that is left to `extreme` (None: none can be)."""
+    """Whether rows were skipped. Those are marked EXTREME in `skipped`, all zeros before; None: no row can be."""
     rows, n = x.shape
     queues = counters(threads * APART + 1)
     in_parallel(
         _forward_task, threads, threads,
         (threads, queues, data(x), data(weight), data(bias), data(y), rows, n, k, m, bias_m, offset, eps, streaming,
-         centred, data(left), block_rows(n, BLOCK_ELEMENTS * (2 if x.itemsize == 2 else 1))),
+         centred, data(skipped), block_rows(n, BLOCK_ELEMENTS * (2 if x.itemsize == 2 else 1))),
     )  # fmt: skip
     return bool(queues[threads * APART] != 0)
 
@@ -113,7 +114,7 @@ def _forward(
 def _backward_task(
     task: int, tasks: int, queues: Any, dy: Any, x: Any, weight: Any, dx: Any, weight_partial: Any, bias_partial: Any,
     rows: int, n: int, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, streaming: int,
-    centred: Any, left: Any,
+    centred: Any, skipped: Any,
 ) -> None:  # fmt: skip
     """Rows t % m, t % m + m, … of one of `chunks` parts of them, added up in row t of the partial sums; for some t."""
     groups = rows // m
@@ -127,29 +128,29 @@ def _backward_task(
             clear(bias_partial, t * n, n)
             for g in range(first, stop, block):
                 count, base, shift = min(block, stop - g), (g * m + t % m) * n, t % m % weight_m * n
-                done = backward_block(
+                some = backward_block(
                     dy, x, weight, dx, weight_partial, bias_partial, count, base, m * n, n, k, shift, t * n, offset,
-                    eps, streaming, centred, gradient_bound_for(left),
+                    eps, streaming, centred, gradient_bound_for(skipped),
                 )  # fmt: skip
-                if left is not None and not done:
+                if skipped is not None and some != 0:
                     for j in range(count):
-                        left[(g + j) * m + t % m] = 1
+                        skipped[(g + j) * m + t % m] = EXTREME * (some >> j & 1)
                     add_atomically(queues, tasks * APART, 1)
             t = take(queues, part, part_start(part, chunks * m, tasks), 1)
 
 
 def _backward(
     dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, streaming: int,
-    centred: Any, left: Any, threads: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any,
+    centred: Any, skipped: Any, threads: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any,
     dbias: Any,
 ) -> bool:  # fmt: skip
-    """Whether there are rows in `left`, as in `_forward`: then the partial sums lack them, and are not added up."""
+    """Whether rows were skipped, as in `_forward`: then the partial sums lack them, and are not added up."""
     rows, n = x.shape
     queues = counters(threads * APART + 1)
     in_parallel(
         _backward_task, threads, threads,
         (threads, queues, data(dy), data(x), data(weight), data(dx), data(weight_partial), data(bias_partial), rows, n,
-         k, weight_m, m, chunks, offset, eps, streaming, centred, data(left)),
+         k, weight_m, m, chunks, offset, eps, streaming, centred, data(skipped)),
     )  # fmt: skip
     if queues[threads * APART] != 0:
         return True

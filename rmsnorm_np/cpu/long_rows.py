@@ -20,6 +20,7 @@ from rmsnorm_np.cpu.gradients import (
     write_row_gradient,
 )
 from rmsnorm_np.cpu.jit import Kernel, piece
+from rmsnorm_np.cpu.kernels import EXTREME
 from rmsnorm_np.cpu.rows import (
     forward_precision,
     kept_mean,
@@ -39,21 +40,21 @@ TILE = 1024  # columns whose sums over the rows stay in the first-level cache fr
 
 def _long_forward(
     x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, left: Any, threads: int, y: Any,
+    centred: Any, skipped: Any, threads: int, y: Any,
 ) -> bool:  # fmt: skip
-    """As :mod:`rmsnorm_np.cpu.kernels` has it: whether there are rows in `left`."""
+    """Whether rows were skipped, as in :mod:`rmsnorm_np.cpu.kernels`."""
     rows, n = x.shape
     segments = (n + SEGMENT - 1) // SEGMENT
     pieces = (n + PIECE - 1) // PIECE
     sums = np.empty((3, segments, 2))
-    some_left = False
+    some = False
     for r in range(rows):
         start = r * n
         if centred is not None:
             in_parallel(_piece_sums, pieces, threads, (data(x), start, n, sums[0], centred))
             _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]))
         in_parallel(_piece_squares, pieces, threads, (data(x), start, n, k, sums[2], sums[1], centred))
-        ordinary = _add_squares(data(x), start, n, k, eps, data(sums[1]), bound_for(left, x))
+        ordinary = _add_squares(data(x), start, n, k, eps, data(sums[1]), bound_for(skipped, x))
         shift = r % m * n - start
         bias_shift = r % bias_m * n - start
         if ordinary:
@@ -62,10 +63,10 @@ def _long_forward(
                 (data(x), data(weight), data(bias), data(y), start, n, pieces, shift, bias_shift, offset, sums[2],
                  sums[1], streaming, centred),
             )  # fmt: skip
-        elif left is not None:
-            left[r] = 1
-            some_left = True
-    return some_left
+        elif skipped is not None:
+            skipped[r] = EXTREME
+            some = True
+    return some
 
 
 @piece
@@ -118,14 +119,14 @@ def _piece_output(
 
 def _long_backward(
     dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, offset: Any, eps: float, streaming: int,
-    centred: Any, left: Any, threads: int, dx: Any, dweight: Any, dbias: Any,
+    centred: Any, skipped: Any, threads: int, dx: Any, dweight: Any, dbias: Any,
 ) -> bool:  # fmt: skip
     """First the sums of all rows, then the columns: each column piece adds dweight and dbias over the rows by itself.
 
     dweight and dbias have shape (m, n) here and no partial sums stand between: at this n those would cost more
     traffic than reading x and dy again.
 
-    Returns whether there is nothing yet but the sums: if one row is not ordinary, all are left to `extreme`.
+    Returns whether all rows were skipped, with their marks: one that is not ordinary is enough.
     """
     rows, n = x.shape
     segments = (n + SEGMENT - 1) // SEGMENT
@@ -143,20 +144,20 @@ def _long_backward(
             _piece_gradient_sums, pieces, threads,
             (data(dy), data(x), data(weight), start, n, k, shift, offset, sums, centred),
         )  # fmt: skip
-        ordinary &= _add_gradient_sums(
+        is_in_range = _add_gradient_sums(
             data(dy), data(x), start, n, k, eps, segments, data(sums[3]), data(sums[0]), data(sums[1]), data(sums[2]),
             r // m, data(numbers[0, r % m]), data(numbers[1, r % m]), data(numbers[2, r % m]),
-            data(numbers[3, r % m]), centred, gradient_bound_for(left),
+            data(numbers[3, r % m]), centred, gradient_bound_for(skipped),
         )  # fmt: skip
+        ordinary &= is_in_range
+        if skipped is not None:
+            skipped[r] = 1 if is_in_range else EXTREME
     if ordinary:
         in_parallel(
             _piece_gradient, pieces * m, threads,
             (data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), pieces, rows, n, k, weight_m, m,
              offset, numbers, streaming, centred),
         )  # fmt: skip
-    elif left is not None:
-        for r in range(rows):
-            left[r] = 1
     return not ordinary
 
 
@@ -193,7 +194,7 @@ def _add_gradient_sums(
     keep(bs, j, g_sum)
     keep(cs, j, product)
     keep_gradient_numbers(x, k, eps, rstds, bs, cs, j)
-    return is_ordinary(square, k, eps, bound) and is_ordinary_gradient(g_sum, product, dy, start, n, bound)
+    return is_ordinary(square, k, eps, bound) and is_ordinary_gradient(g_sum, product, dy, x, start, n, bound)
 
 
 @piece

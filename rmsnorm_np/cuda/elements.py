@@ -142,7 +142,7 @@ def exact_gradient(plan: Plan) -> Any:
     def lost_in_formula(outer: Any, xhat: Any, c: Any, gradient: Any) -> Any:
         """outer - xhat · c - gradient."""
         share = product(xhat, c)
-        difference = outer - share  # gradient or its neighbour: the difference of the two is exact
+        difference = outer - share  # as near to gradient as the last bit of share: the difference of the two is exact
         return lost_in_difference(outer, share, difference) - cuda.fma(xhat, c, -share) + (difference - gradient)
 
     @inlined

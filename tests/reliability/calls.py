@@ -406,10 +406,10 @@ def assert_close(call, given, got, want):
         # multiplied by the other factor: xhat in y, dy · rstd in dx and dweight. So it counts as no smaller than that.
         # Where it is beyond the range the result may be infinite, also where the other factor is small.
         tiny = wide(np.finfo(np.float32 if dy is None and x.itemsize == 2 else np.float64).tiny)
-        # A float64 row out of range is scaled as a whole, until its largest x, and its largest dy, are in [0.5, 1), or
-        # backward x so that rstd is in [1 / (8 · sqrt(n)), 1]. What is subnormal then has fewer digits, or none: xhat
-        # and g count as the smallest numbers that have them all.
-        tiny *= 8 * np.sqrt(n)
+        # A float64 row out of range is scaled as a whole, until its largest x, and its largest dy, are in [0.5, 1):
+        # what is subnormal then has fewer digits, or none. Its xhat, times an rstd of up to 2 · sqrt(n), and its g
+        # count as the smallest numbers that have them all.
+        tiny *= 2 * np.sqrt(n)
         size = np.maximum(size, tiny)
         if dy is None:
             g = np.broadcast_to(scale, x.shape)
@@ -435,8 +435,7 @@ def assert_close(call, given, got, want):
             factors = np.maximum(1, np.abs(scale)) * np.maximum(1, np.abs(xhat))
             overflows = 8 * n**2.5 * factors > np.finfo(np.float64).max
             open_rows = (name == "float64") & np.broadcast_to(overflows, x.shape).any(axis=-1, keepdims=True)
-            least = tiny * np.abs(xhat) * (dy != 0)
-            term_of_w = np.where(lost, factor, np.maximum(np.maximum(size_of_dy * size, factor * np.abs(xw)), least))
+            term_of_w = np.where(lost, factor, np.maximum(size_of_dy * size, factor * np.abs(xw)))
             for parameter, term in ((w, term_of_w), (b, size_of_dy)):
                 shared = () if parameter is None else tuple(range(x.ndim - parameter.ndim))
                 terms.append(term.sum(axis=shared))
