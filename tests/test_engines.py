@@ -284,6 +284,28 @@ def test_special_weights_stay_in_their_column(op, dtype, backend, rng):
         assert np.isfinite(np.delete(y, [3, 40, 60], axis=1)).all()
 
 
+@pytest.mark.parametrize("n", range(1, 40))
+def test_a_constant_row_is_its_mean(n, dtype, rng):
+    """Exactly: a mean that is off in its last bit gave a variance below zero, and NaN."""
+    x = np.repeat((rng.standard_normal((20, 1)) * (1e3 if dtype.name == "float16" else 1e14)).astype(dtype), n, axis=1)
+    assert np.all(rn.layer_norm(x).astype(np.float64) == 0)
+
+
+@pytest.mark.skipif(JIT_OFF, reason="plain Python has longdouble in place of pairs: 64 bits, not 106")
+@pytest.mark.parametrize("n", [2, 3, 7, 8, 33, 100])
+def test_rows_of_neighbours(n, backend, rng):
+    """LayerNorm of numbers that differ in their last bits, where x - mean is less than a bit of the mean. The mean is
+    known to 106 bits of x, so a distance that is small among the others is known less well.
+    """
+    x = rng.standard_normal((20, 1)) * 1e14
+    x = x + np.spacing(x) * rng.integers(0, 3, (20, n))
+    ones, zeros, dy = np.ones(n), np.zeros(n), rng.standard_normal((20, n))
+    exact = Exact("layer", x, ones, zeros, dy, 1e-6, n)
+    y, dx, *_ = call("layer", x, ones, zeros, dy, 1e-6, backend)
+    for got, want, terms in ((y, exact.y, exact.y_terms), (dx, exact.dx, exact.dx_terms)):
+        assert worst_ulp(got, want, np.broadcast_to(terms.max(axis=1, keepdims=True), want.shape)) <= 1.5
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_zero_rows(op, dtype, backend, rng):
     x, weight, bias, dy = arrays(rng, (3, 40), dtype)

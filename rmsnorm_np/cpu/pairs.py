@@ -51,6 +51,13 @@ def add_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
     return pair(builder, total, low)
 
 
+def normalised(builder: Any, value: Any) -> Any:
+    """The same pair with the sum of both as its high part: where high parts cancel, the low part can be as large."""
+    high, low = parts("pair", value, builder)
+    total = builder.fadd(high, low)
+    return pair(builder, total, builder.fsub(low, builder.fsub(total, high)))
+
+
 def negate_parts(builder: Any, a: tuple[Any, Any]) -> tuple[Any, Any]:
     """Minus a, exact."""
     return builder.fneg(a[0]), None if a[1] is None else builder.fneg(a[1])
