@@ -21,7 +21,6 @@ from rmsnorm_np.cpu.pairs import (
     fma,
     multiply_parts,
     negate_parts,
-    normalised,
     pair,
     parts,
     rounded_product,
@@ -72,9 +71,7 @@ def _type_optional_arithmetic(context: Any) -> Any:
     return lambda a, b: a if types.none in (a, b) else typer(a, b)
 
 
-def _arithmetic(
-    function: Any, optional: Any, plain: str, exact: Any, finish: Any = lambda builder, value: value
-) -> None:
+def _arithmetic(function: Any, optional: Any, plain: str, exact: Any) -> None:
     """``function`` on lanes, and ``optional``, which gives back its first argument where one is None."""
     type_callable(function)(_type_arithmetic)
     type_callable(optional)(_type_optional_arithmetic)
@@ -86,21 +83,15 @@ def _arithmetic(
             return getattr(builder, plain)(a[0], b[0])
         return exact(builder, a, b)
 
-    def lower_optional(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value = lower(context, builder, sig, args)
-        return finish(builder, value) if _common(*sig.args)[0] in ("exact", "pair") else value
-
     for signature in ((LanesType, LanesType), (LanesType, types.Number), (types.Number, LanesType)):
         lower_builtin(function, *signature)(lower)
-        lower_builtin(optional, *signature)(lower_optional)
+        lower_builtin(optional, *signature)(lower)
     for signature in ((types.Any, types.NoneType), (types.NoneType, types.Any), (types.NoneType, types.NoneType)):
         lower_builtin(optional, *signature)(lambda context, builder, sig, args: args[0])
 
 
 _arithmetic(operator.add, simd.plus, "fadd", add_parts)
-_arithmetic(
-    operator.sub, simd.minus, "fsub", lambda builder, a, b: add_parts(builder, a, negate_parts(builder, b)), normalised
-)
+_arithmetic(operator.sub, simd.minus, "fsub", lambda builder, a, b: add_parts(builder, a, negate_parts(builder, b)))
 _arithmetic(operator.mul, simd.times, "fmul", multiply_parts)
 
 

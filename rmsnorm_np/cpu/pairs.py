@@ -51,13 +51,6 @@ def add_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
     return pair(builder, total, low)
 
 
-def normalised(builder: Any, value: Any) -> Any:
-    """The same pair with the sum of both as its high part: where high parts cancel, the low part can be as large."""
-    high, low = parts("pair", value, builder)
-    total = builder.fadd(high, low)
-    return pair(builder, total, builder.fsub(low, builder.fsub(total, high)))
-
-
 def negate_parts(builder: Any, a: tuple[Any, Any]) -> tuple[Any, Any]:
     """Minus a, exact."""
     return builder.fneg(a[0]), None if a[1] is None else builder.fneg(a[1])
@@ -71,6 +64,8 @@ def multiply_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
         low = fma(builder, a[1], b[0], low)
     if b[1] is not None:
         low = fma(builder, a[0], b[1], low)
+    if a[1] is not None and b[1] is not None:  # not small where high parts have cancelled, as in x - mean
+        low = fma(builder, a[1], b[1], low)
     return pair(builder, product, low)
 
 
@@ -103,11 +98,17 @@ def rounded_product(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any
 
 
 def divide_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
-    """The quotient of the high parts; what is left of a, divided, is the low part."""
+    """The quotient of the high parts; what is left of a, divided, is the low part. The high part of the result is the sum
+    of both: one bit more in it, and differences from a mean would be two parts that cancel.
+    """
     quotient = builder.fdiv(a[0], b[0])
     rest = fma(builder, builder.fneg(quotient), b[0], a[0])
     if a[1] is not None:
         rest = builder.fadd(rest, a[1])
     if b[1] is not None:
         rest = fma(builder, builder.fneg(quotient), b[1], rest)
-    return pair(builder, quotient, builder.fdiv(rest, b[0]))
+    low = builder.fdiv(rest, b[0])
+    total = builder.fadd(quotient, low)
+    finite = builder.fcmp_ordered("ord", total, total)  # infinities, and zero from them, leave NaN in the low part
+    high = builder.select(finite, total, quotient)
+    return pair(builder, high, builder.select(finite, builder.fsub(low, builder.fsub(total, quotient)), low))

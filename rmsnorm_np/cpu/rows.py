@@ -45,7 +45,7 @@ def forward_precision(centred: Any) -> Any:
 @optional("mean", lambda total, lanes, mean, count: add_exact_square(total, lanes))
 def add_square(total: Any, lanes: Any, mean: Any, count: Any) -> Any:
     """Total + (lanes - mean)², where lanes from `count` on stay out of it."""
-    difference = first_lanes(minus(lanes, mean), count)
+    difference = first_lanes(lanes - mean, count)
     return total + difference * difference
 
 
