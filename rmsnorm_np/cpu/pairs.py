@@ -98,8 +98,8 @@ def rounded_product(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any
 
 
 def divide_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
-    """The quotient of the high parts; what is left of a, divided, is the low part. The high part of the result is the sum
-    of both: one bit more in it, and differences from a mean would be two parts that cancel.
+    """The quotient of the high parts; what is left of a, divided, is the low part. The high part of the result is the
+    sum of both: were it one bit off, differences from a mean would be two parts that cancel.
     """
     quotient = builder.fdiv(a[0], b[0])
     rest = fma(builder, builder.fneg(quotient), b[0], a[0])
