@@ -81,7 +81,7 @@ def _forward(
         on_threads, y_stored,
     )  # fmt: skip
     if (kernel.compiled.get(key) or kernel.compile(key, args))(*args):  # `_run`, without a call of its own
-        _run(extreme.extreme_forward, key, (*args[:8], centred, skipped, on_threads, y_stored))
+        _run(extreme.forward, key, (*args[:8], centred, skipped, on_threads, y_stored))
     return y
 
 
@@ -124,7 +124,7 @@ def _backward(
     if some:
         marks = skipped, int(n > long_rows.LONG_ROW), on_threads
         args = (*before, chunks, *numbers, centred, *marks, _stored(dx), *partials, *map(_stored, sums))
-        _run(extreme.extreme_backward, key, args)
+        _run(extreme.backward, key, args)
     for total, sum_ in zip((dweight, dbias), sums, strict=True):
         if total is not None and total is not sum_:
             total[...] = sum_.reshape(-1, len(total), n).sum(axis=0)

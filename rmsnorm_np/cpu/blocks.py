@@ -33,6 +33,9 @@ DOUBLE_BOUND = 2.0**900
 HALF_BOUND = 2.0**90
 GRADIENT_BOUND = 2.0**300  # rstd³ times a sum has to stay in the range of float64
 
+# Marks of skipped rows: to be computed as they are, or to be brought into the range first.
+IN_RANGE, EXTREME = 1, 2
+
 SHORT_ROW = 64  # up to here what is done once a row counts: with 16 elements 1.35 times as fast, with 64 the same
 
 

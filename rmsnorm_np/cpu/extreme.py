@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsnorm_np.cpu.blocks import forward_block
+from rmsnorm_np.cpu.blocks import EXTREME, forward_block
 from rmsnorm_np.cpu.gradients import (
     absent_with,
     add_bias_share,
@@ -24,7 +24,7 @@ from rmsnorm_np.cpu.gradients import (
     write_row_gradient,
 )
 from rmsnorm_np.cpu.jit import Kernel, optional, piece, unless_exact
-from rmsnorm_np.cpu.kernels import BLOCK_ELEMENTS, EXTREME, add_partials, block_rows, part_start
+from rmsnorm_np.cpu.kernels import BLOCK_ELEMENTS, add_partials, block_rows, part_start
 from rmsnorm_np.cpu.rows import keep_mean, kept_mean
 from rmsnorm_np.cpu.simd import (
     LANES,
@@ -45,7 +45,7 @@ from rmsnorm_np.cpu.threads import in_parallel
 # --------------------------------------------------------------------------------------------------------- forward
 
 
-def _extreme_forward(
+def _forward(
     x: Any, weight: Any, bias: Any, k: int, m: int, bias_m: int, offset: Any, eps: float, centred: Any, skipped: Any,
     threads: int, y: Any,
 ) -> None:  # fmt: skip
@@ -94,7 +94,7 @@ def room_of(x: Any, n: int) -> Any:
 # -------------------------------------------------------------------------------------------------------- backward
 
 
-def _extreme_backward(
+def _backward(
     dy: Any, x: Any, weight: Any, k: int, weight_m: int, m: int, chunks: int, offset: Any, eps: float, centred: Any,
     skipped: Any, all_of_it: int, threads: int, dx: Any, weight_partial: Any, bias_partial: Any, dweight: Any,
     dbias: Any,
@@ -199,5 +199,5 @@ def copy_row(source: Any, start: int, target: Any, target_start: int, n: int) ->
         store(target, target_start + i, load(source, start + i, like, count), count)
 
 
-extreme_forward = Kernel(_extreme_forward)
-extreme_backward = Kernel(_extreme_backward)
+forward = Kernel(_forward)
+backward = Kernel(_backward)

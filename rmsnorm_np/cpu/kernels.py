@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmsnorm_np.cpu.blocks import backward_block, bound_for, forward_block, gradient_bound_for
+from rmsnorm_np.cpu.blocks import EXTREME, backward_block, bound_for, forward_block, gradient_bound_for
 from rmsnorm_np.cpu.gradients import clear
 from rmsnorm_np.cpu.jit import Kernel, inlined, optional, piece
 from rmsnorm_np.cpu.simd import (
@@ -41,7 +41,6 @@ from rmsnorm_np.cpu.threads import PARALLEL_ELEMENTS, in_parallel
 BLOCK_ELEMENTS = 4096
 # Each thread has its part of the work in a queue. When that is empty it takes from the others' queues: a core that is
 # slow or busy does less, and yet the same rows meet the same core's cache in each call.
-EXTREME = 2  # the mark of a skipped row that has to be brought into range; 1: of one that has not
 APART = 8  # places between two queues: a cache line
 
 

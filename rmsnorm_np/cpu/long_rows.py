@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from rmsnorm_np.cpu.blocks import bound_for, gradient_bound_for, is_ordinary, is_ordinary_gradient, is_ordinary_outside
+from rmsnorm_np.cpu.blocks import (
+    EXTREME,
+    IN_RANGE,
+    bound_for,
+    gradient_bound_for,
+    is_ordinary,
+    is_ordinary_gradient,
+    is_ordinary_outside,
+)
 from rmsnorm_np.cpu.gradients import (
     absent_with,
     clear,
@@ -20,7 +28,6 @@ from rmsnorm_np.cpu.gradients import (
     write_row_gradient,
 )
 from rmsnorm_np.cpu.jit import Kernel, piece
-from rmsnorm_np.cpu.kernels import EXTREME
 from rmsnorm_np.cpu.rows import (
     forward_precision,
     kept_mean,
@@ -151,7 +158,7 @@ def _long_backward(
         )  # fmt: skip
         ordinary &= is_in_range
         if skipped is not None:
-            skipped[r] = 1 if is_in_range else EXTREME
+            skipped[r] = IN_RANGE if is_in_range else EXTREME
     if ordinary:
         in_parallel(
             _piece_gradient, pieces * m, threads,
