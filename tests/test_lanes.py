@@ -14,7 +14,7 @@ import pytest
 from tolerances import worst_ulp
 
 from rmsnorm_np import cpu
-from rmsnorm_np.cpu import jit, llvm, simd  # noqa: F401  (jit registers how simd compiles)
+from rmsnorm_np.cpu import extreme, jit, llvm, simd  # noqa: F401  (jit registers how simd compiles)
 
 JIT_OFF = bool(numba.config.DISABLE_JIT)
 
@@ -129,10 +129,14 @@ def test_a_part_of_a_vector(stored, wide):
 
 
 @pytest.mark.skipif(not JIT_OFF, reason="compiles for minutes; the kernels it asks for are those of the other tests")
-def test_warmup_calls_everything():
+def test_warmup_calls_everything(monkeypatch):
+    for kernel in (extreme.forward, extreme.backward):
+        monkeypatch.setattr(kernel, "compiled", {})
     steps = []
     cpu.warmup(report=steps.append)
     assert len(steps) == 4 * 3
+    # three sets of parameters: forward both norms of float64 and RMSNorm of each half, backward both norms of float64
+    assert (len(extreme.forward.compiled), len(extreme.backward.compiled)) == (3 * 4, 3 * 2)
 
 
 PROGRAM = """
