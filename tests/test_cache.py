@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numba
 import pytest
@@ -102,3 +104,25 @@ def test_each_kernel_and_signature_has_a_file_of_its_own():
         for signature in ("one", "two")
     }
     assert len(names) == 4
+
+
+# What no machine code depends on: a change there must recompile nothing, and one anywhere else in `cpu` everything.
+HOST_FILES = {"cpu/__init__.py", "cpu/cache.py", "cpu/memory.py"}
+
+
+def test_kernels_are_compiled_anew_after_a_change_to_what_they_are_compiled_from(tmp_path, monkeypatch):
+    """A blank in a docstring of norms.py recompiled every kernel; an edit to simd.py that recompiles none is worse."""
+    package = Path(cache.__file__).parents[1]
+    copy = tmp_path / "rmsnorm_np"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    monkeypatch.setattr(cache.importlib.resources, "files", lambda name: tmp_path / name)
+    before = cache._sources.__wrapped__()
+    changed = set()
+    for file in sorted(copy.rglob("*.py")):
+        source = file.read_text()
+        file.write_text(source + " ")
+        if cache._sources.__wrapped__() != before:
+            changed.add(file.relative_to(copy).as_posix())
+        file.write_text(source)
+    cpu = {file.relative_to(package).as_posix() for file in package.glob("cpu/*.py")}
+    assert changed == (cpu - HOST_FILES) | {"_formulas.py"}

@@ -2,7 +2,7 @@
 
 Numba's own cache looks at the file of the kernel alone: it would keep machine code after a change of a function that
 the kernel calls in another module. Here the name of a cached file is a digest of everything the machine code depends
-on: all sources of this package, the versions of Numba, llvmlite and Python, the processor, the signature. So a file is
+on: the sources of the kernels, the versions of Numba, llvmlite and Python, the processor, the signature. So a file is
 right or not looked at; it is written whole, under another name first, so processes that compile at once do not disturb
 each other; and it carries its checksum, so a damaged file is compiled anew. Where no folder can be written, kernels are
 compiled in each process.
@@ -30,6 +30,9 @@ from numba.core import caching, config
 from numba.core.serialize import dumps
 
 _DIGEST = 32  # bytes of a SHA-256
+
+# Files of the engine that no machine code depends on. All others count, so a new file can only recompile too much.
+_NOT_COMPILED = {"__init__", "cache", "memory"}
 
 
 def _places() -> Iterator[Path]:
@@ -59,18 +62,25 @@ def folder() -> Path | None:
 
 @functools.cache
 def _sources() -> bytes | None:
-    """A digest of this package's files and of what compiles them, None where they cannot be read."""
+    """A digest of what kernels are compiled from and of what compiles them, None where the files cannot be read."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version} {config.BOUNDSCHECK}".encode())
     package = importlib.resources.files("rmsnorm_np")  # in a folder or in a zip file
     files = [
         file
         for place in (package, package / "cpu")
         for file in sorted(place.iterdir(), key=lambda file: file.name)
-        if file.name.endswith((".py", ".pyc"))  # an install can be without the sources
+        if _is_compiled(place.name, *file.name.rpartition(".")[::2])
     ]
     for file in files:
         digest.update(file.read_bytes())
     return digest.digest() if files else None
+
+
+def _is_compiled(folder: str, name: str, suffix: str) -> bool:
+    """Whether machine code depends on a file."""
+    if suffix not in ("py", "pyc"):  # an install can be without the sources
+        return False
+    return name not in _NOT_COMPILED if folder == "cpu" else name == "_formulas"
 
 
 class KernelCache(caching.NullCache):  # type: ignore[misc]
