@@ -71,10 +71,9 @@ def _type_optional_arithmetic(context: Any) -> Any:
     return lambda a, b: a if types.none in (a, b) else typer(a, b)
 
 
-def _arithmetic(function: Any, optional: Any, plain: str, exact: Any) -> None:
+def _arithmetic(function: Any, plain: str, exact: Any, optional: Any = None) -> None:
     """``function`` on lanes, and ``optional``, which gives back its first argument where one is None."""
     type_callable(function)(_type_arithmetic)
-    type_callable(optional)(_type_optional_arithmetic)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind, count = _common(*sig.args)
@@ -85,14 +84,18 @@ def _arithmetic(function: Any, optional: Any, plain: str, exact: Any) -> None:
 
     for signature in ((LanesType, LanesType), (LanesType, types.Number), (types.Number, LanesType)):
         lower_builtin(function, *signature)(lower)
-        lower_builtin(optional, *signature)(lower)
+        if optional is not None:
+            lower_builtin(optional, *signature)(lower)
+    if optional is None:
+        return
+    type_callable(optional)(_type_optional_arithmetic)
     for signature in ((types.Any, types.NoneType), (types.NoneType, types.Any), (types.NoneType, types.NoneType)):
         lower_builtin(optional, *signature)(lambda context, builder, sig, args: args[0])
 
 
-_arithmetic(operator.add, simd.plus, "fadd", add_parts)
-_arithmetic(operator.sub, simd.minus, "fsub", lambda builder, a, b: add_parts(builder, a, negate_parts(builder, b)))
-_arithmetic(operator.mul, simd.times, "fmul", multiply_parts)
+_arithmetic(operator.add, "fadd", add_parts, simd.plus)
+_arithmetic(operator.sub, "fsub", lambda builder, a, b: add_parts(builder, a, negate_parts(builder, b)))
+_arithmetic(operator.mul, "fmul", multiply_parts, simd.times)
 
 
 @type_callable(simd.add_exact_square)
@@ -111,7 +114,24 @@ def _add_exact_square(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     if kind in ("single", "double"):
         suffix = "f32" if kind == "single" else "f64"
         return intrinsic(builder, f"llvm.fmuladd.v{total.type.count}{suffix}", total.type, [lanes, lanes, total])
-    return add_square_parts(builder, parts("pair", total, builder), lanes)
+    return add_square_parts(builder, parts("pair", total, builder), (lanes, None))
+
+
+@type_callable(simd.add_square)
+def _type_add_square(context: Any) -> Any:
+    def typer(total: Any, lanes: Any) -> Any:
+        if isinstance(total, LanesType) and isinstance(lanes, LanesType) and total.kind == lanes.kind:
+            return total
+
+    return typer
+
+
+@lower_builtin(simd.add_square, LanesType, LanesType)
+def _add_square(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    total, lanes = args
+    if sig.args[1].kind != "pair":
+        return builder.fadd(total, builder.fmul(lanes, lanes))
+    return add_square_parts(builder, parts("pair", total, builder), parts("pair", lanes, builder))
 
 
 @type_callable(simd.rounded_product)

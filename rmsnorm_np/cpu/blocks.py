@@ -64,6 +64,14 @@ def is_ordinary(total: Any, k: int, eps: float, bound: Any) -> Any:
     return 1.0 / bound < mean_square < bound
 
 
+@optional("centred", lambda total, x, start, n, centred, bound: True)
+def is_ordinary_deviation(total: Any, x: Any, start: int, n: int, centred: Any, bound: Any) -> Any:
+    """Whether x - mean is so large that its second part is no subnormal number, or zero for all x."""
+    if bound is None or rounded(total) > 1.0 / bound:
+        return True
+    return is_constant(x, start, n)
+
+
 @unless_exact("x", lambda x, start, n, k, rstd, bound: True)
 def is_ordinary_outside(x: Any, start: int, n: int, k: int, rstd: Any, bound: Any) -> Any:
     """Whether x · rstd stays in range behind the RMS's k elements, too. Of float64, which has no wider type, all is."""
@@ -73,20 +81,33 @@ def is_ordinary_outside(x: Any, start: int, n: int, k: int, rstd: Any, bound: An
 
 
 @inlined
-def is_ordinary_gradient(sums: Any, products: Any, dy: Any, x: Any, start: int, n: int, bound: Any) -> Any:
-    """Whether the sums of g and of g·x are inside the bounds, or nothing but zeros is in dy or x, as in padding."""
+def is_ordinary_gradient(sums: Any, products: Any, dy: Any, x: Any, start: int, n: int, centred: Any, bound: Any) -> Any:
+    """Whether the sums of g and of g · xhat are inside the bounds, or dy or xhat is nothing but zeros, as in padding."""
     if bound is None:
         return True
     size = abs(rounded(products))
-    if 1.0 / bound < size < bound and abs(rounded(sums)) < bound:
+    if abs(rounded(sums)) < bound and (1.0 / bound < size < bound or is_xhat_zero(x, start, n, centred)):
         return True
-    return is_zero(dy, start, n) or is_zero(x, start, n)
+    return is_zero(dy, start, n)
+
+
+@optional("centred", lambda x, start, n, centred: is_zero(x, start, n))
+def is_xhat_zero(x: Any, start: int, n: int, centred: Any) -> Any:
+    return is_constant(x, start, n)
 
 
 @piece
 def is_zero(numbers: Any, start: int, n: int) -> bool:
     for i in range(start, start + n):  # noqa: SIM110 (Numba has no generators to give to `all`)
         if numbers[i] != 0:
+            return False
+    return True
+
+
+@piece
+def is_constant(numbers: Any, start: int, n: int) -> bool:
+    for i in range(start + 1, start + n):  # noqa: SIM110
+        if numbers[i] != numbers[start]:
             return False
     return True
 
@@ -108,18 +129,19 @@ def forward_block(
     skipped = 0
     for j in range(rows):
         start = base + j * n
-        ordinary = is_ordinary(kept(totals, j, x), k, eps, bound)
+        total = kept(totals, j, x)
+        ordinary = is_ordinary(total, k, eps, bound) and is_ordinary_deviation(total, x, start, n, centred, bound)
         if not (ordinary and is_ordinary_outside(x, start, n, k, kept(rstds, j, x), bound)):
             skipped |= 1 << j
         elif short:
             write_short_output(
                 x, weight, bias, y, start, n, h * n - start, bias_h * n - start, offset,
-                kept_mean(means, j, x, centred), kept(rstds, j, x), streaming, rows * n, work,
+                kept_mean(means, j, centred), kept(rstds, j, x), streaming, rows * n, work,
             )  # fmt: skip
         else:
             write_output(
                 x, weight, bias, y, start, start + n, h * n - start, bias_h * n - start, offset,
-                kept_mean(means, j, x, centred), kept(rstds, j, x), streaming, rows * n, work,
+                kept_mean(means, j, centred), kept(rstds, j, x), streaming, rows * n, work,
             )  # fmt: skip
         h = h + 1 if h + 1 < m else 0  # the next row's row of weight and of bias: a division costs as much as
         bias_h = bias_h + 1 if bias_h + 1 < bias_m else 0  # 16 elements
@@ -143,12 +165,14 @@ def backward_block(
         start = base + j * step
         keep_mean(x, start, n, means, j, centred)
         keep_moments(
-            dy, x, weight, start, n, k, shift - start, offset, kept_mean(means, j, x, centred), ahead, rstds, bs, cs, j
+            dy, x, weight, start, n, k, shift - start, offset, kept_mean(means, j, centred), ahead, rstds, bs, cs, j
         )
     skipped = 0
     for j in range(rows):  # a loop of its own, as in forward
-        ordinary = is_ordinary(kept(rstds, j, x), k, eps, bound)
-        if not (ordinary and is_ordinary_gradient(kept(bs, j, x), kept(cs, j, x), dy, x, base + j * step, n, bound)):
+        start, total = base + j * step, kept(rstds, j, x)
+        ordinary = is_ordinary(total, k, eps, bound) and is_ordinary_deviation(total, x, start, n, centred, bound)
+        sums, products = kept(bs, j, x), kept(cs, j, x)
+        if not (ordinary and is_ordinary_gradient(sums, products, dy, x, start, n, centred, bound)):
             skipped |= 1 << j
         keep_gradient_numbers(x, k, eps, rstds, bs, cs, j)
     short = n <= SHORT_ROW and n % LANES == 0 and k == n

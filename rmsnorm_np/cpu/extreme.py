@@ -25,7 +25,7 @@ from rmsnorm_np.cpu.gradients import (
 )
 from rmsnorm_np.cpu.jit import Kernel, optional, piece, unless_exact
 from rmsnorm_np.cpu.kernels import BLOCK_ELEMENTS, add_partials, block_rows, part_start
-from rmsnorm_np.cpu.rows import keep_mean, kept_mean
+from rmsnorm_np.cpu.rows import keep_mean, kept_mean, minus_mean
 from rmsnorm_np.cpu.simd import (
     LANES,
     add_product,
@@ -34,7 +34,6 @@ from rmsnorm_np.cpu.simd import (
     hold,
     kept,
     load,
-    minus,
     rounded,
     scratch,
     store,
@@ -70,7 +69,7 @@ def _forward_rows(
         if skipped[r] == 0:
             continue
         copy_row(x, r * n, row, 0, n)
-        scale = power_of_two(row, k, math.sqrt(eps), 2.0**400)  # what is outside the RMS may be of any size
+        scale = scale_of(row, k, eps, centred, FORWARD)  # of what is in the RMS: what is outside may be of any size
         scale_row(row, scale, n)
         forward_block(
             row, weight, bias, result, 0, r, 1, n, k, m, bias_m, offset,
@@ -132,12 +131,12 @@ def _backward_rows(
         copy_row(dy, start, gradient, 0, n)
         scale, dy_scale = 1.0, 1.0
         if mark == EXTREME:
-            scale = power_of_two(row, k, math.sqrt(eps), 2.0**100)  # what is outside the RMS may be of any size; rstd³
-            dy_scale = power_of_two(gradient, n, 0.0, 2.0**100)  # times the sum of g · x has to stay in range
+            scale = scale_of(row, k, eps, centred, BACKWARD)
+            dy_scale = power_of_two(gradient, n, 0.0, BACKWARD, 0)
             scale_row(row, scale, n)
             scale_row(gradient, dy_scale, n)
         keep_mean(row, 0, n, means, 0, centred)
-        mean = kept_mean(means, 0, row, centred)
+        mean = kept_mean(means, 0, centred)
         keep_moments(gradient, row, weight, 0, n, k, shift, offset, mean, 0, rstds, bs, cs, 0)
         keep_gradient_numbers(row, k, eps * scale * scale, rstds, bs, cs, 0)
         # xhat does not depend on the scale of x: the shares of dweight and dbias come from dy as it is
@@ -162,7 +161,7 @@ def add_weight_share(dy: Any, start: int, x: Any, dweight: Any, sum_shift: int, 
     like = rounded(zeros(x, float64))
     for i in range(0, n, LANES):
         count = min(LANES, n - i)
-        xhat = minus(load(x, i, float64, count), mean) * rstd
+        xhat = minus_mean(load(x, i, float64, count), mean) * rstd
         sums = rounded(load(dweight, sum_shift + i, like, count))
         store(dweight, sum_shift + i, add_product(sums, xhat, load(dy, start + i, like, count)), count)
 
@@ -170,18 +169,48 @@ def add_weight_share(dy: Any, start: int, x: Any, dweight: Any, sum_shift: int, 
 # ------------------------------------------------------------------------------------------------------------ both
 
 
+# Exponents within which the largest number of a row may be: its square, and backward rstd³ times the sum of g · x, have
+# to stay in range.
+FORWARD, BACKWARD = 400, 100
+
+
+@optional("centred", lambda row, k, eps, centred, most: power_of_two(row, k, math.sqrt(eps), most, 0))
+def scale_of(row: Any, k: int, eps: float, centred: Any, most: int) -> Any:
+    """The power of two to multiply the row by, after an element is taken off the row where that is exact.
+
+    What LayerNorm divides by is no larger then than about the row, so its squares and eps are in range together: in a
+    row of 1e160, eps vanished beside the squares. All that is small is scaled up: as a part of x - mean it would be a
+    subnormal number.
+    """
+    take_first_off(row, k)
+    return power_of_two(row, k, math.sqrt(eps), 0, most)
+
+
 @piece
-def power_of_two(row: Any, count: int, least: float, most: float) -> float:
-    """2**-e that brings the largest of `count` elements and of `least` near 1; 1 where that cannot be, or need not,
-    for it is between 1 / most and most.
+def take_first_off(row: Any, n: int) -> None:
+    """row - row[0], if no element is so far away that the difference is rounded (Sterbenz' lemma)."""
+    first = row[0]
+    for i in range(n):
+        if not abs(row[i] - first) <= 0.5 * abs(first):
+            return
+    for i in range(n):
+        row[i] -= first
+
+
+@piece
+def power_of_two(row: Any, count: int, least: float, most: int, goal: int) -> float:
+    """What brings the largest of `count` elements and of `least` near 2**goal; 1 where that cannot be, or need not, for
+    its exponent is between -most and most.
     """
     largest = least
     for i in range(count):
         largest = max(largest, abs(row[i]))
-    if not 0.0 < largest < math.inf or 1.0 / most < largest < most:
+    if not 0.0 < largest < math.inf:
         return 1.0
     exponent = math.frexp(largest)[1]
-    return math.ldexp(1.0, min(-exponent, 1023))
+    if -most < exponent < most:
+        return 1.0
+    return math.ldexp(1.0, min(goal - exponent, 1023))
 
 
 @piece

@@ -6,7 +6,16 @@ from typing import Any
 
 from rmsnorm_np import _formulas
 from rmsnorm_np.cpu.jit import contracted, inlined, optional
-from rmsnorm_np.cpu.rows import kept_mean, reciprocal_root, segment_squares
+from rmsnorm_np.cpu.rows import (
+    about_mean,
+    kept_if_centred,
+    kept_mean,
+    minus_mean,
+    products_minus_mean,
+    reciprocal_root,
+    segment_squares,
+    squares_minus_mean,
+)
 from rmsnorm_np.cpu.simd import (
     LANES,
     SEGMENT,
@@ -18,7 +27,6 @@ from rmsnorm_np.cpu.simd import (
     keep,
     kept,
     load,
-    minus,
     plus,
     prefetch_second,
     rounded,
@@ -52,7 +60,7 @@ def add_if_centred(total: Any, lanes: Any, mean: Any) -> Any:
 def segment_products(
     dy: Any, x: Any, weight: Any, start: int, stop: int, shift: int, offset: Any, mean: Any, ahead: int, work: Any
 ) -> Any:
-    """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean); weight of element i is at shift + i."""
+    """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean[0]); weight of element i is at shift + i."""
     a, b, a_sum, b_sum = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
     i = start
     while i + 2 * LANES <= stop:
@@ -60,15 +68,15 @@ def segment_products(
         h = scaled_gradient(dy, weight, i + LANES, shift, offset, a, None)
         a_sum = add_if_centred(a_sum, g, mean)
         b_sum = add_if_centred(b_sum, h, mean)
-        a = add_product(a, g, minus(load(x, i, work), mean))
-        b = add_product(b, h, minus(load(x, i + LANES, work), mean))
+        a = add_product(a, g, about_mean(load(x, i, work), mean))
+        b = add_product(b, h, about_mean(load(x, i + LANES, work), mean))
         prefetch_second(dy, i + ahead)
         i += 2 * LANES
     while i < stop:
         count = min(LANES, stop - i)
         g = scaled_gradient(dy, weight, i, shift, offset, a, count)
         a_sum = add_if_centred(a_sum, g, mean)
-        a = add_product(a, g, minus(load(x, i, work, count), mean))
+        a = add_product(a, g, about_mean(load(x, i, work, count), mean))
         i += LANES
     return across(a_sum + b_sum), across(a + b)
 
@@ -115,7 +123,7 @@ def segment_moments(
     dy: Any, x: Any, weight: Any, start: int, stop: int, border: int, shift: int, offset: Any, mean: Any, ahead: int,
     work: Any,
 ) -> Any:  # fmt: skip
-    """The sums of (x - mean)², of g and of g · (x - mean)."""
+    """The sums of (x - mean[0])², of g and of g · (x - mean[0])."""
     sums, products = segment_products(dy, x, weight, start, stop, shift, offset, mean, ahead, work)
     return segment_squares(x, start, stop, mean, work, 0), sums, products
 
@@ -135,9 +143,9 @@ def keep_moments(
         square_total = square_total + square
         sum_total = sum_total + g_sum
         product_total = product_total + product
-    keep(squares, j, square_total)
+    keep(squares, j, squares_minus_mean(square_total, mean, n, x))
     keep(sums, j, sum_total)
-    keep(products, j, product_total)
+    keep(products, j, products_minus_mean(product_total, sum_total, mean))
 
 
 @inlined
@@ -166,7 +174,7 @@ def gradient_lanes(
     """
     like = zeros(x, work)
     u = load(dy, i, like, count) * rstd
-    lanes = minus(load(x, i, work, count), mean)
+    lanes = minus_mean(load(x, i, work, count), mean)
     if dweight is not None:  # dy · xhat = u · (x - mean)
         sums = rounded(load(dweight, sum_shift + i, rounded(like), count))
         store(dweight, sum_shift + i, add_product(sums, u, lanes), count)
@@ -227,7 +235,7 @@ def write_row_gradient(
 
     That is dx, the shares of dweight and dbias, and a prefetch of what lies `ahead` of x.
     """
-    mean, b = kept_mean(means, j, x, centred), kept_mean(bs, j, x, centred)
+    mean, b = kept_mean(means, j, centred), kept_if_centred(bs, j, x, centred)
     rstd, c = kept(rstds, j, x), kept(cs, j, x)
     begin, end, border = start + first, start + last, start + k
     head = min(begin + until_aligned(dx, begin, LANES), end) if streaming else begin
@@ -259,7 +267,7 @@ def write_short_gradient(
     offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, j: int, streaming: int, ahead: int, centred: Any,
 ) -> None:  # fmt: skip
     """`write_row_gradient` of a row that has neither head nor tail, all of it in the RMS."""
-    mean, b = kept_mean(means, j, x, centred), kept_mean(bs, j, x, centred)
+    mean, b = kept_mean(means, j, centred), kept_if_centred(bs, j, x, centred)
     rstd, c = kept(rstds, j, x), kept(cs, j, x)
     for i in range(start, start + n, LANES):
         lanes = gradient_lanes(

@@ -16,6 +16,7 @@ from rmsnorm_np.cpu.blocks import (
     bound_for,
     gradient_bound_for,
     is_ordinary,
+    is_ordinary_deviation,
     is_ordinary_gradient,
     is_ordinary_outside,
 )
@@ -30,10 +31,13 @@ from rmsnorm_np.cpu.gradients import (
 from rmsnorm_np.cpu.jit import Kernel, piece
 from rmsnorm_np.cpu.rows import (
     forward_precision,
+    keep_mean_of,
     kept_mean,
+    products_minus_mean,
     reciprocal_root,
     segment_squares,
     segment_sum,
+    squares_minus_mean,
     write_output,
 )
 from rmsnorm_np.cpu.simd import SEGMENT, data, float64, hold, keep, kept
@@ -61,7 +65,7 @@ def _long_forward(
             in_parallel(_piece_sums, pieces, threads, (data(x), start, n, sums[0], centred))
             _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]))
         in_parallel(_piece_squares, pieces, threads, (data(x), start, n, k, sums[2], sums[1], centred))
-        ordinary = _add_squares(data(x), start, n, k, eps, data(sums[1]), bound_for(skipped, x))
+        ordinary = _add_squares(data(x), start, n, k, eps, data(sums[2]), data(sums[1]), centred, bound_for(skipped, x))
         shift = r % m * n - start
         bias_shift = r % bias_m * n - start
         if ordinary:
@@ -85,30 +89,37 @@ def _piece_sums(p: int, x: Any, start: int, n: int, sums: Any, centred: Any) -> 
 
 @piece
 def _add_segments(x: Any, n: int, segments: int, sums: Any, means: Any) -> None:
-    """The mean, in place 0 of `means`."""
+    """Both parts of the mean, in place 0 of `means`."""
     total = kept(sums, 0, x)
     for s in range(1, segments):
         total = total + kept(sums, s, x)
-    keep(means, 0, total / n)
+    keep_mean_of(total, n, x, means, 0)
 
 
 @piece
 def _piece_squares(p: int, x: Any, start: int, n: int, k: int, means: Any, sums: Any, centred: Any) -> None:
     work = forward_precision(centred)
-    mean = kept_mean(data(means), 0, x, centred)
+    mean = kept_mean(data(means), 0, centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, k), SEGMENT):
         stop = min(first + SEGMENT, k)
         keep(data(sums), first // SEGMENT, segment_squares(x, start + first, start + stop, mean, work, 0))
 
 
 @piece
-def _add_squares(x: Any, start: int, n: int, k: int, eps: float, sums: Any, bound: Any) -> Any:
+def _add_squares(
+    x: Any, start: int, n: int, k: int, eps: float, means: Any, sums: Any, centred: Any, bound: Any
+) -> Any:
     """rstd, in place 0 of `sums`; returns whether the row is ordinary."""
     total = kept(sums, 0, x)
     for s in range(1, (k + SEGMENT - 1) // SEGMENT):
         total = total + kept(sums, s, x)
+    total = squares_minus_mean(total, kept_mean(means, 0, centred), k, x)
     keep(sums, 0, reciprocal_root(total, k, eps))
-    return is_ordinary(total, k, eps, bound) and is_ordinary_outside(x, start, n, k, kept(sums, 0, x), bound)
+    return (
+        is_ordinary(total, k, eps, bound)
+        and is_ordinary_deviation(total, x, start, n, centred, bound)
+        and is_ordinary_outside(x, start, n, k, kept(sums, 0, x), bound)
+    )
 
 
 @piece
@@ -119,7 +130,7 @@ def _piece_output(
     p = pieces - 1 - turn  # from the back: what was read last is still in the cache
     first, last = start + p * PIECE, start + min(p * PIECE + PIECE, n)
     write_output(
-        x, weight, bias, y, first, last, shift, bias_shift, offset, kept_mean(data(means), 0, x, centred),
+        x, weight, bias, y, first, last, shift, bias_shift, offset, kept_mean(data(means), 0, centred),
         kept(data(rstds), 0, x), streaming, AHEAD, forward_precision(centred),
     )  # fmt: skip
 
@@ -173,7 +184,7 @@ def _piece_gradient_sums(
     p: int, dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, sums: Any, centred: Any
 ) -> None:
     """Into sums[0] the squares of each segment, into sums[1] the sums of g, into sums[2] those of g · x."""
-    mean = kept_mean(data(sums[3]), 0, x, centred)
+    mean = kept_mean(data(sums[3]), 0, centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, n), SEGMENT):
         s, stop = first // SEGMENT, min(first + SEGMENT, n)
         square, g_sum, product = segment_moments(
@@ -190,18 +201,25 @@ def _add_gradient_sums(
     products: Any, j: int, means: Any, rstds: Any, bs: Any, cs: Any, centred: Any, bound: Any,
 ) -> Any:  # fmt: skip
     """mean, rstd, b and c of a row, in place j; returns whether all sums were ordinary."""
+    row_mean = kept_mean(mean, 0, centred)
     square, g_sum, product = kept(squares, 0, x), kept(sums, 0, x), kept(products, 0, x)
     for s in range(1, segments):
         square = square + kept(squares, s, x)
         g_sum = g_sum + kept(sums, s, x)
         product = product + kept(products, s, x)
     if centred is not None:
-        keep(means, j, kept(mean, 0, x))
+        means[2 * j], means[2 * j + 1] = row_mean
+    square = squares_minus_mean(square, row_mean, n, x)
+    product = products_minus_mean(product, g_sum, row_mean)
     keep(rstds, j, square)
     keep(bs, j, g_sum)
     keep(cs, j, product)
     keep_gradient_numbers(x, k, eps, rstds, bs, cs, j)
-    return is_ordinary(square, k, eps, bound) and is_ordinary_gradient(g_sum, product, dy, x, start, n, bound)
+    return (
+        is_ordinary(square, k, eps, bound)
+        and is_ordinary_deviation(square, x, start, n, centred, bound)
+        and is_ordinary_gradient(g_sum, product, dy, x, start, n, centred, bound)
+    )
 
 
 @piece

@@ -69,14 +69,19 @@ def multiply_parts(builder: Any, a: tuple[Any, Any], b: tuple[Any, Any]) -> Any:
     return pair(builder, product, low)
 
 
-def add_square_parts(builder: Any, total: tuple[Any, Any], factor: Any) -> Any:
-    """The pair plus the square of one float64: Knuth's two-sum with the square unrounded inside a multiply-add, which
-    takes 7 operations in place of 10. What is left of the square is rounded, some 2**-53 of the total times 2**-53.
+def add_square_parts(builder: Any, total: tuple[Any, Any], factor: tuple[Any, Any]) -> Any:
+    """The pair plus a square: Knuth's two-sum with the square unrounded inside a multiply-add, which takes 7 operations
+    in place of 10. What is left of the square is rounded, some 2**-53 of the total times 2**-53.
+
+    A factor's low part must be small beside the high one, for its own square is left out.
     """
-    high = fma(builder, factor, factor, total[0])
+    first, second = factor
+    high = fma(builder, first, first, total[0])
     added = builder.fsub(high, total[0])
     low = builder.fsub(total[0], builder.fsub(high, added))
-    low = builder.fadd(low, fma(builder, factor, factor, builder.fneg(added)))
+    low = builder.fadd(low, fma(builder, first, first, builder.fneg(added)))
+    if second is not None:
+        low = fma(builder, builder.fadd(first, first), second, low)
     return pair(builder, high, builder.fadd(total[1], low))
 
 

@@ -15,15 +15,16 @@ from rmsnorm_np.cpu.simd import (
     SEGMENT,
     across,
     add_exact_square,
+    add_square,
     first_lanes,
     float32,
     float64,
     keep,
     kept,
     load,
-    minus,
     plus,
     prefetch,
+    rounded,
     rounded_product,
     store,
     stream,
@@ -42,11 +43,59 @@ def forward_precision(centred: Any) -> Any:
     return float64
 
 
+# LayerNorm's mean is two numbers: what the dtype of x can hold, and the rest. A mean rounded to float64 makes elements
+# next to it wrong: by 2.4 ULP in float32 where x is 1e6 ± 1, by thousands in float64. But x - mean[0] is exact there,
+# and x - mean[0] - mean[1] is right. Sums are taken of x - mean[0] and corrected once a row: no x is nearer to mean[0]
+# than mean[1] is to zero, so nothing cancels.
+
+
+@optional("mean", lambda lanes, mean: lanes)
+def about_mean(lanes: Any, mean: Any) -> Any:
+    """Lanes - mean[0], for sums."""
+    return lanes - mean[0]
+
+
+@optional("mean", lambda lanes, mean: lanes)
+def minus_mean(lanes: Any, mean: Any) -> Any:
+    return lanes - mean[0] - mean[1]
+
+
 @optional("mean", lambda total, lanes, mean, count: add_exact_square(total, lanes))
-def add_square(total: Any, lanes: Any, mean: Any, count: Any) -> Any:
-    """Total + (lanes - mean)², where lanes from `count` on stay out of it."""
-    difference = first_lanes(lanes - mean, count)
-    return total + difference * difference
+def add_square_about(total: Any, lanes: Any, mean: Any, count: Any) -> Any:
+    """Total + (lanes - mean[0])², where lanes from `count` on stay out of it."""
+    return add_square(total, first_lanes(about_mean(lanes, mean), count))
+
+
+@unless_exact("x", lambda number, x: rounded(number))
+def nearest(number: Any, x: Any) -> Any:
+    """The number as x's dtype can hold it, or as float32 where x is narrower."""
+    return float64(float32(number))
+
+
+@inlined
+def like_sums(x: Any, number: float) -> Any:
+    """A float64 as a number of the kind that sums over x have."""
+    return across(zeros(x, float64)) + number
+
+
+@inlined
+def keep_mean_of(total: Any, n: int, x: Any, means: Any, j: int) -> Any:
+    """From the sum of x, both parts of the mean."""
+    mean = nearest(total / n, x)
+    means[2 * j] = mean
+    means[2 * j + 1] = rounded(total - like_sums(x, mean) * n) / n
+
+
+@optional("mean", lambda total, mean, n, x: total)
+def squares_minus_mean(total: Any, mean: Any, n: int, x: Any) -> Any:
+    """The sum of (x - mean)² from that of (x - mean[0])²."""
+    return total - like_sums(x, mean[1]) * mean[1] * n
+
+
+@optional("mean", lambda products, sums, mean: products)
+def products_minus_mean(products: Any, sums: Any, mean: Any) -> Any:
+    """The sum of g · (x - mean) from those of g · (x - mean[0]) and of g."""
+    return products - sums * mean[1]
 
 
 # ------------------------------------------------------------------------------------------------- sums over a row
@@ -95,64 +144,66 @@ def segment_squares_in_twos(x: Any, start: int, stop: int, mean: Any, work: Any,
     a, b = zeros(x, work), zeros(x, work)
     i, step = start, width(x, work)
     while i + 2 * step <= stop:
-        a = add_square(a, load(x, i, work), mean, None)
-        b = add_square(b, load(x, i + step, work), mean, None)
+        a = add_square_about(a, load(x, i, work), mean, None)
+        b = add_square_about(b, load(x, i + step, work), mean, None)
         prefetch(x, i + ahead)
         prefetch(x, i + step + ahead)
         i += 2 * step
     while i < stop:
         count = min(step, stop - i)
-        a = add_square(a, load(x, i, work, count), mean, count)
+        a = add_square_about(a, load(x, i, work, count), mean, count)
         i += step
     return across(a + b)
 
 
 @unless_exact("x", segment_squares_in_twos)
 def segment_squares(x: Any, start: int, stop: int, mean: Any, work: Any, ahead: int) -> Any:
-    """Sum of (x - mean)²."""
+    """Sum of (x - mean[0])²."""
     a, b, c, d = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
     i, step = start, width(x, work)
     while i + 4 * step <= stop:
-        a = add_square(a, load(x, i, work), mean, None)
-        b = add_square(b, load(x, i + step, work), mean, None)
-        c = add_square(c, load(x, i + 2 * step, work), mean, None)
-        d = add_square(d, load(x, i + 3 * step, work), mean, None)
+        a = add_square_about(a, load(x, i, work), mean, None)
+        b = add_square_about(b, load(x, i + step, work), mean, None)
+        c = add_square_about(c, load(x, i + 2 * step, work), mean, None)
+        d = add_square_about(d, load(x, i + 3 * step, work), mean, None)
         i += 4 * step
     if i + 2 * step <= stop:
-        a = add_square(a, load(x, i, work), mean, None)
-        b = add_square(b, load(x, i + step, work), mean, None)
+        a = add_square_about(a, load(x, i, work), mean, None)
+        b = add_square_about(b, load(x, i + step, work), mean, None)
         i += 2 * step
     while i < stop:
         count = min(step, stop - i)
-        c = add_square(c, load(x, i, work, count), mean, count)
+        c = add_square_about(c, load(x, i, work, count), mean, count)
         i += step
     return across((a + b) + (c + d))
 
 
 @inlined
-def mean_of(x: Any, start: int, n: int, work: Any) -> Any:
-    total = across(zeros(x, work))
-    for first in range(start, start + n, SEGMENT):
-        total = total + segment_sum(x, first, min(first + SEGMENT, start + n), work)
-    return total / n
-
-
-@inlined
 def squares_of(x: Any, start: int, k: int, mean: Any, work: Any, ahead: int) -> Any:
+    """Sum of (x - mean)²."""
     total = across(zeros(x, work))
     for first in range(start, start + k, SEGMENT):
         total = total + segment_squares(x, first, min(first + SEGMENT, start + k), mean, work, ahead)
-    return total
+    return squares_minus_mean(total, mean, k, x)
 
 
-@optional("centred", lambda means, j, x, centred: None)
-def kept_mean(means: Any, j: int, x: Any, centred: Any) -> Any:
-    return kept(means, j, x)
+@optional("centred", lambda means, j, centred: None)
+def kept_mean(means: Any, j: int, centred: Any) -> Any:
+    return means[2 * j], means[2 * j + 1]
+
+
+@optional("centred", lambda room, j, x, centred: None)
+def kept_if_centred(room: Any, j: int, x: Any, centred: Any) -> Any:
+    """`kept`, of a number that only LayerNorm has."""
+    return kept(room, j, x)
 
 
 @optional("centred", lambda x, start, n, means, j, centred: None)
 def keep_mean(x: Any, start: int, n: int, means: Any, j: int, centred: Any) -> Any:
-    keep(means, j, mean_of(x, start, n, float64))
+    total = across(zeros(x, float64))
+    for first in range(start, start + n, SEGMENT):
+        total = total + segment_sum(x, first, min(first + SEGMENT, start + n), float64)
+    keep_mean_of(total, n, x, means, j)
 
 
 @inlined
@@ -161,7 +212,7 @@ def keep_statistics(
 ) -> Any:
     """Put the mean (LayerNorm) and the sum of squares of the row at `start` in place j."""
     keep_mean(x, start, n, means, j, centred)
-    keep(totals, j, squares_of(x, start, k, kept_mean(means, j, x, centred), work, ahead))
+    keep(totals, j, squares_of(x, start, k, kept_mean(means, j, centred), work, ahead))
 
 
 # ------------------------------------------------------------------------------------------------ what a row gives
@@ -179,7 +230,7 @@ def output_lanes(
 ) -> Any:  # fmt: skip
     """Y of the elements from i on; weight and bias of element i are at shift + i and bias_shift + i."""
     lanes = load(x, i, work, count)
-    xhat = minus(lanes, mean) * rstd
+    xhat = minus_mean(lanes, mean) * rstd
     scale = plus(load(weight, shift + i, lanes, count), offset)
     return scaled_and_shifted(xhat, scale, load(bias, bias_shift + i, lanes, count))
 

@@ -143,11 +143,6 @@ def plus(lanes: Any, other: Any) -> Any:
     return lanes if lanes is None or other is None else lanes + other
 
 
-def minus(lanes: Lanes, other: Any) -> Lanes:
-    """``lanes - other``, or ``lanes`` where that is None."""
-    return lanes if other is None else lanes - other
-
-
 def times(lanes: Lanes, other: Any) -> Lanes:
     """``lanes * other``, or ``lanes`` where that is None."""
     return lanes if other is None else lanes * other
@@ -171,6 +166,11 @@ def joined(first: Lanes, rest: Lanes, count: int | None) -> Lanes:
 
 def add_exact_square(total: Lanes, lanes: Lanes) -> Lanes:
     """``total + lanes * lanes``; the square is exact for every kind, so fusing it changes no bit."""
+    return total + lanes * lanes
+
+
+def add_square(total: Lanes, lanes: Lanes) -> Lanes:
+    """``total + lanes * lanes``, where the square need not be exact: it is never fused."""
     return total + lanes * lanes
 
 
