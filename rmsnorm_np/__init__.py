@@ -11,6 +11,7 @@ array([[0.84852814, 1.13137085]])
 from __future__ import annotations
 
 from rmsnorm_np import reference
+from rmsnorm_np._threads import get_num_threads, set_num_threads
 from rmsnorm_np.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
 
@@ -19,9 +20,11 @@ __version__ = "0.1.0"
 __all__ = [
     "LayerNormGrads",
     "RMSNormGrads",
+    "get_num_threads",
     "layer_norm",
     "layer_norm_backward",
     "reference",
     "rms_norm",
     "rms_norm_backward",
+    "set_num_threads",
 ]

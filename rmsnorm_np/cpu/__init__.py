@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments as arguments
+from rmsnorm_np._threads import get_num_threads
 from rmsnorm_np.cpu import cache, extreme, kernels, long_rows, memory, threads
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _backward(
         _run(extreme.backward, key, args)
     for total, sum_ in zip((dweight, dbias), sums, strict=True):
         if total is not None and total is not sum_:
-            total[...] = sum_.reshape(-1, len(total), n).sum(axis=0)
+            _run(kernels.add_rows, total.dtype, (sum_, _stored(total), on_threads))
     return dx, dweight, dbias
 
 
@@ -202,7 +203,7 @@ def describe() -> dict[str, Any]:
         "llvmlite": llvmlite.__version__,
         "cpu": numba.config.CPU_NAME or llvm.get_host_cpu_name(),
         "features": sorted(name for name, present in llvm.get_host_cpu_features().items() if present),
-        "threads": numba.get_num_threads(),
+        "threads": get_num_threads(),
         "threading_layer": threads.layer(),
         "cache": None if cache.folder() is None else str(cache.folder()),
         "recycled_memory_limit": memory.limit(),

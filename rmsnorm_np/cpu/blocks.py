@@ -81,8 +81,10 @@ def is_ordinary_outside(x: Any, start: int, n: int, k: int, rstd: Any, bound: An
 
 
 @inlined
-def is_ordinary_gradient(sums: Any, products: Any, dy: Any, x: Any, start: int, n: int, centred: Any, bound: Any) -> Any:
-    """Whether the sums of g and of g · xhat are inside the bounds, or dy or xhat is nothing but zeros, as in padding."""
+def is_ordinary_gradient(
+    sums: Any, products: Any, dy: Any, x: Any, start: int, n: int, centred: Any, bound: Any
+) -> Any:
+    """Whether the sums of g and of g · xhat are inside the bounds, or dy or xhat is all zeros, as in padding."""
     if bound is None:
         return True
     size = abs(rounded(products))

@@ -180,5 +180,10 @@ def _add_partials(p: int, partial: Any, total: Any, partials: int, m: int, n: in
             store(total, h * n + i, lanes, count)
 
 
+def _add_rows(partial: Any, total: Any, threads: int) -> None:
+    add_partials(partial, total, threads)
+
+
 forward = Kernel(_forward)
 backward = Kernel(_backward)
+add_rows = Kernel(_add_rows)

@@ -29,6 +29,7 @@ from rmsnorm_np.cpu.gradients import (
     write_row_gradient,
 )
 from rmsnorm_np.cpu.jit import Kernel, piece
+from rmsnorm_np.cpu.mode import restore_mode, standard_mode
 from rmsnorm_np.cpu.rows import (
     forward_precision,
     keep_mean_of,
@@ -59,6 +60,7 @@ def _long_forward(
     pieces = (n + PIECE - 1) // PIECE
     sums = np.empty((3, segments, 2))
     some = False
+    before = standard_mode()
     for r in range(rows):
         start = r * n
         if centred is not None:
@@ -77,6 +79,7 @@ def _long_forward(
         elif skipped is not None:
             skipped[r] = EXTREME
             some = True
+    restore_mode(before)
     return some
 
 
@@ -152,6 +155,7 @@ def _long_backward(
     sums = np.empty((4, segments, 2))
     numbers = np.empty((4, m, rows // m, 2))  # mean, rstd, b, c; together for the rows that share a row of dweight
     ordinary = True
+    before = standard_mode()
     for r in range(rows):
         start = r * n
         shift = r % weight_m * n - start
@@ -176,6 +180,7 @@ def _long_backward(
             (data(dy), data(x), data(weight), data(dx), data(dweight), data(dbias), pieces, rows, n, k, weight_m, m,
              offset, numbers, streaming, centred),
         )  # fmt: skip
+    restore_mode(before)
     return not ordinary
 
 

@@ -18,6 +18,9 @@ from numba.core import cgutils, types
 from numba.core.extending import lower_builtin, type_callable
 from numba.np.ufunc.parallel import _launch_threads
 
+from rmsnorm_np._threads import get_num_threads
+from rmsnorm_np.cpu import mode
+
 # Starting threads costs as long as one thread needs for so many elements in float32: two are 1.06 to 1.09 times as fast
 # forward and as fast backward, and with half as many 0.9 and 0.75 times as fast.
 PARALLEL_ELEMENTS = 32768
@@ -28,10 +31,10 @@ _alone = True  # whether the thread that forked was the only one of Python's
 
 
 def choose(elements: int) -> int:
-    """On how many threads to work: on all of Numba's, or on one where that is sooner done or all there is."""
+    """On how many threads to work: on all that there are, or on one where that is sooner done."""
     if elements < PARALLEL_ELEMENTS or _lost_threads or _is_one_at_a_time():
         return 1
-    return int(numba.config.NUMBA_NUM_THREADS)
+    return get_num_threads()
 
 
 @functools.cache
@@ -70,7 +73,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def in_parallel(task: Callable[..., None], count: int, threads: int, args: tuple[Any, ...]) -> None:
-    """Call ``task(t, *args)`` for each t below `count`, on that many threads, or fewer if `set_num_threads` says so.
+    """Call ``task(t, *args)`` for each t below `count`, on that many threads, or fewer if Numba says so.
 
     For kernels. Where tasks raise, one of their exceptions is raised when all have ended.
     """
@@ -135,6 +138,7 @@ def _runner(context: Any, builder: Any, task: Any, args_type: Any, shared_type: 
     run = ir.Function(builder.module, function_type, builder.module.get_unique_name(f"{builder.function.name}.task"))
     run.linkage = "internal"
     inner = ir.IRBuilder(run.append_basic_block("entry"))
+    before = mode.set_standard(inner)  # each thread has a mode of its own
     number_type = context.get_value_type(types.intp)
     first = inner.ptrtoint(inner.load(run.args[0]), number_type)
     turns = inner.load(inner.bitcast(run.args[1], number_type.as_pointer()))
@@ -149,5 +153,6 @@ def _runner(context: Any, builder: Any, task: Any, args_type: Any, shared_type: 
         with cgutils.if_unlikely(inner, status.is_error):
             inner.store(inner.bitcast(status.excinfoptr, pointer), cgutils.gep_inbounds(inner, shared, 0, 1))
             inner.store(status.code, cgutils.gep_inbounds(inner, shared, 0, 2))
+    mode.restore(inner, before)
     inner.ret_void()
     return run, status
