@@ -24,9 +24,7 @@ def contenders(problem: peers.Problem) -> dict[str, np.ndarray]:
     x, weight, eps = problem.x, problem.weight, problem.eps
     found = {"rmsnorm_np": RMS_NORM.forward(x, weight, eps, "cpu")}
     with np.errstate(over="ignore"):
-        found["NumPy, in one line"] = (
-            x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
-        )
+        found["NumPy, in one line"] = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
     for name, call in peers.calls(problem, threads=1):
         found[name] = call()
     return {name: peers.as_numpy(y) for name, y in found.items()}
