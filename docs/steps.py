@@ -1,4 +1,4 @@
-"""RMSNorm's forward pass six times, each faster than the one before: the story of "From formula to limit".
+"""Six versions of RMSNorm's forward pass, one for each step of the page "From formula to fast kernel".
 
 Each step takes (x, w, eps, y), float32 arrays, and writes y. measurements/speed.py times them.
 """
@@ -27,13 +27,13 @@ BLOCK = 4096  # elements: a block of rows that is read twice stays in a first-le
 
 
 def naive(x, w, eps, y):
-    """The formula as one writes it: five passes over memory, each with a new array between."""
+    """The formula in NumPy: five passes over memory with an intermediate array after each."""
     y[...] = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * w
 
 
 @numba.njit
 def one_loop(x, w, eps, y):
-    """A row is summed and, while it is in the cache, written. Sums in float64, as all that follow."""
+    """Sum a row, then write it while it is in the cache. Sums are in float64 from here on."""
     for r in range(x.shape[0]):
         total = 0.0
         for j in range(x.shape[1]):
@@ -45,7 +45,7 @@ def one_loop(x, w, eps, y):
 
 @numba.njit(parallel=True)
 def parallel(x, w, eps, y):
-    """The same, with rows shared among the cores."""
+    """The same, with the rows distributed over the cores."""
     for r in prange(x.shape[0]):
         total = 0.0
         for j in range(x.shape[1]):
@@ -57,8 +57,8 @@ def parallel(x, w, eps, y):
 
 @numba.njit(forceinline=True)
 def rstd_of_row(x, start, n, eps):
-    """Eight numbers at a time, converted to float64 on their way from memory, in four sums: an addition takes four
-    cycles, so four must be under way.
+    """Eight elements at a time, converted to float64 when loaded, in four independent sums, because an addition takes
+    four cycles.
     """
     a, b, c, d = zeros(x, float64), zeros(x, float64), zeros(x, float64), zeros(x, float64)
     for i in range(start, start + n, 4 * LANES):
@@ -71,7 +71,7 @@ def rstd_of_row(x, start, n, eps):
 
 @numba.njit(parallel=True)
 def vectors(x, w, eps, y):
-    """Vectors spelled out. n is a multiple of 32 here; the library's kernels take any."""
+    """Explicit vectors. n must be a multiple of 32 here; the library's kernels take any n."""
     n = x.shape[1]
     for r in prange(x.shape[0]):
         source, weight, target = data(x), data(w), data(y)
@@ -83,7 +83,7 @@ def vectors(x, w, eps, y):
 
 @numba.njit(parallel=True)
 def streaming(x, w, eps, y):
-    """Stores that do not read the line first; and while one block is written, the next is asked for."""
+    """Streaming stores, and a prefetch of the next block while this one is written."""
     rows, n = x.shape
     block = max(1, BLOCK // n)
     for b in prange(-(-rows // block)):
@@ -97,7 +97,7 @@ def streaming(x, w, eps, y):
 
 
 def library(x, w, eps, y):
-    """What all of it became: any n and dtype, rows of any size, fair shares for the cores."""
+    """The library: any n and dtype, with the work balanced over the cores."""
     import rmsnorm_np as rn
 
     rn.rms_norm(x, w, eps=eps, out=y)
@@ -107,7 +107,7 @@ STEPS = (naive, one_loop, parallel, vectors, streaming, library)
 
 
 def vectors_float32(x, w, eps, y):
-    """`vectors` with float32 inside, to see what float64 costs."""
+    """`vectors` computed in float32, to measure the cost of float64."""
     _vectors_float32(x, w, np.float32(eps), y)
 
 

@@ -1,4 +1,4 @@
-"""How far y is off, in ULP, for this library and the others that are installed: the histograms of the page "Numbers".
+"""Errors of y in ULP, of this library and of the others that are installed: the histograms of the page "Numbers".
 
 ``python docs/measurements/errors.py`` writes errors.json beside it. torch, jax, onnxruntime (with onnx) and openvino
 take part where they are installed.
@@ -24,9 +24,7 @@ def contenders(problem: peers.Problem) -> dict[str, np.ndarray]:
     x, weight, eps = problem.x, problem.weight, problem.eps
     found = {"rmsnorm_np": RMS_NORM.forward(x, weight, eps, "cpu")}
     with np.errstate(over="ignore"):
-        found["NumPy, as written first"] = (
-            x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
-        )
+        found["NumPy, in one line"] = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
     for name, call in peers.calls(problem, threads=1):
         found[name] = call()
     return {name: peers.as_numpy(y) for name, y in found.items()}

@@ -1,4 +1,4 @@
-"""Times the steps of "From formula to limit", in turn, against the machine's own limit.
+"""Times the steps of the page "From formula to fast kernel", interleaved, against the machine's own limit.
 
 ``python docs/measurements/speed.py`` writes speed.json beside it. Let the machine be quiet.
 """
