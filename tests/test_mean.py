@@ -21,15 +21,24 @@ LENGTHS = [2, 3, 33, 300] if JIT_OFF else [2, 3, 16, 33, 300, 1000, 4096, 70_001
 pytestmark = pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by")
 
 
+@pytest.fixture(autouse=JIT_OFF)
+def pairs_are_compiled(request):
+    """What stands for a pair in plain Python is a longdouble, of 64 bits."""
+    kind = request.node.callspec.params.get("kind", request.node.callspec.params.get("dtype"))
+    if request.node.callspec.params["backend"] == "cpu" and np.dtype(kind) == np.float64:
+        pytest.skip("float64 is computed in longdouble without the JIT, which is less than pairs")
+
+
 def rows_near(base, unit, n, dtype, rng):
     """Rows of `base`, but for some steps of one unit in its last place."""
     steps = np.zeros((4, n), int)
     steps[0, 0] = 1
     steps[1, -1] = -1
-    steps[2] = rng.integers(0, 2, n)
-    steps[3] = rng.integers(-3, 4, n)
+    steps[2] = np.arange(n) % 3 == 1
+    steps[3] = rng.integers(-3, 3, n)
+    steps[3, 0] = 3
     x = (L(base) + steps * L(unit)).astype(dtype)
-    assert len(np.unique(x)) > 2  # else the unit was too small for the dtype
+    assert len(np.unique(x[:2])) == 3  # else the unit was too small for the dtype
     return x
 
 
@@ -68,17 +77,16 @@ BASES = [
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-@pytest.mark.parametrize(("kind", "base", "unit"), BASES, ids=lambda value: getattr(value, "__name__", f"{value:g}"))
+@pytest.mark.parametrize(("kind", "base", "unit"), BASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_rows_of_neighbours(kind, base, unit, n, backend, rng):
     """x of 3.0 with one neighbour was 3 ULP off in float32, of 0.1 by 2,496 in float64."""
     x = rows_near(base, unit, n, np.dtype(kind), rng)
     weight, dy = (rng.standard_normal(shape).astype(kind) for shape in (n, (4, n)))
     weight[::3] = 0
     assert_each_element(x, weight, dy, 0.0, backend)
-    if base == 0.0:
-        return  # beside a larger eps these are results that cannot be told from zero
-    with np.errstate(over="ignore"):
-        assert_each_element(x, weight, dy, min((2 * unit) ** 2, 1e300), backend, np.zeros(n, kind))
+    eps = float(L(2 * unit) ** 2)
+    if 0 < eps < np.inf:
+        assert_each_element(x, weight, dy, eps, backend, np.zeros(n, kind))
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
@@ -91,8 +99,9 @@ def test_normal_numbers_around_a_large_mean(kind, backend, rng):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 77] if JIT_OFF else [1, 2, 3, 77, 70_001])
 def test_rows_of_one_number(n, dtype, backend, rng):
-    """y is the bias, xhat zero: a row of 1e160 made all of dweight NaN, one of the lowest number y. dx is what is left of
-    its formula, rstd · (g - mean(g)).
+    """y is the bias, xhat zero: a row of 1e160 made all of dweight NaN, one of the lowest number y.
+
+    dx is what is left of its formula, rstd · (g - mean(g)).
     """
     finfo = ml_dtypes.finfo(dtype)
     values = [finfo.smallest_subnormal, finfo.smallest_normal, 1, 3, 1e4, finfo.max, finfo.min]
@@ -105,7 +114,8 @@ def test_rows_of_one_number(n, dtype, backend, rng):
         dx, dweight, dbias = rn.layer_norm_backward(dy, x, weight, bias, eps=eps, backend=backend)
         assert np.array_equal(y, np.broadcast_to(bias, x.shape))
         assert not dweight.any()
-        assert worst_ulp(dbias, dy.astype(L).sum(axis=0), np.abs(dy.astype(L)).sum(axis=0)) <= 0.51
+        want, terms = dy.astype(L).sum(axis=0), np.abs(dy.astype(L)).sum(axis=0)
+        assert np.all(np.abs(dbias - want) <= parameter_tolerance(want, terms, len(x), dtype, dtype))
         g, rstd = dy.astype(L) * weight.astype(L), 1 / np.sqrt(L(eps))
         with np.errstate(over="ignore"):
             want = rstd * (g - g.mean(axis=1, keepdims=True))

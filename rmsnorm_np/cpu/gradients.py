@@ -7,11 +7,9 @@ from typing import Any
 from rmsnorm_np import _formulas
 from rmsnorm_np.cpu.jit import contracted, inlined, optional
 from rmsnorm_np.cpu.rows import (
-    about_mean,
     kept_if_centred,
     kept_mean,
     minus_mean,
-    products_minus_mean,
     reciprocal_root,
     segment_squares,
     squares_minus_mean,
@@ -60,7 +58,7 @@ def add_if_centred(total: Any, lanes: Any, mean: Any) -> Any:
 def segment_products(
     dy: Any, x: Any, weight: Any, start: int, stop: int, shift: int, offset: Any, mean: Any, ahead: int, work: Any
 ) -> Any:
-    """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean[0]); weight of element i is at shift + i."""
+    """Sums of g (for LayerNorm, which has a mean) and of g · (x - mean); weight of element i is at shift + i."""
     a, b, a_sum, b_sum = zeros(x, work), zeros(x, work), zeros(x, work), zeros(x, work)
     i = start
     while i + 2 * LANES <= stop:
@@ -68,15 +66,15 @@ def segment_products(
         h = scaled_gradient(dy, weight, i + LANES, shift, offset, a, None)
         a_sum = add_if_centred(a_sum, g, mean)
         b_sum = add_if_centred(b_sum, h, mean)
-        a = add_product(a, g, about_mean(load(x, i, work), mean))
-        b = add_product(b, h, about_mean(load(x, i + LANES, work), mean))
+        a = add_product(a, g, minus_mean(load(x, i, work), mean))
+        b = add_product(b, h, minus_mean(load(x, i + LANES, work), mean))
         prefetch_second(dy, i + ahead)
         i += 2 * LANES
     while i < stop:
         count = min(LANES, stop - i)
         g = scaled_gradient(dy, weight, i, shift, offset, a, count)
         a_sum = add_if_centred(a_sum, g, mean)
-        a = add_product(a, g, about_mean(load(x, i, work, count), mean))
+        a = add_product(a, g, minus_mean(load(x, i, work, count), mean))
         i += LANES
     return across(a_sum + b_sum), across(a + b)
 
@@ -123,7 +121,7 @@ def segment_moments(
     dy: Any, x: Any, weight: Any, start: int, stop: int, border: int, shift: int, offset: Any, mean: Any, ahead: int,
     work: Any,
 ) -> Any:  # fmt: skip
-    """The sums of (x - mean[0])², of g and of g · (x - mean[0])."""
+    """The sums of (x - mean[0])², of g and of g · (x - mean)."""
     sums, products = segment_products(dy, x, weight, start, stop, shift, offset, mean, ahead, work)
     return segment_squares(x, start, stop, mean, work, 0), sums, products
 
@@ -145,7 +143,7 @@ def keep_moments(
         product_total = product_total + product
     keep(squares, j, squares_minus_mean(square_total, mean, n, x))
     keep(sums, j, sum_total)
-    keep(products, j, products_minus_mean(product_total, sum_total, mean))
+    keep(products, j, product_total)
 
 
 @inlined

@@ -34,7 +34,6 @@ from rmsnorm_np.cpu.rows import (
     forward_precision,
     keep_mean_of,
     kept_mean,
-    products_minus_mean,
     reciprocal_root,
     segment_squares,
     segment_sum,
@@ -215,7 +214,6 @@ def _add_gradient_sums(
     if centred is not None:
         means[2 * j], means[2 * j + 1] = row_mean
     square = squares_minus_mean(square, row_mean, n, x)
-    product = products_minus_mean(product, g_sum, row_mean)
     keep(rstds, j, square)
     keep(bs, j, g_sum)
     keep(cs, j, product)

@@ -45,14 +45,8 @@ def forward_precision(centred: Any) -> Any:
 
 # LayerNorm's mean is two numbers: what the dtype of x can hold, and the rest. A mean rounded to float64 makes elements
 # next to it wrong: by 2.4 ULP in float32 where x is 1e6 ± 1, by thousands in float64. But x - mean[0] is exact there,
-# and x - mean[0] - mean[1] is right. Sums are taken of x - mean[0] and corrected once a row: no x is nearer to mean[0]
-# than mean[1] is to zero, so nothing cancels.
-
-
-@optional("mean", lambda lanes, mean: lanes)
-def about_mean(lanes: Any, mean: Any) -> Any:
-    """Lanes - mean[0], for sums."""
-    return lanes - mean[0]
+# and x - mean[0] - mean[1] is right. Squares are taken of x - mean[0], and their sum is corrected once a row: no x is
+# nearer to the mean than half of mean[1], so that cancels no more than half of it.
 
 
 @optional("mean", lambda lanes, mean: lanes)
@@ -63,7 +57,7 @@ def minus_mean(lanes: Any, mean: Any) -> Any:
 @optional("mean", lambda total, lanes, mean, count: add_exact_square(total, lanes))
 def add_square_about(total: Any, lanes: Any, mean: Any, count: Any) -> Any:
     """Total + (lanes - mean[0])², where lanes from `count` on stay out of it."""
-    return add_square(total, first_lanes(about_mean(lanes, mean), count))
+    return add_square(total, first_lanes(lanes - mean[0], count))
 
 
 @unless_exact("x", lambda number, x: rounded(number))
@@ -90,12 +84,6 @@ def keep_mean_of(total: Any, n: int, x: Any, means: Any, j: int) -> Any:
 def squares_minus_mean(total: Any, mean: Any, n: int, x: Any) -> Any:
     """The sum of (x - mean)² from that of (x - mean[0])²."""
     return total - like_sums(x, mean[1]) * mean[1] * n
-
-
-@optional("mean", lambda products, sums, mean: products)
-def products_minus_mean(products: Any, sums: Any, mean: Any) -> Any:
-    """The sum of g · (x - mean) from those of g · (x - mean[0]) and of g."""
-    return products - sums * mean[1]
 
 
 # ------------------------------------------------------------------------------------------------- sums over a row
