@@ -1,7 +1,7 @@
 """Check the arguments of a call and bring them into the one form that the engines take.
 
-Every error message about an argument is written here. Past this file there is no question left about
-shape, dtype, axis, layout or missing values: x is (rows, n), C-contiguous, aligned and in native byte order.
+Every error about an argument is raised here; `_hints` writes the longer messages. Past this file there is no question
+left about shape, dtype, axis, layout or missing values: x is (rows, n), C-contiguous, aligned, in native byte order.
 
 The functions that take a shape or a dtype, and not an array, serve arrays on any device.
 """
@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy import ndarray
+
+from rmsnorm_np import _hints
+from rmsnorm_np._overlap import folds, may_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,25 +59,31 @@ def elements_in_rms(n: int, p: Any) -> int:
     n * p ends up below the integer that was meant, and far above the integer before it for every n < 2**49.
     """
     fraction = _number("p", p, "a number with 0 < p <= 1", lambda value: 0.0 < value <= 1.0)
-    if isinstance(p, np.floating):
-        fraction = float(str(p))  # np.float32(0.07) means 0.07 and not 0.07000000029802322
+    if type(p) is not float and isinstance(scalar := _scalar(p), np.floating):
+        fraction = float(str(scalar))  # np.float32(0.07) means 0.07 and not 0.07000000029802322
     return math.ceil(n * fraction * (1.0 - 2.0**-50))
 
 
 def _number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> float:
-    if type(value) is float:
-        number = value
-    elif isinstance(value, bool) or not isinstance(value, Real):
+    scalar = value if type(value) is float else _scalar(value)
+    is_real = isinstance(scalar, Real) and not isinstance(scalar, np.timedelta64)  # an Integral, to NumPy
+    if not is_real or isinstance(scalar, bool):
         number = math.nan
     else:
         try:
-            number = float(value)
+            number = float(scalar)
         except OverflowError:  # an int larger than any float
             number = math.inf
     if not fits(number):
-        error = ValueError if isinstance(value, Real) else TypeError
-        raise error(f"{name} is {value!r}, expected {expected}")
+        raise (ValueError if is_real else TypeError)(f"{name} is {value!r}, expected {expected}")
     return number
+
+
+def _scalar(value: Any) -> Any:
+    """The element of a 0-d array, which is how np.load returns a number; any other value as it is."""
+    if isinstance(value, ndarray) and value.ndim == 0:
+        value = value[()]
+    return np.float32(value) if type(value).__name__ == "bfloat16" else value  # Python knows no bfloat16 as Real
 
 
 # Shapes
@@ -113,21 +122,19 @@ def are_trailing(axes: Shape, ndim: int) -> bool:
 
 def parameter_lead(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> Shape:
     """The leading part of a weight's or bias's shape: () for one per element of a row, (heads,) for one per head."""
-    normalised = tuple(x_shape[i] for i in axes)
-    if not are_trailing(axes, len(x_shape)):
-        if shape != normalised:
-            raise ValueError(f"{name} has shape {shape}, expected {normalised}, the axes {axes} of x.shape {x_shape}")
-    elif not len(axes) <= len(shape) <= len(x_shape) or shape != x_shape[len(x_shape) - len(shape) :]:
-        raise ValueError(
-            f"{name} has shape {shape}, expected a trailing part of x.shape {x_shape} such as {normalised}"
-        )
+    if are_trailing(axes, len(x_shape)):
+        fits = len(axes) <= len(shape) <= len(x_shape) and shape == x_shape[len(x_shape) - len(shape) :]
+    else:
+        fits = shape == tuple(x_shape[i] for i in axes)
+    if not fits:
+        raise ValueError(_hints.parameter_shape(name, shape, x_shape, axes))
     return shape[: len(shape) - len(axes)]
 
 
 def check_dy_shape(shape: Shape, x_shape: Shape) -> None:
     """Demand exactly the shape of x."""
     if shape != x_shape:
-        raise ValueError(f"dy has shape {shape}, expected x.shape {x_shape}")
+        raise ValueError(_hints.dy_shape(shape, x_shape))
 
 
 # Arrays
@@ -159,12 +166,14 @@ def as_array(name: str, value: Any) -> Array:
         if isinstance(value, np.matrix):
             raise TypeError(f"{name} is a numpy.matrix, expected an ndarray, such as {name}.A")
         return value.view(ndarray)
-    if hasattr(value, "__cuda_array_interface__"):
-        raise TypeError(f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()")
+    if value is None:
+        raise TypeError(f"{name} is None, expected an array")
     try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is not an array: {error}") from error
+        if not hasattr(value, "__cuda_array_interface__"):
+            return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # PyTorch's tensors raise the first and the last
+        raise _hints.not_an_array(name, value, error) from error
+    raise TypeError(f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()")
 
 
 def _contiguous(a: Array, dtype: np.dtype[Any]) -> Array:
@@ -186,35 +195,9 @@ def check_out(out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
         raise TypeError(f"out has dtype {plain.dtype}, expected {dtype}, the dtype of the result")
     if not plain.flags.writeable:
         raise ValueError("out is read-only, expected a writable array")
-    if _folds(plain):
+    if folds(plain):
         raise ValueError(f"out has strides {plain.strides}, expected elements that share no memory")
     return plain
-
-
-def _folds(a: Array) -> bool:
-    """Whether an axis steps by less than what the axes inside it span: what every view of distinct elements avoids."""
-    span = a.itemsize
-    for step, length in sorted((abs(step), length) for step, length in zip(a.strides, a.shape, strict=True)):
-        if length > 1:
-            if step < span:
-                return a.size > 0
-            span += step * (length - 1)
-    return False
-
-
-def _same_memory(a: Array, b: Array) -> bool:
-    """Whether two C-contiguous arrays are the same elements."""
-    return (a.shape, a.dtype, a.__array_interface__["data"]) == (b.shape, b.dtype, b.__array_interface__["data"])
-
-
-def _may_write(out: Array, x: Array, dy: Array | None, weight: Array | None, bias: Array | None) -> bool:
-    """Whether an engine may write straight to out: it shares no memory, or is exactly x or dy."""
-    for a in (x, dy):
-        if a is not None and a is not out and np.may_share_memory(out, a) and not _same_memory(out, a):
-            return False
-    return (weight is None or not np.may_share_memory(out, weight)) and (
-        bias is None or not np.may_share_memory(out, bias)
-    )
 
 
 # A whole call
@@ -275,7 +258,7 @@ def prepare(
         plain_out = check_out(out, shape, dtype)
         if trailing and plain_out.flags.carray and plain_out.dtype == dtype:
             candidate = plain_out.reshape(*lead, n)
-            direct = candidate if _may_write(candidate, x, dy, weight, bias) else None
+            direct = candidate if may_write(candidate, x, dy, weight, bias) else None
 
     def restore(result: Array) -> Array:
         result = result.reshape(moved)
@@ -314,7 +297,7 @@ def engine_arguments(
                 _is_ordinary(out)
                 and out.shape == shape
                 and out.dtype == x.dtype
-                and _may_write(out, x, dy, weight, bias)
+                and may_write(out, x, dy, weight, bias)
             )
         )
     ):

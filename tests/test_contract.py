@@ -126,6 +126,26 @@ def test_shapes_and_axes(op, shape, axis, weight_shape, bias_shape, backend, rng
                 np.testing.assert_allclose(got, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("seq", [5, 3])
+def test_one_weight_per_head_where_heads_is_not_next_to_last(op, seq, backend, rng):
+    """The recipe of the docstring: transposed views, out= as well, also where heads equals seq."""
+    x, dy, weight = rng.normal(size=(2, 3, seq, 4)), rng.normal(size=(2, 3, seq, 4)), rng.normal(size=(3, 4))
+    y, dx = np.empty_like(x), np.empty_like(x)
+    FORWARD[op](x.swapaxes(1, 2), weight, out=y.swapaxes(1, 2), backend=backend)
+    grads = BACKWARD[op](dy.swapaxes(1, 2), x.swapaxes(1, 2), weight, out=dx.swapaxes(1, 2), backend=backend)
+    for head in range(3):
+        x_head, w, dweight = x[:, head], weight[head], grads.dweight[head]
+        want = BACKWARD[op](dy[:, head], x_head, w, backend=backend)
+        assert np.array_equal(y[:, head], FORWARD[op](x_head, w, backend=backend))
+        assert np.array_equal(dx[:, head], want.dx)
+        np.testing.assert_allclose(dweight, want.dweight, **CLOSE)
+    if seq == 3:  # as documented, and not by accident: shapes are matched from the end
+        per_position = FORWARD[op](x, weight, backend=backend)
+        for position in range(3):
+            want = FORWARD[op](x[:, :, position], weight[position], backend=backend)
+            assert np.array_equal(per_position[:, :, position], want)
+
+
 def test_gradients_are_named_tuples_of_three(op, backend):
     grads = BACKWARD[op](np.ones((2, 3)), np.ones((2, 3)), backend=backend)
     assert type(grads) is (rn.RMSNormGrads if op == "rms" else rn.LayerNormGrads)
@@ -174,6 +194,8 @@ def test_k_is_the_ceiling_of_the_decimal_product(n):
         (10, 0.1 + 0.2, 3),  # 0.30000000000000004
         (6, 5 / 6, 5),  # the float above 5/6
         (100, np.float32(0.07), 7),  # 0.07000000029802322
+        (100, np.array(0.07), 7),
+        (100, np.array(0.07, np.float32), 7),
         (3, 0.5, 2),
         (3, 1 / 3, 1),
         (10, 0.101, 2),
@@ -205,6 +227,24 @@ def test_partial_rms_takes_the_leading_elements_in_the_order_of_x(axis, backend,
     want_dx[:, :k] -= rstd * (rows * rstd)[:, :k] * np.sum(drows * rows * rstd, axis=1, keepdims=True) / k
     for got, want in [(y, rows * rstd), (dx, want_dx)]:
         np.testing.assert_allclose(got.transpose(*rest, *axes).reshape(rows.shape), want, **CLOSE)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", ">f4", "f8", ">f8", "g", "bfloat16", "i8", "u1"])
+def test_a_0d_array_is_a_number(op, kind, backend, rng):
+    """As np.load returns it."""
+    x, weight = rng.normal(size=(3, 8)), rng.normal(size=8)
+    part = 1 if kind in ("i8", "u1") else 0.25
+    numbers = {"eps": np.array(part, kind), "weight_offset": np.array(2, kind)}
+    if op == "rms":
+        numbers["p"] = np.array(part, kind)
+    floats = {name: float(number) for name, number in numbers.items()}
+    y = FORWARD[op](x, weight, **numbers, backend=backend)
+    assert same_bits(y, FORWARD[op](x, weight, **floats, backend=backend))
+    grads = BACKWARD[op](x, x, weight, **numbers, backend=backend)
+    assert grads_same_bits(grads, BACKWARD[op](x, x, weight, **floats, backend=backend))
 
 
 # Dtypes

@@ -9,6 +9,7 @@ import datetime as dt
 import re
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -48,8 +49,42 @@ class DeviceArray:
         return "DeviceArray()"
 
 
+class Tensor:
+    """A PyTorch tensor that NumPy cannot read: all of it that this package looks at."""
+
+    shape = (2, 4)
+    dtype = "torch.float32"
+    requires_grad = False
+    error: Exception
+
+    def __array__(self, dtype=None, copy=None):
+        raise self.error
+
+    def __repr__(self):  # the id of a test must not contain an address
+        return f"{type(self).__name__}()"
+
+
+class Parameter(Tensor):
+    requires_grad = True
+    error = RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+
+
+class BFloat16(Tensor):
+    dtype = "torch.bfloat16"
+    error = TypeError("Got unsupported ScalarType BFloat16")
+
+    def __init__(self, requires_grad=False):
+        self.requires_grad = requires_grad
+
+
+class Sparse(Tensor):
+    error = TypeError("can't convert Sparse layout tensor to numpy.")
+
+
 FLOATS = "expected float16, bfloat16, float32 or float64"
-X_SHAPE = "of x.shape (2, 4) such as (4,)"
+FIT = "expected (4,), the axes (1,) of x.shape (2, 4)"
+SWAPPED = "weight and x look swapped: x comes first"
+KEYWORD = "if eps was meant, it is keyword-only: eps=..."
 TWO = "an int or a tuple of ints"
 
 # arguments, error, message
@@ -77,7 +112,26 @@ CASES = [
     # kinds of arrays
     ({"x": np.ones((2, 4), np.longdouble)}, TypeError, f"x has dtype {np.dtype(np.longdouble)}, {FLOATS}"),
     ({"x": np.ones((2, 4), object)}, TypeError, f"x has dtype object, {FLOATS}"),
-    ({"x": None}, TypeError, f"x has dtype object, {FLOATS}"),
+    ({"x": None}, TypeError, "x is None, expected an array"),
+    ({"x": Parameter()}, TypeError, "x is a Parameter that requires grad, expected an array: pass x.detach().numpy()"),
+    (
+        {"weight": Parameter()},
+        TypeError,
+        "weight is a Parameter that requires grad, expected an array: pass weight.detach().numpy()",
+    ),
+    (
+        {"x": BFloat16()},
+        TypeError,
+        "x is a BFloat16 of torch.bfloat16, expected an array: pass x.float().numpy(), "
+        "or x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) to stay in bfloat16",
+    ),
+    (
+        {"bias": BFloat16(requires_grad=True)},
+        TypeError,
+        "bias is a BFloat16 of torch.bfloat16, expected an array: pass bias.detach().float().numpy(), "
+        "or bias.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16) to stay in bfloat16",
+    ),
+    ({"weight": Sparse()}, TypeError, "weight is not an array: can't convert Sparse layout tensor to numpy."),
     ({"x": ["a", "b"]}, TypeError, f"x has dtype <U1, {FLOATS}"),
     ({"x": np.array([b"a"])}, TypeError, f"x has dtype |S1, {FLOATS}"),
     ({"x": np.array([dt.date(2019, 10, 16)], "M8[D]")}, TypeError, f"x has dtype datetime64[D], {FLOATS}"),
@@ -98,15 +152,42 @@ CASES = [
         "weight is a device array, expected a host array like x, such as weight.copy_to_host()",
     ),
     # shapes of parameters
-    ({"weight": np.ones(3)}, ValueError, f"weight has shape (3,), expected a trailing part {X_SHAPE}"),
-    ({"bias": np.ones(1)}, ValueError, f"bias has shape (1,), expected a trailing part {X_SHAPE}"),
-    ({"weight": 2.0}, ValueError, f"weight has shape (), expected a trailing part {X_SHAPE}"),
-    ({"weight": np.ones((1, 4))}, ValueError, f"weight has shape (1, 4), expected a trailing part {X_SHAPE}"),
-    ({"bias": np.ones((1, 2, 4))}, ValueError, f"bias has shape (1, 2, 4), expected a trailing part {X_SHAPE}"),
+    ({"weight": np.ones(3)}, ValueError, f"weight has shape (3,), {FIT}"),
+    ({"bias": np.ones(1)}, ValueError, f"bias has shape (1,), {FIT}"),
+    ({"weight": 2.0}, ValueError, f"weight has shape (), {FIT}; {KEYWORD}"),
+    ({"weight": np.ones(4), "bias": 1e-5}, ValueError, f"bias has shape (), {FIT}; {KEYWORD}"),
+    ({"weight": np.ones((1, 4))}, ValueError, f"weight has shape (1, 4), {FIT}, or (2, 4), the axes (0, 1)"),
+    (
+        {"bias": np.ones((1, 2, 4))},
+        ValueError,
+        f"bias has shape (1, 2, 4), {FIT}; bias and x look swapped: x comes first",
+    ),
+    ({"bias": np.ones((3, 4, 2))}, ValueError, f"bias has shape (3, 4, 2), {FIT}"),
+    (
+        {"x": np.ones(4), "weight": np.ones((2, 4))},
+        ValueError,
+        f"weight has shape (2, 4), expected (4,), the axes (0,) of x.shape (4,); {SWAPPED}",
+    ),
+    (
+        {"x": np.ones(2), "weight": np.ones((2, 4)), "axis": 0},
+        ValueError,
+        f"weight has shape (2, 4), expected (2,), the axes (0,) of x.shape (2,); {SWAPPED}",
+    ),
+    (
+        {"x": np.ones((2, 3, 5, 4)), "weight": np.ones((3, 4))},
+        ValueError,
+        "weight has shape (3, 4), expected (4,), the axes (3,) of x.shape (2, 3, 5, 4), or (5, 4), the axes (2, 3); "
+        "for the axes (1, 3), pass np.moveaxis(x, 1, 2) and the same view of dy and out",
+    ),
+    (
+        {"x": np.ones((2, 3, 5, 4)), "weight": np.ones((3, 7))},
+        ValueError,
+        "weight has shape (3, 7), expected (4,), the axes (3,) of x.shape (2, 3, 5, 4), or (5, 4), the axes (2, 3)",
+    ),
     (
         {"weight": np.ones(4), "axis": (0, 1)},
         ValueError,
-        "weight has shape (4,), expected a trailing part of x.shape (2, 4) such as (2, 4)",
+        "weight has shape (4,), expected (2, 4), the axes (0, 1) of x.shape (2, 4)",
     ),
     (
         {"weight": np.ones(4), "axis": 0},
@@ -132,6 +213,12 @@ CASES = [
     ({"eps": "1e-6"}, TypeError, "eps is '1e-6', expected a finite number >= 0"),
     ({"eps": None}, TypeError, "eps is None, expected a finite number >= 0"),
     ({"eps": 1j}, TypeError, "eps is 1j, expected a finite number >= 0"),
+    ({"eps": np.array(-1.0)}, ValueError, "eps is array(-1.), expected a finite number >= 0"),
+    ({"eps": np.array(1j)}, TypeError, "eps is array(0.+1.j), expected a finite number >= 0"),
+    ({"eps": np.array(True)}, TypeError, "eps is array(True), expected a finite number >= 0"),
+    ({"eps": np.array(1, "m8[s]")}, TypeError, f"eps is {np.array(1, 'm8[s]')!r}, expected a finite number >= 0"),
+    ({"eps": np.array([1e-6])}, TypeError, "eps is array([1.e-06]), expected a finite number >= 0"),
+    ({"eps": np.ma.masked}, TypeError, "eps is masked, expected a finite number >= 0"),
     (
         {"weight": np.ones(4), "weight_offset": float("nan")},
         ValueError,
@@ -173,14 +260,29 @@ CASES = [
 PARTIAL_CASES = [
     ({"p": p}, error, f"p is {p!r}, expected a number with 0 < p <= 1")
     for error, values in {
-        ValueError: (0.0, 0, -0.5, 1.0000001, 2, float("nan"), float("inf"), True, False, 10**400, np.float32(0)),
-        TypeError: ("0.5", None, 1j, [0.5], np.ones(2)),
+        ValueError: (0.0, 0, -0.5, 1.0000001, 2, float("nan"), float("inf"), True, False, 10**400, np.float32(0))
+        + (np.array(2.0),),
+        TypeError: ("0.5", None, 1j, [0.5], np.ones(2), np.array("0.5")),
     }.items()
     for p in values
 ]
 BACKWARD_CASES = [
     ({"dy": np.ones((2, 3))}, ValueError, "dy has shape (2, 3), expected x.shape (2, 4)"),
-    ({"dy": np.ones(4)}, ValueError, "dy has shape (4,), expected x.shape (2, 4)"),
+    (
+        {"dy": np.ones(4)},
+        ValueError,
+        "dy has shape (4,), expected x.shape (2, 4); the arguments are dy, x, weight, bias, in this order",
+    ),
+    (
+        {"x": np.ones(4), "dy": np.ones((2, 4)), "weight": np.ones((2, 4))},
+        ValueError,
+        "dy has shape (2, 4), expected x.shape (4,); the arguments are dy, x, weight, bias, in this order",
+    ),
+    (
+        {"dy": Parameter()},
+        TypeError,
+        "dy is a Parameter that requires grad, expected an array: pass dy.detach().numpy()",
+    ),
     ({"dy": np.ones((2, 4), object)}, TypeError, f"dy has dtype object, {FLOATS}"),
     ({"dy": masked((2, 4))}, TypeError, "dy is a masked array, expected one without a mask, such as dy.filled(0.0)"),
     ({"dy": DeviceArray()}, TypeError, "dy is a device array, expected a host array like x, such as dy.copy_to_host()"),
@@ -231,6 +333,44 @@ def test_out_is_untouched_after_an_error(name, backend):
     with pytest.raises(ValueError, match=r"^weight has shape"):
         call(name, backend, out=out, weight=np.ones(3))
     assert (out == 7.0).all()
+
+
+def test_the_errors_of_real_tensors():
+    """What they say to do is done, and works."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed; Tensor stands in for it above")
+    bfloat16 = torch.arange(8, dtype=torch.bfloat16).reshape(2, 4)
+    cases = [torch.nn.Parameter(bfloat16.float()), bfloat16, torch.nn.Parameter(bfloat16)]
+    for x in cases:
+        with pytest.raises(TypeError, match=r"^x is a (Parameter|Tensor) .*expected an array: pass ") as caught:
+            rn.rms_norm(x, backend="reference")
+        ways = re.findall(r"x\.[^ ]*", str(caught.value).split("pass ")[1])
+        assert len(ways) == (2 if x.dtype == torch.bfloat16 else 1)
+        for way in ways:
+            converted = eval(way.rstrip(","), {"x": x, "torch": torch, "ml_dtypes": ml_dtypes})
+            assert np.array_equal(converted, np.arange(8).reshape(2, 4))
+            assert rn.rms_norm(converted, backend="reference").dtype == converted.dtype
+    y = rn.rms_norm(bfloat16.float(), torch.ones(4), backend="reference")
+    assert type(y) is np.ndarray
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "weight_shape", "axis", "axes"),
+    [((2, 3, 5, 4), (3, 4), -1, (1, 3)), ((2, 3, 5, 4), (2, 4), -1, (0, 3)), ((3, 3, 5, 4), (3, 4), -1, (1, 3)),
+     ((2, 3, 5, 7, 4), (2, 5, 4), -1, (0, 2, 4)), ((2, 3, 5, 4), (2, 5, 4), (2, 3), (0, 2, 3))],
+    ids=str,
+)  # fmt: skip
+def test_the_view_that_an_error_suggests(x_shape, weight_shape, axis, axes, rng):
+    """The weight fits its last axes, which are those that the message names."""
+    x, weight = rng.normal(size=x_shape), 2.0 ** rng.integers(-9, 9, size=weight_shape)  # products are exact
+    with pytest.raises(ValueError, match=r"; for the axes ") as caught:
+        rn.rms_norm(x, weight, axis=axis, backend="reference")
+    named, view = re.search(r"for the axes (\(.*?\)), pass (.*) and the same view", str(caught.value)).groups()
+    assert named == str(axes)
+    view = eval(view, {"np": np, "x": x})
+    wide = weight.reshape([length if i in axes else 1 for i, length in enumerate(x_shape)])
+    y = np.empty_like(x)
+    rn.rms_norm(view, weight, axis=axis, out=np.moveaxis(y, axes, range(-len(axes), 0)), backend="reference")
+    np.testing.assert_array_equal(y, rn.rms_norm(x, axis=axis, backend="reference") * wide)
 
 
 # Backends

@@ -29,7 +29,7 @@ NO_NUMBERS = (
 UNVIEWABLE = "OT"  # kinds of dtypes whose elements are references: arrays of their own, not of the arena
 
 # Python values where a number belongs. The errors are those of the argument's own check.
-NOT_A_NUMBER = (None, "1e-6", b"1", 1j, [0.5], (), np.ones(2), np.array(0.5), np.True_, np.ma.masked, object)
+NOT_A_NUMBER = (None, "1e-6", b"1", 1j, [0.5], (), np.ones(2), np.array(True), np.True_, np.ma.masked, object)
 
 
 class Subclass(np.ndarray):
@@ -255,7 +255,9 @@ def calls(draw, mixed=True, most=200, special=True):
             refuse(name, TypeError)
 
     infinite = (math.nan, math.inf, -math.inf, 10**400, Fraction(10) ** 400, np.float32("nan"), np.longdouble("inf"))
-    tenths = st.sampled_from([0, 0.0, -0.0, 1, 1e-6, np.float32(1e-5), np.float16(0.5), Fraction(1, 3), 5e-324, 3])
+    tenths = st.sampled_from(
+        [0, 0.0, -0.0, 1, 1e-6, np.float32(1e-5), np.float16(0.5), Fraction(1, 3), 5e-324, 3, np.array(0.1)]
+    )
     number("eps", tenths | st.floats(0, 1e6), (-1, -1e-300, True, False, Fraction(-1, 2), *infinite))
     if partial:
         number(

@@ -1,0 +1,67 @@
+"""Error messages that name the likely mistake and the call that was meant. Runs only after a check has failed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    Shape: TypeAlias = tuple[int, ...]
+
+
+def parameter_shape(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> str:
+    """The message for a weight or bias whose shape does not fit x."""
+    normalised = tuple(x_shape[i] for i in axes)
+    ndim, first = len(x_shape), len(x_shape) - len(axes)  # first: of the normalised axes, if they are trailing
+    trailing = axes[0] == first
+    message = f"{name} has shape {shape}, expected {normalised}, the axes {axes} of x.shape {x_shape}"
+    if trailing and len(axes) < len(shape) <= ndim:
+        matched = tuple(range(ndim - len(shape), ndim))
+        message += f", or {x_shape[matched[0] :]}, the axes {matched}"
+        moved = _axes_of(shape[: len(shape) - len(axes)], x_shape[:first])
+        if moved is not None and shape[len(moved) :] == normalised:
+            to = tuple(range(first - len(moved), first))
+            source, destination = (moved, to) if len(moved) > 1 else (moved[0], to[0])
+            message += (
+                f"; for the axes {(*moved, *axes)}, pass np.moveaxis(x, {source}, {destination}) "
+                "and the same view of dy and out"
+            )
+    elif not shape:
+        message += "; if eps was meant, it is keyword-only: eps=..."
+    elif len(shape) > ndim and x_shape in (shape[-ndim:], tuple(shape[i] for i in axes)):
+        message += f"; {name} and x look swapped: x comes first"
+    return message
+
+
+def _axes_of(lengths: Shape, x_shape: Shape) -> Shape | None:
+    """The axes of x, in order, that have these lengths, as far back as possible; None if there are none."""
+    axes: Shape = ()
+    before = len(x_shape)
+    for length in reversed(lengths):
+        before = next((i for i in reversed(range(before)) if x_shape[i] == length), -1)
+        if before < 0:
+            return None
+        axes = (before, *axes)
+    return axes
+
+
+def dy_shape(shape: Shape, x_shape: Shape) -> str:
+    """The message for a dy that has another shape than x."""
+    message = f"dy has shape {shape}, expected x.shape {x_shape}"
+    if len(shape) != len(x_shape):  # one of the two is probably the weight
+        message += "; the arguments are dy, x, weight, bias, in this order"
+    return message
+
+
+def not_an_array(name: str, value: Any, error: Exception) -> TypeError | ValueError:
+    """The error for a value that NumPy cannot make an array of, with the conversion of a PyTorch tensor."""
+    kind = type(value).__name__
+    requires_grad = getattr(value, "requires_grad", False)
+    plain = f"{name}.detach()" if requires_grad else name
+    if str(getattr(value, "dtype", None)) == "torch.bfloat16":
+        return TypeError(
+            f"{name} is a {kind} of torch.bfloat16, expected an array: pass {plain}.float().numpy(), "
+            f"or {plain}.view(torch.int16).numpy().view(ml_dtypes.bfloat16) to stay in bfloat16"
+        )
+    if requires_grad:
+        return TypeError(f"{name} is a {kind} that requires grad, expected an array: pass {plain}.numpy()")
+    return (ValueError if isinstance(error, ValueError) else TypeError)(f"{name} is not an array: {error}")

@@ -1,0 +1,38 @@
+"""Which arrays share memory, by themselves or with others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array: TypeAlias = npt.NDArray[Any]
+
+
+def folds(a: Array) -> bool:
+    """Whether an axis steps by less than what the axes inside it span: what every view of distinct elements avoids."""
+    span = a.itemsize
+    for step, length in sorted((abs(step), length) for step, length in zip(a.strides, a.shape, strict=True)):
+        if length > 1:
+            if step < span:
+                return a.size > 0
+            span += step * (length - 1)
+    return False
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    """Whether two C-contiguous arrays are the same elements."""
+    return (a.shape, a.dtype, a.__array_interface__["data"]) == (b.shape, b.dtype, b.__array_interface__["data"])
+
+
+def may_write(out: Array, x: Array, dy: Array | None, weight: Array | None, bias: Array | None) -> bool:
+    """Whether an engine may write straight to out: it shares no memory, or is exactly x or dy."""
+    for a in (x, dy):
+        if a is not None and a is not out and np.may_share_memory(out, a) and not _same_memory(out, a):
+            return False
+    return (weight is None or not np.may_share_memory(out, weight)) and (
+        bias is None or not np.may_share_memory(out, bias)
+    )
