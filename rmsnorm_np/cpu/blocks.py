@@ -138,12 +138,12 @@ def forward_block(
         elif short:
             write_short_output(
                 x, weight, bias, y, start, n, h * n - start, bias_h * n - start, offset,
-                kept_mean(means, j, centred), kept(rstds, j, x), streaming, rows * n, work,
+                kept_mean(means, j, x, centred), kept(rstds, j, x), streaming, rows * n, work,
             )  # fmt: skip
         else:
             write_output(
                 x, weight, bias, y, start, start + n, h * n - start, bias_h * n - start, offset,
-                kept_mean(means, j, centred), kept(rstds, j, x), streaming, rows * n, work,
+                kept_mean(means, j, x, centred), kept(rstds, j, x), streaming, rows * n, work,
             )  # fmt: skip
         h = h + 1 if h + 1 < m else 0  # the next row's row of weight and of bias: a division costs as much as
         bias_h = bias_h + 1 if bias_h + 1 < bias_m else 0  # 16 elements
@@ -167,7 +167,7 @@ def backward_block(
         start = base + j * step
         keep_mean(x, start, n, means, j, centred)
         keep_moments(
-            dy, x, weight, start, n, k, shift - start, offset, kept_mean(means, j, centred), ahead, rstds, bs, cs, j
+            dy, x, weight, start, n, k, shift - start, offset, kept_mean(means, j, x, centred), ahead, rstds, bs, cs, j
         )
     skipped = 0
     for j in range(rows):  # a loop of its own, as in forward
@@ -176,7 +176,7 @@ def backward_block(
         sums, products = kept(bs, j, x), kept(cs, j, x)
         if not (ordinary and is_ordinary_gradient(sums, products, dy, x, start, n, centred, bound)):
             skipped |= 1 << j
-        keep_gradient_numbers(x, k, eps, rstds, bs, cs, j)
+        keep_gradient_numbers(x, k, eps, rstds, bs, cs, j, centred)
     short = n <= SHORT_ROW and n % LANES == 0 and k == n
     for j in range(rows):
         if skipped >> j & 1:

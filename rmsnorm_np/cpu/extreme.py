@@ -136,9 +136,9 @@ def _backward_rows(
             scale_row(row, scale, n)
             scale_row(gradient, dy_scale, n)
         keep_mean(row, 0, n, means, 0, centred)
-        mean = kept_mean(means, 0, centred)
+        mean = kept_mean(means, 0, row, centred)
         keep_moments(gradient, row, weight, 0, n, k, shift, offset, mean, 0, rstds, bs, cs, 0)
-        keep_gradient_numbers(row, k, eps * scale * scale, rstds, bs, cs, 0)
+        keep_gradient_numbers(row, k, eps * scale * scale, rstds, bs, cs, 0, centred)
         # xhat does not depend on the scale of x: the shares of dweight and dbias come from dy as it is
         add_weight_share(dy, start, row, weight_partial, t * n, n, mean, kept(rstds, 0, row))
         if all_of_it:

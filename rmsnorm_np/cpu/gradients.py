@@ -141,18 +141,24 @@ def keep_moments(
         square_total = square_total + square
         sum_total = sum_total + g_sum
         product_total = product_total + product
-    keep(squares, j, squares_minus_mean(square_total, mean, n, x))
+    keep(squares, j, squares_minus_mean(square_total, mean, n))
     keep(sums, j, sum_total)
     keep(products, j, product_total)
 
 
+@optional("centred", lambda rstd, n, centred: rstd)
+def unless_alone(rstd: Any, n: int, centred: Any) -> Any:
+    """Zero for LayerNorm of one element: dx and dweight are zero, of which roundings would leave some 1e-17."""
+    return rstd * 0.0 if n == 1 else rstd
+
+
 @inlined
-def keep_gradient_numbers(x: Any, k: int, eps: float, rstds: Any, bs: Any, cs: Any, j: int) -> None:
+def keep_gradient_numbers(x: Any, k: int, eps: float, rstds: Any, bs: Any, cs: Any, j: int, centred: Any) -> None:
     """From what `keep_moments` put in place j, what a row's gradient needs.
 
     These are rstd, b = rstd · mean(g) and c = rstd² · mean(g · xhat).
     """
-    rstd = reciprocal_root(kept(rstds, j, x), k, eps)
+    rstd = unless_alone(reciprocal_root(kept(rstds, j, x), k, eps), k, centred)
     keep(rstds, j, rstd)
     keep(bs, j, kept(bs, j, x) / k * rstd)
     keep(cs, j, kept(cs, j, x) * rstd / k * rstd * rstd)
@@ -233,7 +239,7 @@ def write_row_gradient(
 
     That is dx, the shares of dweight and dbias, and a prefetch of what lies `ahead` of x.
     """
-    mean, b = kept_mean(means, j, centred), kept_if_centred(bs, j, x, centred)
+    mean, b = kept_mean(means, j, x, centred), kept_if_centred(bs, j, x, centred)
     rstd, c = kept(rstds, j, x), kept(cs, j, x)
     begin, end, border = start + first, start + last, start + k
     head = min(begin + until_aligned(dx, begin, LANES), end) if streaming else begin
@@ -265,7 +271,7 @@ def write_short_gradient(
     offset: Any, means: Any, rstds: Any, bs: Any, cs: Any, j: int, streaming: int, ahead: int, centred: Any,
 ) -> None:  # fmt: skip
     """`write_row_gradient` of a row that has neither head nor tail, all of it in the RMS."""
-    mean, b = kept_mean(means, j, centred), kept_if_centred(bs, j, x, centred)
+    mean, b = kept_mean(means, j, x, centred), kept_if_centred(bs, j, x, centred)
     rstd, c = kept(rstds, j, x), kept(cs, j, x)
     for i in range(start, start + n, LANES):
         lanes = gradient_lanes(

@@ -101,7 +101,7 @@ def _add_segments(x: Any, n: int, segments: int, sums: Any, means: Any) -> None:
 @piece
 def _piece_squares(p: int, x: Any, start: int, n: int, k: int, means: Any, sums: Any, centred: Any) -> None:
     work = forward_precision(centred)
-    mean = kept_mean(data(means), 0, centred)
+    mean = kept_mean(data(means), 0, x, centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, k), SEGMENT):
         stop = min(first + SEGMENT, k)
         keep(data(sums), first // SEGMENT, segment_squares(x, start + first, start + stop, mean, work, 0))
@@ -115,7 +115,7 @@ def _add_squares(
     total = kept(sums, 0, x)
     for s in range(1, (k + SEGMENT - 1) // SEGMENT):
         total = total + kept(sums, s, x)
-    total = squares_minus_mean(total, kept_mean(means, 0, centred), k, x)
+    total = squares_minus_mean(total, kept_mean(means, 0, x, centred), k)
     keep(sums, 0, reciprocal_root(total, k, eps))
     return (
         is_ordinary(total, k, eps, bound)
@@ -132,7 +132,7 @@ def _piece_output(
     p = pieces - 1 - turn  # from the back: what was read last is still in the cache
     first, last = start + p * PIECE, start + min(p * PIECE + PIECE, n)
     write_output(
-        x, weight, bias, y, first, last, shift, bias_shift, offset, kept_mean(data(means), 0, centred),
+        x, weight, bias, y, first, last, shift, bias_shift, offset, kept_mean(data(means), 0, x, centred),
         kept(data(rstds), 0, x), streaming, AHEAD, forward_precision(centred),
     )  # fmt: skip
 
@@ -152,7 +152,9 @@ def _long_backward(
     segments = (n + SEGMENT - 1) // SEGMENT
     pieces = (n + PIECE - 1) // PIECE
     sums = np.empty((4, segments, 2))
-    numbers = np.empty((4, m, rows // m, 2))  # mean, rstd, b, c; together for the rows that share a row of dweight
+    numbers = np.empty(
+        (4, m, rows // m, 4)
+    )  # mean (of two parts), rstd, b, c; together for the rows that share a row of dweight
     ordinary = True
     before = standard_mode()
     for r in range(rows):
@@ -188,7 +190,7 @@ def _piece_gradient_sums(
     p: int, dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, sums: Any, centred: Any
 ) -> None:
     """Into sums[0] the squares of each segment, into sums[1] the sums of g, into sums[2] those of g · x."""
-    mean = kept_mean(data(sums[3]), 0, centred)
+    mean = kept_mean(data(sums[3]), 0, x, centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, n), SEGMENT):
         s, stop = first // SEGMENT, min(first + SEGMENT, n)
         square, g_sum, product = segment_moments(
@@ -205,19 +207,20 @@ def _add_gradient_sums(
     products: Any, j: int, means: Any, rstds: Any, bs: Any, cs: Any, centred: Any, bound: Any,
 ) -> Any:  # fmt: skip
     """mean, rstd, b and c of a row, in place j; returns whether all sums were ordinary."""
-    row_mean = kept_mean(mean, 0, centred)
+    row_mean = kept_mean(mean, 0, x, centred)
     square, g_sum, product = kept(squares, 0, x), kept(sums, 0, x), kept(products, 0, x)
     for s in range(1, segments):
         square = square + kept(squares, s, x)
         g_sum = g_sum + kept(sums, s, x)
         product = product + kept(products, s, x)
     if centred is not None:
-        means[2 * j], means[2 * j + 1] = row_mean
-    square = squares_minus_mean(square, row_mean, n, x)
+        keep(means, 2 * j, kept(mean, 0, x))
+        keep(means, 2 * j + 1, kept(mean, 1, x))
+    square = squares_minus_mean(square, row_mean, n)
     keep(rstds, j, square)
     keep(bs, j, g_sum)
     keep(cs, j, product)
-    keep_gradient_numbers(x, k, eps, rstds, bs, cs, j)
+    keep_gradient_numbers(x, k, eps, rstds, bs, cs, j, centred)
     return (
         is_ordinary(square, k, eps, bound)
         and is_ordinary_deviation(square, x, start, n, centred, bound)

@@ -245,7 +245,7 @@ def _type_scratch(context: Any) -> Any:
 @lower_builtin(simd.scratch)
 def _scratch(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     with builder.goto_entry_block():  # not cgutils.alloca_once, which would fill it with zeros at each call
-        room = builder.alloca(ir.ArrayType(DOUBLE, 2 * BLOCK))
+        room = builder.alloca(ir.ArrayType(DOUBLE, 4 * BLOCK))
     return builder.bitcast(room, DOUBLE.as_pointer())
 
 

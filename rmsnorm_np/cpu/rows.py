@@ -43,7 +43,7 @@ def forward_precision(centred: Any) -> Any:
     return float64
 
 
-# LayerNorm's mean is two numbers: what the dtype of x can hold, and the rest. A mean rounded to float64 makes elements
+# LayerNorm's mean is a number that the dtype of x can hold, and the rest. One float64 for both would make elements
 # next to it wrong: by 2.4 ULP in float32 where x is 1e6 ± 1, by thousands in float64. But x - mean[0] is exact there,
 # and x - mean[0] - mean[1] is right. Squares are taken of x - mean[0], and their sum is corrected once a row: no x is
 # nearer to the mean than half of mean[1], so that cancels no more than half of it.
@@ -75,15 +75,16 @@ def like_sums(x: Any, number: float) -> Any:
 @inlined
 def keep_mean_of(total: Any, n: int, x: Any, means: Any, j: int) -> Any:
     """From the sum of x, both parts of the mean."""
-    mean = nearest(total / n, x)
-    means[2 * j] = mean
-    means[2 * j + 1] = rounded(total - like_sums(x, mean) * n) / n
+    mean = like_sums(x, nearest(total / n, x))
+    keep(means, 2 * j, mean)
+    rest = rounded(total - mean * n)  # its parts may cancel, and are exact
+    keep(means, 2 * j + 1, like_sums(x, rest) / n)
 
 
-@optional("mean", lambda total, mean, n, x: total)
-def squares_minus_mean(total: Any, mean: Any, n: int, x: Any) -> Any:
+@optional("mean", lambda total, mean, n: total)
+def squares_minus_mean(total: Any, mean: Any, n: int) -> Any:
     """The sum of (x - mean)² from that of (x - mean[0])²."""
-    return total - like_sums(x, mean[1]) * mean[1] * n
+    return total - mean[1] * mean[1] * n
 
 
 # ------------------------------------------------------------------------------------------------- sums over a row
@@ -172,12 +173,12 @@ def squares_of(x: Any, start: int, k: int, mean: Any, work: Any, ahead: int) -> 
     total = across(zeros(x, work))
     for first in range(start, start + k, SEGMENT):
         total = total + segment_squares(x, first, min(first + SEGMENT, start + k), mean, work, ahead)
-    return squares_minus_mean(total, mean, k, x)
+    return squares_minus_mean(total, mean, k)
 
 
-@optional("centred", lambda means, j, centred: None)
-def kept_mean(means: Any, j: int, centred: Any) -> Any:
-    return means[2 * j], means[2 * j + 1]
+@optional("centred", lambda means, j, x, centred: None)
+def kept_mean(means: Any, j: int, x: Any, centred: Any) -> Any:
+    return rounded(kept(means, 2 * j, x)), kept(means, 2 * j + 1, x)
 
 
 @optional("centred", lambda room, j, x, centred: None)
@@ -200,7 +201,7 @@ def keep_statistics(
 ) -> Any:
     """Put the mean (LayerNorm) and the sum of squares of the row at `start` in place j."""
     keep_mean(x, start, n, means, j, centred)
-    keep(totals, j, squares_of(x, start, k, kept_mean(means, j, centred), work, ahead))
+    keep(totals, j, squares_of(x, start, k, kept_mean(means, j, x, centred), work, ahead))
 
 
 # ------------------------------------------------------------------------------------------------ what a row gives

@@ -197,8 +197,8 @@ def rounded(number: Any) -> Any:
 
 
 def scratch() -> Any:
-    """Room on the stack for BLOCK numbers, for `keep` and `kept`; elsewhere: two float64 for each number."""
-    return np.empty(2 * BLOCK)
+    """Room on the stack for 2 * BLOCK numbers, for `keep` and `kept`; elsewhere: two float64 for each number."""
+    return np.empty(4 * BLOCK)
 
 
 def counters(count: int) -> Any:
