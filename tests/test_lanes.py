@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from tolerances import worst_ulp
 
+import rmsnorm_np as rn
 from rmsnorm_np import cpu
-from rmsnorm_np.cpu import extreme, jit, llvm, simd  # noqa: F401  (jit registers how simd compiles)
+from rmsnorm_np.cpu import extreme, jit, kernels, llvm, long_rows, simd  # noqa: F401  (jit registers how simd compiles)
 
 JIT_OFF = bool(numba.config.DISABLE_JIT)
 
@@ -128,15 +129,37 @@ def test_a_part_of_a_vector(stored, wide):
         assert np.array_equal(target[16:], np.where(np.arange(16) < count, source, source[0]))
 
 
-@pytest.mark.skipif(not JIT_OFF, reason="compiles for minutes; the kernels it asks for are those of the other tests")
-def test_warmup_calls_everything(monkeypatch):
-    for kernel in (extreme.forward, extreme.backward):
+KERNELS = {
+    "forward": kernels.forward, "backward": kernels.backward, "extreme forward": extreme.forward,
+    "extreme backward": extreme.backward, "long forward": long_rows.long_forward,
+    "long backward": long_rows.long_backward,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not JIT_OFF, reason="compiles for minutes; without the JIT a kernel's key tells the same")
+def test_no_later_call_compiles_what_warmup_has_not(monkeypatch):
+    """Half-precision backward from 128 rows on did, where the weight is converted beforehand, and so did long rows."""
+    monkeypatch.setattr(long_rows, "LONG_ROW", 99)
+    for kernel in KERNELS.values():
         monkeypatch.setattr(kernel, "compiled", {})
     steps = []
     cpu.warmup(report=steps.append)
     assert len(steps) == 4 * 3
-    # three sets of parameters: forward both norms of float64 and RMSNorm of each half, backward both norms of float64
-    assert (len(extreme.forward.compiled), len(extreme.backward.compiled)) == (3 * 4, 3 * 2)
+    keys = {name: set(kernel.compiled) for name, kernel in KERNELS.items()}
+    # of float64 both norms, and of half types RMSNorm forward, with each of three sets of parameters
+    assert len(keys["extreme forward"]) == 3 * 4
+    for kind in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
+        for shape in ((7, 3), (130, 5), (2, 101)):
+            x = np.ones(shape, kind)
+            x[-1], w = np.inf, np.ones(shape[1], kind)
+            for weight, bias in ((w, None), (None, None), (w, w)):
+                for p in (1.0, 0.5):
+                    rn.rms_norm(x, weight, bias, p=p)
+                    rn.rms_norm_backward(x, x, weight, bias, p=p)
+                rn.layer_norm(x, weight, bias)
+                rn.layer_norm_backward(x, x, weight, bias)
+    for name, kernel in KERNELS.items():
+        assert set(kernel.compiled) == keys[name]
 
 
 PROGRAM = """

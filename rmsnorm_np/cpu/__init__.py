@@ -162,9 +162,11 @@ def _stored(array: Any) -> Any:
 def warmup(
     dtypes: Sequence[str] = ("float32", "float64", "float16", "bfloat16"), report: Callable[[str], None] | None = None
 ) -> None:
-    """Compile the kernels of all four functions, so that no later call has to; where a cache folder is, for good.
+    """Compile the kernels of all four functions, so that no later call has to, and keep them if a folder is writable.
 
-    Weight and bias have the dtype of x, or are absent. Other combinations compile at their first call.
+    These are the kernels for rows of any length and number, where weight and bias have the dtype of x or are absent,
+    `dy` has it too, and `weight_offset` is 0. Other combinations compile at their first call, as do a weight and a
+    bias for different axes with rows longer than 65,536.
 
     Parameters
     ----------
@@ -180,16 +182,20 @@ def warmup(
             dtype = np.dtype(ml_dtypes.bfloat16)
         else:
             dtype = np.dtype(name)
-        ones = np.ones((1, 64), dtype)
-        x = np.concatenate([ones, np.full_like(ones, np.nan)])  # the second row is for the kernels of `extreme`
-        for weight, bias in ((ones, None), (None, None), (ones, ones)):
+        shapes = [(2, 64), (1, long_rows.LONG_ROW + 1)]
+        if dtype.itemsize == 2:
+            shapes.append((SCALED_ROWS, 64))
+        for parameters in (("weight",), (), ("weight", "bias")):
             if report is not None:
-                given = [parameter for parameter, array in (("weight", weight), ("bias", bias)) if array is not None]
-                report(f"{name}, {' and '.join(given) or 'x alone'}")
-            rms_forward(x, weight, bias, 64, 1e-6, 0.0, None)
-            layer_forward(x, weight, bias, 1e-6, 0.0, None)
-            rms_backward(x, x, weight, bias, 64, 1e-6, 0.0, None)
-            layer_backward(x, x, weight, bias, 1e-6, 0.0, None)
+                report(f"{name}, {' and '.join(parameters) or 'x alone'}")
+            for rows, n in shapes:
+                x = np.ones((rows, n), dtype)
+                x[-1] = np.nan  # for the kernels of `extreme`
+                weight, bias = (np.ones((1, n), dtype) if p in parameters else None for p in ("weight", "bias"))
+                rms_forward(x, weight, bias, n, 1e-6, 0.0, None)
+                layer_forward(x, weight, bias, 1e-6, 0.0, None)
+                rms_backward(x, x, weight, bias, n, 1e-6, 0.0, None)
+                layer_backward(x, x, weight, bias, 1e-6, 0.0, None)
 
 
 def describe() -> dict[str, Any]:

@@ -57,22 +57,22 @@ def _long_forward(
     rows, n = x.shape
     segments = (n + SEGMENT - 1) // SEGMENT
     pieces = (n + PIECE - 1) // PIECE
-    sums = np.empty((3, segments, 2))
+    sums, means = np.empty((2, segments, 2)), np.empty(4)
     some = False
     before = standard_mode()
     for r in range(rows):
         start = r * n
         if centred is not None:
             in_parallel(_piece_sums, pieces, threads, (data(x), start, n, sums[0], centred))
-            _add_segments(data(x), n, segments, data(sums[0]), data(sums[2]))
-        in_parallel(_piece_squares, pieces, threads, (data(x), start, n, k, sums[2], sums[1], centred))
-        ordinary = _add_squares(data(x), start, n, k, eps, data(sums[2]), data(sums[1]), centred, bound_for(skipped, x))
+            _add_segments(data(x), n, segments, data(sums[0]), data(means))
+        in_parallel(_piece_squares, pieces, threads, (data(x), start, n, k, means, sums[1], centred))
+        ordinary = _add_squares(data(x), start, n, k, eps, data(means), data(sums[1]), centred, bound_for(skipped, x))
         shift = r % m * n - start
         bias_shift = r % bias_m * n - start
         if ordinary:
             in_parallel(
                 _piece_output, pieces, threads,
-                (data(x), data(weight), data(bias), data(y), start, n, pieces, shift, bias_shift, offset, sums[2],
+                (data(x), data(weight), data(bias), data(y), start, n, pieces, shift, bias_shift, offset, means,
                  sums[1], streaming, centred),
             )  # fmt: skip
         elif skipped is not None:
@@ -151,7 +151,7 @@ def _long_backward(
     rows, n = x.shape
     segments = (n + SEGMENT - 1) // SEGMENT
     pieces = (n + PIECE - 1) // PIECE
-    sums = np.empty((4, segments, 2))
+    sums, means = np.empty((3, segments, 2)), np.empty(4)
     numbers = np.empty(
         (4, m, rows // m, 4)
     )  # mean (of two parts), rstd, b, c; together for the rows that share a row of dweight
@@ -162,13 +162,13 @@ def _long_backward(
         shift = r % weight_m * n - start
         if centred is not None:
             in_parallel(_piece_sums, pieces, threads, (data(x), start, n, sums[0], centred))
-            _add_segments(data(x), n, segments, data(sums[0]), data(sums[3]))
+            _add_segments(data(x), n, segments, data(sums[0]), data(means))
         in_parallel(
             _piece_gradient_sums, pieces, threads,
-            (data(dy), data(x), data(weight), start, n, k, shift, offset, sums, centred),
+            (data(dy), data(x), data(weight), start, n, k, shift, offset, means, sums, centred),
         )  # fmt: skip
         is_in_range = _add_gradient_sums(
-            data(dy), data(x), start, n, k, eps, segments, data(sums[3]), data(sums[0]), data(sums[1]), data(sums[2]),
+            data(dy), data(x), start, n, k, eps, segments, data(means), data(sums[0]), data(sums[1]), data(sums[2]),
             r // m, data(numbers[0, r % m]), data(numbers[1, r % m]), data(numbers[2, r % m]),
             data(numbers[3, r % m]), centred, gradient_bound_for(skipped),
         )  # fmt: skip
@@ -187,10 +187,11 @@ def _long_backward(
 
 @piece
 def _piece_gradient_sums(
-    p: int, dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, sums: Any, centred: Any
-) -> None:
+    p: int, dy: Any, x: Any, weight: Any, start: int, n: int, k: int, shift: int, offset: Any, means: Any,
+    sums: Any, centred: Any,
+) -> None:  # fmt: skip
     """Into sums[0] the squares of each segment, into sums[1] the sums of g, into sums[2] those of g · x."""
-    mean = kept_mean(data(sums[3]), 0, x, centred)
+    mean = kept_mean(data(means), 0, x, centred)
     for first in range(p * PIECE, min(p * PIECE + PIECE, n), SEGMENT):
         s, stop = first // SEGMENT, min(first + SEGMENT, n)
         square, g_sum, product = segment_moments(
