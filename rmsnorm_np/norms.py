@@ -260,7 +260,8 @@ def layer_norm(
         y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) · (weight_offset + weight) + bias
 
     Ba, Kiros and Hinton, "Layer Normalization", 2016 (arXiv:1607.06450), with the biased variance and eps inside the
-    root. The variance is that of the centred row, never mean(x²) - mean(x)². Accuracy as in `rms_norm`.
+    root. The variance is that of the centred row, never mean(x²) - mean(x)². Accuracy as in `rms_norm`, also of
+    elements next to the mean. A row of one number gives the bias.
 
     Examples
     --------
