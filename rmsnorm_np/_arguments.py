@@ -156,6 +156,12 @@ def native_dtype(name: str, dtype: np.dtype[Any], complex_too: bool = False) -> 
     raise TypeError(f"{name} has dtype {dtype}, expected float16, bfloat16, float32 or float64")
 
 
+def check_given(name: str, value: Any) -> None:
+    """Raise a TypeError for None."""
+    if value is None:
+        raise TypeError(f"{name} is None, expected an array")
+
+
 def as_array(name: str, value: Any) -> Array:
     """The value as a plain ndarray of any layout and dtype, on the host."""
     if type(value) is ndarray:
@@ -166,8 +172,7 @@ def as_array(name: str, value: Any) -> Array:
         if isinstance(value, np.matrix):
             raise TypeError(f"{name} is a numpy.matrix, expected an ndarray, such as {name}.A")
         return value.view(ndarray)
-    if value is None:
-        raise TypeError(f"{name} is None, expected an array")
+    check_given(name, value)
     try:
         if not hasattr(value, "__cuda_array_interface__"):
             return np.asarray(value)

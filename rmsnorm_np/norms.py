@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rmsnorm_np import _backends, reference
+from rmsnorm_np import _arguments, _backends, reference
 from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
 
 if TYPE_CHECKING:
@@ -202,6 +202,7 @@ def rms_norm_backward(
     >>> grads.dbias is None
     True
     """
+    _arguments.check_given("dy", dy)
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.rms_norm_backward(
@@ -334,6 +335,7 @@ def layer_norm_backward(
     >>> layer_norm_backward(np.array([[1.0, 0.0, 0.0]]), np.array([[1.0, 2.0, 3.0]]), eps=0.0).dx
     array([[ 0.20412415, -0.40824829,  0.20412415]])
     """
+    _arguments.check_given("dy", dy)
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.layer_norm_backward(

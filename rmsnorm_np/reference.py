@@ -117,6 +117,7 @@ def rms_norm_backward(
     array([[ 0.18101934, -0.1357645 ]])
     """
     _check_backend(backend)
+    _arguments.check_given("dy", dy)
     x, dy, w, b, k, eps, weight_offset, _, restore = _arguments.prepare(
         x, dy, weight, bias, eps, p, axis, weight_offset, out, complex_too=True
     )
@@ -198,6 +199,7 @@ def layer_norm_backward(
     array([[ 0.20412415, -0.40824829,  0.20412415]])
     """
     _check_backend(backend)
+    _arguments.check_given("dy", dy)
     x, dy, w, b, _, eps, weight_offset, _, restore = _arguments.prepare(
         x, dy, weight, bias, eps, 1.0, axis, weight_offset, out, complex_too=True
     )

@@ -432,3 +432,11 @@ def test_shape_checks_need_no_array():
     assert _arguments.parameter_lead("weight", (2, 4), (2, 3, 4), (0, 2)) == ()
     with pytest.raises(ValueError, match=r"^dy has shape"):
         _arguments.check_dy_shape((1,), (2,))
+
+
+@pytest.mark.parametrize("name", ["rms_norm_backward", "layer_norm_backward"])
+@pytest.mark.parametrize("module", [rn, rn.reference], ids=["public", "reference"])
+def test_a_missing_dy_is_named(name, module):
+    """A forward call has no dy either: the arguments of a backward one would pass for those."""
+    with pytest.raises(TypeError, match="dy is None, expected an array"):
+        getattr(module, name)(None, X, backend="reference")
