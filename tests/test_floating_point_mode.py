@@ -7,8 +7,12 @@ import platform
 import subprocess
 import sys
 
+import llvmlite.binding as llvm
 import numba
 import pytest
+from llvmlite import ir
+
+from rmsnorm_np.cpu import mode
 
 PROGRAM = """
 import numba
@@ -85,3 +89,25 @@ def test_the_mode_of_the_calling_thread_is_neither_seen_nor_changed():
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize(
+    ("triple", "instruction", "times"),
+    [("x86_64-unknown-linux-gnu", "ldmxcsr", 2), ("aarch64-unknown-linux-gnu", "msr\tFPCR", 2), ("riscv64", "csr", 0)],
+)
+def test_code_for_other_processors(triple, instruction, times):
+    """ARM has the mode in another register; a processor whose register is not known is left alone."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    module = ir.Module("mode")
+    module.triple = triple
+    function = ir.Function(module, ir.FunctionType(ir.DoubleType(), [ir.DoubleType()] * 2), "add")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    before = mode.set_standard(builder)
+    total = builder.fadd(*function.args)
+    mode.restore(builder, before)
+    builder.ret(total)
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    machine = llvm.Target.from_triple(triple).create_target_machine()
+    assert machine.emit_assembly(parsed).count(instruction) == times

@@ -15,9 +15,9 @@ from numba.core.extending import lower_builtin, type_callable
 
 from rmsnorm_np.cpu.llvm import I32, I64, intrinsic
 
-# Bits that are zero in the standard mode: x86's MXCSR has flush-to-zero, denormals-are-zero and two of the rounding
-# direction; ARM's FPCR has FZ, FZ16, RMode, AH and FIZ.
-_X86, _ARM = 0x8000 | 0x0040 | 0x6000, 1 << 24 | 1 << 19 | 3 << 22 | 3
+# Bits of the control register that are zero in the standard mode. x86's MXCSR: flush-to-zero, denormals-are-zero and
+# two of the rounding direction. ARM's FPCR: FZ, FZ16, RMode, AH and FIZ.
+_NONSTANDARD = {I32: 0x8000 | 0x0040 | 0x6000, I64: 1 << 24 | 1 << 19 | 3 << 22 | 3}
 
 
 def standard_mode() -> int:
@@ -30,37 +30,44 @@ def restore_mode(mode: int) -> None:
 
 
 def set_standard(builder: Any) -> Any:
-    """LLVM code of `standard_mode`. Where all is standard, as ever so often, it costs some nanoseconds."""
-    mode = _read(builder)
-    if mode is None:
+    """LLVM code of `standard_mode`. Where the mode is standard already, it costs some nanoseconds."""
+    register = _register_type(builder)
+    if register is None:
         return ir.Constant(I64, 0)
-    bits = ir.Constant(mode.type, _X86 if mode.type == I32 else _ARM)
-    with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, builder.and_(mode, bits))):
-        _write(builder, builder.and_(mode, builder.not_(bits)))
-    return builder.zext(mode, I64) if mode.type == I32 else mode
+    mode = _read(builder, register)
+    with cgutils.if_unlikely(builder, _is_nonstandard(builder, mode)):
+        _write(builder, builder.and_(mode, ir.Constant(register, ~_NONSTANDARD[register])))
+    return builder.zext(mode, I64) if register == I32 else mode
 
 
 def restore(builder: Any, mode: Any) -> None:
     """LLVM code of `restore_mode`."""
-    now = _read(builder)
-    if now is None:
+    register = _register_type(builder)
+    if register is None:
         return
-    mode = builder.trunc(mode, now.type) if now.type == I32 else mode
-    bits = ir.Constant(now.type, _X86 if now.type == I32 else _ARM)
-    with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, builder.and_(mode, bits))):
+    mode = builder.trunc(mode, I32) if register == I32 else mode
+    with cgutils.if_unlikely(builder, _is_nonstandard(builder, mode)):
         _write(builder, mode)
 
 
-def _read(builder: Any) -> Any:
-    """The control register, None for a processor that this file does not know."""
+def _register_type(builder: Any) -> Any:
+    """The type of the control register, None for a processor that this file does not know."""
     triple = builder.module.triple
     if triple.startswith("x86_64"):
-        room = cgutils.alloca_once(builder, I32)
-        intrinsic(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), [builder.bitcast(room, cgutils.voidptr_t)])
-        return builder.load(room)
-    if triple.startswith(("aarch64", "arm64")):
+        return I32
+    return I64 if triple.startswith(("aarch64", "arm64")) else None
+
+
+def _is_nonstandard(builder: Any, mode: Any) -> Any:
+    return cgutils.is_not_null(builder, builder.and_(mode, ir.Constant(mode.type, _NONSTANDARD[mode.type])))
+
+
+def _read(builder: Any, register: Any) -> Any:
+    if register == I64:
         return intrinsic(builder, "llvm.aarch64.get.fpcr", I64, [])
-    return None
+    room = cgutils.alloca_once(builder, I32)
+    intrinsic(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), [builder.bitcast(room, cgutils.voidptr_t)])
+    return builder.load(room)
 
 
 def _write(builder: Any, mode: Any) -> None:
