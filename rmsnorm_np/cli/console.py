@@ -16,6 +16,17 @@ from rich.table import Table
 from rmsnorm_np.cli.timing import Ratio
 
 
+class _Stdout(Console):
+    def on_broken_pipe(self) -> None:
+        """Pass the error on: rich would exit with 1, which stands for a failed check here."""
+        raise
+
+
+def stdout() -> Console:
+    """What the tables are printed on."""
+    return _Stdout(highlight=False)
+
+
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr; the function it gives is called with what comes next. Silent where stderr is no terminal."""
@@ -46,11 +57,18 @@ def table(*columns: str, left: int = 1) -> Table:
     return drawn
 
 
-def show(out: Console, title: str, note: str, drawn: Table) -> None:
+def show(out: Console, title: str, drawn: Table, note: str | None = None) -> None:
     """Print a table under its title, and below it what the reader should know."""
     out.print(title, style="bold")
     out.print(drawn)
-    out.print(note, style="dim")
+    if note is not None:
+        out.print(note, style="dim")
+    out.print()
+
+
+def legend(out: Console, text: str) -> None:
+    """Print what the reader should know about all the tables above."""
+    out.print(text, style="dim")
     out.print()
 
 
@@ -75,7 +93,20 @@ def seconds(value: float) -> str:
 
 def ratio(value: Ratio) -> str:
     """A ratio with its spread over the rounds."""
-    return f"{_three_digits(value.median)} × ({_three_digits(value.low)}–{_three_digits(value.high)})"
+    return f"{times(value.median)} ({_three_digits(value.low)}–{_three_digits(value.high)})"
+
+
+def times(value: float) -> str:
+    """A factor."""
+    return f"{_three_digits(value)}×"
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes with the unit that fits."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.4g} {unit}"
+    return f"{nbytes} bytes"
 
 
 def _three_digits(value: float) -> str:
