@@ -140,7 +140,7 @@ def render(out: Console, cases: Sequence[Case], backend: str, chosen: Sequence[s
                     "×".join(map(str, case.shape)) if index == 0 else "",
                     entry.contender,
                     console.seconds(entry.median),
-                    f"{entry.bandwidth / 1e9:.1f}",
+                    console.three_digits(entry.bandwidth / 1e9),
                     "" if entry.contender == OURS else console.ratio(entry.against_ours),
                     "" if entry.ulp is None else f"{entry.ulp:.2f}",
                     end_section=index == len(case.entries) - 1,

@@ -87,18 +87,18 @@ def seconds(value: float) -> str:
     """A duration with three digits and the unit that fits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if value >= scale:
-            return f"{_three_digits(value / scale)} {unit}"
-    return f"{_three_digits(value / 1e-6)} µs"
+            return f"{three_digits(value / scale)} {unit}"
+    return f"{three_digits(value / 1e-6)} µs"
 
 
 def ratio(value: Ratio) -> str:
     """A ratio with its spread over the rounds."""
-    return f"{times(value.median)} ({_three_digits(value.low)}–{_three_digits(value.high)})"
+    return f"{times(value.median)} ({three_digits(value.low)}–{three_digits(value.high)})"
 
 
 def times(value: float) -> str:
     """A factor."""
-    return f"{_three_digits(value)}×"
+    return f"{three_digits(value)}×"
 
 
 def size(nbytes: int) -> str:
@@ -109,5 +109,6 @@ def size(nbytes: int) -> str:
     return f"{nbytes} bytes"
 
 
-def _three_digits(value: float) -> str:
+def three_digits(value: float) -> str:
+    """A positive number of a table."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

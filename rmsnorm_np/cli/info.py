@@ -92,7 +92,7 @@ def _shown(name: str, value: Any) -> str:
     if name == "recycled_memory_limit":
         return console.size(value)
     if name == "cache" and value is None:
-        return "no folder can be written: kernels are compiled in each process"
+        return "not kept, as no folder can be written"
     return str(value)
 
 

@@ -231,7 +231,7 @@ def _render_times(out: Console, times: Sequence[NormTime]) -> None:
             drawn.add_row(
                 time.norm,
                 console.seconds(time.cpu),
-                f"{time.bandwidth / 1e9:.1f}",
+                console.three_digits(time.bandwidth / 1e9),
                 console.seconds(time.numpy),
                 console.ratio(time.over_numpy),
                 f"{console.seconds(time.reference)} ({console.times(time.over_reference.median)})",

@@ -55,14 +55,15 @@ def interleave(
 
     A turn is ``warm_seconds`` of calls that are not timed (they bring the contender's own data and threads back, while
     the last one's threads, which go on waiting for work, fall asleep), then as many as fill ``turn_seconds``, timed
-    together. A call that takes 25 times ``warm_seconds`` is a turn by itself. No round starts when the budget is spent,
-    but ``min_rounds`` always run. Before the first, each is called once, to compile or load whatever it needs; not
-    where all were ``called_before``. ``measure`` takes a call and how often to make it, and gives seconds per call.
+    together. A call that fills ``turn_seconds`` and 25 times ``warm_seconds`` is a turn by itself. No round starts when
+    the budget is spent, but ``min_rounds`` always run. Before the first round each contender is called once, to compile
+    or load whatever it needs; not where all were ``called_before``. ``measure`` takes a call and how often to make it,
+    and gives seconds per call.
     """
     if not called_before:
         for call in contenders.values():
             call()
-    long = 25 * warm_seconds
+    long = max(25 * warm_seconds, turn_seconds)
     estimates: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + budget_seconds
