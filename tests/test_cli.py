@@ -396,7 +396,7 @@ def test_bench_leaves_the_picture_alone_until_it_has_measured(tmp_path):
 def run(code, **options):
     """A process of the command line, in which `code` has set the stage."""
     program = f"import sys\nfrom rmsnorm_np import cli\n{code}\nsys.exit(cli.main())"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}
     command = [sys.executable, "-W", "error", "-c", program]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
@@ -570,8 +570,9 @@ def test_info_prints_json(capsys):
             "not available: the NVIDIA driver finds no CUDA device",
         ),
         ("CUDA is\ndisabled", "not available: the NVIDIA driver does not start: CUDA is disabled"),
+        (RuntimeError("no cuInit"), "not available: the NVIDIA driver does not start: no cuInit"),
     ],
-    ids=["a GPU", "no driver", "no device", "a driver that fails"],
+    ids=["a GPU", "no driver", "no device", "a driver that fails", "a driver without a function"],
 )
 def test_info_says_what_cuda_lacks(monkeypatch, error, reason):
     fake_cuda(monkeypatch, error is None, error)
@@ -593,7 +594,13 @@ def test_info_says_that_the_package_of_cuda_is_not_installed(monkeypatch):
 
 def fake_cuda(monkeypatch, available, error):
     """numba-cuda on a machine where the driver says this."""
-    fake = types.SimpleNamespace(is_available=lambda: available, cuda_error=lambda: error)
+
+    def cuda_error():
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+    fake = types.SimpleNamespace(is_available=lambda: available, cuda_error=cuda_error)
     monkeypatch.setattr(_backends, "select", lambda x, backend: None)
     monkeypatch.setattr(numba, "cuda", fake, raising=False)
     monkeypatch.setitem(sys.modules, "numba.cuda", fake)

@@ -19,16 +19,19 @@ def missing() -> str | None:
         return str(error)
     from numba import cuda
 
-    if cuda.is_available():
-        return None
-    error_text = cuda.cuda_error()  # None where the driver works
-    if error_text is None:
+    try:
+        if cuda.is_available():
+            return None
+        reason = cuda.cuda_error()  # None where the driver works
+    except RuntimeError as error:  # a driver that lacks a function
+        reason = str(error)
+    if reason is None:
         return 'the CUDA toolkit was not found: pip install "rmsnorm_np[cuda13]", or [cuda12] for a CUDA 12 driver'
-    if "NO_DEVICE" in error_text:
+    if "NO_DEVICE" in reason:
         return "the NVIDIA driver finds no CUDA device"
-    if "cannot be found" in error_text:
+    if "cannot be found" in reason:
         return "no NVIDIA driver was found"
-    return f"the NVIDIA driver does not start: {' '.join(error_text.split())}"
+    return f"the NVIDIA driver does not start: {' '.join(reason.split())}"
 
 
 def require() -> None:
