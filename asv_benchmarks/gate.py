@@ -191,9 +191,9 @@ def _git(*arguments: str, **environment: str) -> str:
 def tell(verdict: Verdict, factor: float) -> None:
     """Print the ratio of each benchmark, then the verdict, the most important last."""
     if verdict.compared:
-        print("HEAD over BASE (99 % confidence interval)")
+        print("HEAD over BASE, ratio of the medians:")
     for c in verdict.compared:
-        print(f"{c.ratio:6.2f} {_interval(c):14} {c.benchmark}")
+        print(f"{c.ratio:6.2f}  {c.benchmark}")
     for c in verdict.not_confirmed:
         print(f"not confirmed: {c.benchmark}, {c.ratio:.2f} times as long at first")
     for name in verdict.failed:
@@ -208,10 +208,6 @@ def tell(verdict: Verdict, factor: float) -> None:
     }[verdict.code]
     count = len(verdict.compared)
     print(f"{count} benchmark{'' if count == 1 else 's'} compared: {outcome}")
-
-
-def _interval(c: Comparison) -> str:
-    return "" if math.isnan(c.low) else f"({c.low:.2f} to {c.high:.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
