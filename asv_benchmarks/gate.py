@@ -1,7 +1,7 @@
 """Is HEAD slower than BASE on this machine? ``python asv_benchmarks/gate.py BASE [HEAD]``
 
-Exit code 0: the same or faster. 1: slower; which benchmark, by how much and how sure is printed. 2: something did not
-run: a commit that does not exist or build, a benchmark that fails.
+Prints the ratio of each benchmark. Exit code 0: the same or faster. 1: slower; which benchmark, by how much and how
+sure is printed. 2: something did not run: a commit that does not exist or build, a benchmark that fails.
 
 ``asv continuous`` measures, in rounds that alternate between the two commits, each built from source in asv's own
 environment. A benchmark is under suspicion if asv's test says that the samples differ (Mann-Whitney, p < 0.002) and
@@ -73,10 +73,10 @@ class Verdict:
     """What is to be told, and the exit code."""
 
     code: int
-    slower: tuple[Comparison, ...] = ()
+    slower: tuple[Comparison, ...] = ()  # as measured again
     failed: tuple[str, ...] = ()
-    compared: int = 0
-    acquitted: tuple[Comparison, ...] = ()  # under suspicion at first, not when measured again
+    compared: tuple[Comparison, ...] = ()  # all that neither failed nor were skipped, as measured first
+    not_confirmed: tuple[Comparison, ...] = ()  # slower at first, not when measured again
 
 
 def judge(first: Sequence[Comparison], again: Sequence[Comparison], factor: float) -> Verdict:
@@ -84,7 +84,7 @@ def judge(first: Sequence[Comparison], again: Sequence[Comparison], factor: floa
     failed = [c.benchmark for c in (*first, *again) if c.failed]
     compared = [c for c in first if not (c.failed or c.skipped)]
     second = {c.benchmark: c for c in again if not (c.failed or c.skipped)}
-    slower, acquitted = [], []
+    slower, not_confirmed = [], []
     for suspect in compared:
         if not suspect.is_slower(factor, SURE[0]):
             continue
@@ -93,9 +93,9 @@ def judge(first: Sequence[Comparison], again: Sequence[Comparison], factor: floa
         elif second[suspect.benchmark].is_slower(factor, SURE[1]):
             slower.append(second[suspect.benchmark])
         else:
-            acquitted.append(suspect)
+            not_confirmed.append(suspect)
     code = FAILED if failed or not compared else SLOWER if slower else SAME
-    return Verdict(code, tuple(slower), tuple(dict.fromkeys(failed)), len(compared), tuple(acquitted))
+    return Verdict(code, tuple(slower), tuple(dict.fromkeys(failed)), tuple(compared), tuple(not_confirmed))
 
 
 def measure(base: str, head: str, benchmarks: str, rounds: int, name: str) -> list[Comparison]:
@@ -189,16 +189,25 @@ def _git(*arguments: str, **environment: str) -> str:
 
 
 def tell(verdict: Verdict, factor: float) -> None:
-    """Print the verdict, the most important last."""
-    for c in verdict.acquitted:
+    """Print the ratio of each benchmark, then the verdict, the most important last."""
+    if verdict.compared:
+        print("HEAD over BASE, ratio of the medians:")
+    for c in verdict.compared:
+        print(f"{c.ratio:6.2f}  {c.benchmark}")
+    for c in verdict.not_confirmed:
         print(f"not confirmed: {c.benchmark}, {c.ratio:.2f} times as long at first")
     for name in verdict.failed:
         print(f"FAILED: {name}")
     for c in verdict.slower:
         sure = "" if math.isnan(c.low) else f" (99 % confidence: {c.low:.2f} to {c.high:.2f}; p = {c.p:.1g})"
         print(f"SLOWER: {c.benchmark}, {c.ratio:.2f} times as long{sure}")
-    outcome = {SAME: f"none is slower by a factor of {factor}", SLOWER: "slower", FAILED: "failed to run"}[verdict.code]
-    print(f"{verdict.compared} benchmarks compared: {outcome}")
+    outcome = {
+        SAME: f"none is slower by a factor of {factor}",
+        SLOWER: f"{len(verdict.slower)} slower",
+        FAILED: "failed to run",
+    }[verdict.code]
+    count = len(verdict.compared)
+    print(f"{count} benchmark{'' if count == 1 else 's'} compared: {outcome}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

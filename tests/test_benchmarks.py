@@ -38,8 +38,9 @@ def judged(first, again=()):
 
 
 def test_equal_times_are_the_same():
-    verdict = judged([timed(), timed("backward", 0.7)])
-    assert (verdict.code, verdict.slower, verdict.failed, verdict.compared) == (0, (), (), 2)
+    both = timed(), timed("backward", 0.7)
+    verdict = judged(both)
+    assert (verdict.code, verdict.slower, verdict.failed, verdict.compared) == (0, (), (), both)
 
 
 def test_slower_in_both_measurements_is_slower_by_what_the_second_found():
@@ -57,7 +58,7 @@ def test_slower_in_both_measurements_is_slower_by_what_the_second_found():
 def test_one_measurement_does_not_convict(again):
     first = timed(ratio=1.3)
     verdict = judged([first], [again])
-    assert (verdict.code, verdict.slower, verdict.acquitted) == (0, (), (first,))
+    assert (verdict.code, verdict.slower, verdict.not_confirmed) == (0, (), (first,))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_one_measurement_does_not_convict(again):
 def test_suspicion_needs_factor_significance_and_the_quick_samples(first):
     assert not first.is_slower(1.1, gate.SURE[0])
     verdict = judged([first], [timed(ratio=1.3)])
-    assert (verdict.code, verdict.acquitted) == (0, ())
+    assert (verdict.code, verdict.not_confirmed) == (0, ())
 
 
 @pytest.mark.parametrize(("base", "head"), [(1.0, None), (None, 1.0), (None, None)])
@@ -87,7 +88,7 @@ def test_nothing_measured_is_failed():
 def test_skipped_is_neither_failed_nor_compared(base, head):
     skipped = gate.Comparison("cuda", base, head)
     verdict = judged([skipped, timed()])
-    assert (verdict.code, verdict.compared) == (0, 1)
+    assert (verdict.code, verdict.compared) == (0, (timed(),))
     assert judged([skipped]).code == 2  # when there is nothing else, nothing was measured
 
 
@@ -115,6 +116,19 @@ def test_the_verdict_names_benchmark_ratio_and_confidence(capsys):
     out = capsys.readouterr().out
     assert "SLOWER: forward, 1.25 times as long (99 % confidence: 1.12 to 1.38; p = 1e-05)" in out
     assert "not confirmed: backward, 1.20 times as long at first" in out
+    assert out.endswith("2 benchmarks compared: 1 slower\n")
+
+
+def test_ratios_are_printed_when_nothing_is_slower(capsys):
+    gate.tell(
+        judged([timed("forward", 1.04), gate.Comparison("ulp", 0.5, 0.45), gate.Comparison("cuda", 1, math.nan)]), 1.1
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "HEAD over BASE, ratio of the medians:",
+        "  1.04  forward",
+        "  0.90  ulp",
+        "2 benchmarks compared: none is slower by a factor of 1.1",
+    ]
 
 
 def test_rounds_are_taken_apart_in_order():

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
+import os
+import pkgutil
+import subprocess
+import sys
+import types
 from dataclasses import replace
+from importlib import import_module
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 from rich.console import Console
 
 import rmsnorm_np as rn
 from rmsnorm_np import _backends, cli
-from rmsnorm_np.cli import ahead, bench, checks, info, inputs, peers, plot, report, timing
-from rmsnorm_np.cpu import limit
+from rmsnorm_np.cli import (
+    ahead,
+    bench,
+    cases,
+    checks,
+    console,
+    device,
+    info,
+    inputs,
+    limit,
+    peers,
+    plain,
+    plot,
+    report,
+    timing,
+)
+from rmsnorm_np.cpu import cache, jit
 
 
 def ignore(description):
@@ -113,6 +136,23 @@ def test_naive_float16_loses_the_massive_activations():
     assert checks.check_naive(last, np.dtype(np.float32)).lost_rows == 0
 
 
+@pytest.mark.parametrize("norm", inputs.NORMS, ids=lambda norm: norm.label)
+def test_plain_numpy_computes_the_same_norms(norm, rng):
+    """A contender that computes something else, or in another dtype, would make the comparison a lie."""
+    x, dy = rng.standard_normal((2, 5, 40))
+    weight = rng.uniform(0.5, 1.5, 40)
+    y, grads = plain.forward(norm, x, weight, 1e-5), plain.backward(norm, dy, x, weight, 1e-5)
+    expected = norm.backward(dy, x, weight, 1e-5, "reference")
+    # numbers of size 4, off by the rounding of some ten steps and of a sum of 40 elements
+    tolerance = {"rtol": 0, "atol": 64 * 2.0**-52}
+    np.testing.assert_allclose(y, norm.forward(x, weight, 1e-5, "reference"), **tolerance)
+    np.testing.assert_allclose(grads[0], expected[0], **tolerance)
+    np.testing.assert_allclose(grads[1], expected[1], **tolerance)
+    small = [array.astype(np.float32) for array in (dy, x, weight)]
+    results = plain.forward(norm, *small[1:], 1e-5), *plain.backward(norm, *small, 1e-5)
+    assert {result.dtype for result in results} == {np.dtype(np.float32)}
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize("value", [1.0, 1.9375, 2.0, -96.0])  # the first, last and first number of a binade, a negative
 def test_ulp_error_counts_neighbours(dtype, value):
@@ -142,12 +182,14 @@ def drawn(render, *data, width):
 def test_tables_fit_the_screen(small, width):
     slow = timing.Ratio(99.4, 98.7, 99.9)
     times = [
-        report.NormTime(norm.label, direction, place, (rows, 576), 0.9984, 0.0998, slow, 123e9, slow)
+        report.NormTime(norm.label, direction, place, (rows, 576), 0.0998, 0.0998, 0.0998, slow, slow, 123e9, slow)
         for place, rows in report.ROWS.items()
         for direction in report.ARRAYS_MOVED
         for norm in inputs.NORMS
     ]
-    text = drawn(report.render, checks.check(ignore), times, width=width)
+    engine = report.Engine("sapphirerapids", 512, 128, "workqueue")
+    text = drawn(report.render, engine, checks.check(ignore), times, width=width)
+    assert text.startswith("CPU engine: sapphirerapids, 512-bit vectors, 128 threads (workqueue)\n")
     assert "…" not in text  # how rich says that something did not fit
     assert max(map(len, text.splitlines())) <= width
     assert text.endswith("All checks passed.\n")
@@ -156,19 +198,33 @@ def test_tables_fit_the_screen(small, width):
 @pytest.mark.parametrize("width", [80, 100])
 def test_bench_fits_the_screen(width):
     entries = tuple(
-        bench.Entry(name, (0.999,), 0.999, 12.3e9, timing.Ratio(10.4, 9.97, 11.9), 219.99)
-        for name in (bench.OURS, bench.OURS_INTO, bench.LIMIT, *cli.PEERS)
+        cases.Entry(name, (0.999,), 0.999, 12.3e9, timing.Ratio(10.4, 9.97, 11.9), 219.99)
+        for name in (cases.OURS, cases.OURS_INTO, cases.LIMIT, "torch compiled", *cli.PEERS)
     )
-    cases = [bench.Case("LayerNorm", "forward+backward", "bfloat16", (131072, 4096), entries)]
-    text = drawn(bench.render, cases, "cpu", width=width)
+    four = [
+        cases.Case(norm, direction, "bfloat16", (131072, 4096), entries)
+        for norm, direction in itertools.product(("RMSNorm", "LayerNorm"), ("forward", "forward+backward"))
+    ]
+    text = drawn(bench.render, four, "cpu", cli.PEERS, width=width)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
+    assert text.count("GB/s:") == 1  # one legend for all tables
+    assert "Not timed" not in text
+
+
+def test_bench_names_the_peers_that_have_no_kernel():
+    entries = tuple(cases.Entry(name, (1.0,), 1.0, 1e9, timing.Ratio(1, 1, 1), None) for name in ("limit", "torch"))
+    one = [cases.Case("RMSNorm", "forward", "float64", (2, 40), entries)]
+    text = drawn(bench.render, one, "cpu", ["torch", "openvino"], width=80)
+    assert text.endswith("Not timed, as they have no float64 kernel for this: openvino.\n\n")
 
 
 # Timing
 
 
-@pytest.mark.parametrize(("warm_seconds", "turns"), [(0.25, "aabb"), (0.004, "ab")])
+# Each is called once; then a turn with its warm-up, in the first round after two calls to estimate how long one takes,
+# or where a call is long one call a turn.
+@pytest.mark.parametrize(("warm_seconds", "turns"), [(0.25, "aaaabbbb" + "aabb"), (0.004, "ab" + "ab")])
 def test_interleave_takes_turns_and_leaves_the_first_call_out(monkeypatch, warm_seconds, turns):
     clock = itertools.count()  # a second passes between any two looks at the clock
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
@@ -178,8 +234,14 @@ def test_interleave_takes_turns_and_leaves_the_first_call_out(monkeypatch, warm_
         contenders, rounds=4, turn_seconds=0.0, warm_seconds=warm_seconds, budget_seconds=0.0, min_rounds=2
     )
     assert found == {name: timing.Timing((1.0, 1.0)) for name in "ab"}  # the budget was spent after two rounds
-    # to begin with one call and one to estimate; then a turn with its warm-up, or without where the call is long
-    assert "".join(calls) == "aabb" + turns * 2
+    assert "".join(calls) == "ab" + turns
+
+
+def test_interleave_does_not_repeat_a_first_call():
+    calls = []
+    long = {"a": lambda: calls.append("a")}
+    timing.interleave(long, rounds=2, turn_seconds=0.0, warm_seconds=0.0, called_before=True)
+    assert calls == ["a", "a"]
 
 
 def test_interleave_runs_all_rounds_within_its_budget():
@@ -197,7 +259,8 @@ def test_times_are_measured_for_each_norm_and_place(small, monkeypatch):
 
     def once(contenders, **options):
         results.update((name, call()) for name, call in contenders.items())
-        return {name: timing.Timing((1.0,)) for name in contenders}
+        seconds = {"cpu": 1.0, "numpy": 5.0, "reference": 100.0}
+        return {name: timing.Timing((seconds[name.split(", ")[1]],)) for name in contenders}
 
     monkeypatch.setattr(report, "activations", lambda: small)
     monkeypatch.setattr(report, "ROWS", {"in cache": 3, "in memory": 6})
@@ -209,12 +272,14 @@ def test_times_are_measured_for_each_norm_and_place(small, monkeypatch):
         for direction in ("forward", "backward")
         for norm in inputs.NORMS
     ]
+    for time in times:
+        assert (time.over_numpy.median, time.over_reference.median, time.against_layer_norm.median) == (5, 100, 1)
     assert times[0].bandwidth == 2 * 3 * 40 * 4
     assert times[3].bandwidth == 3 * 3 * 40 * 4
     # What was timed last is the gradient by x, and not by dy: a norm does not change when its input is scaled.
     x = np.tile(small[-1].x, (2, 1)).astype(np.float64)
-    for backend in ("reference", "cpu"):
-        terms = results["RMSNorm" + backend].dx * x
+    for way in ("reference", "numpy", "cpu"):
+        terms = results[f"RMSNorm, {way}"][0] * x
         # each term rounded once to float32, a few times over for the eps that the law does not know
         assert np.all(np.abs(terms.sum(axis=-1)) <= 4 * 2.0**-24 * np.abs(terms).sum(axis=-1))
 
@@ -255,13 +320,151 @@ def test_bench_takes_no_other_peers(monkeypatch):
     assert asked == ["torch", "torch_compiled", "jax"]
 
 
-def test_bench_on_a_gpu_says_what_is_missing(monkeypatch):
-    def missing(x, backend):
-        raise ImportError(f"backend {backend!r} needs numba-cuda: pip install")
+# What cannot work is refused before anything is timed.
 
-    monkeypatch.setattr(_backends, "select", missing)
-    with pytest.raises(SystemExit, match="backend 'cuda' needs numba-cuda: pip install"):
-        cli.main(["bench", "--backend", "cuda"])
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """What `bench` with these arguments is refused for."""
+
+    def measure(*args):
+        raise AssertionError("something was timed")
+
+    monkeypatch.setattr(bench, "measure", measure)
+
+    def refusal(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["bench", *arguments])
+        assert exit_.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err
+
+    return refusal
+
+
+def test_bench_on_a_gpu_says_what_is_missing(monkeypatch, refused):
+    fake_cuda(monkeypatch, False, "CUDA_ERROR_NO_DEVICE")
+    assert refused("--backend", "cuda") == (
+        "rmsnorm-np: error: argument --backend: the NVIDIA driver finds no CUDA device\n"
+    )
+
+
+def test_bench_on_a_gpu_refuses_peers(monkeypatch, refused):
+    """They would be left out without a word."""
+    monkeypatch.setattr(device, "missing", lambda: None)
+    assert "argument --peers: they run on the CPU" in refused("--backend", "cuda", "--peers", "torch")
+
+
+@pytest.mark.parametrize(
+    ("asked", "installed", "missing"),
+    [(["torch", "jax"], ["jax"], "torch"), (["onnxruntime"], ["onnxruntime"], "onnx")],
+)
+def test_bench_refuses_peers_that_are_not_installed(monkeypatch, refused, asked, installed, missing):
+    monkeypatch.setattr(peers, "find_spec", lambda name: name if name in installed else None)
+    assert f"argument --peers: not installed: {missing}; pip install {missing}\n" in refused("--peers", *asked)
+
+
+def test_bench_compares_with_all_peers_that_are_installed(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: name if name in ("jax", "onnxruntime") else None)
+    monkeypatch.setattr(peers.metadata, "version", lambda name: "1")
+    assert list(peers.require(None)) == ["jax"]
+    assert list(peers.require([])) == []
+
+
+@pytest.mark.parametrize("name", ["missing/picture.png", "picture.xyz", "picture", "folder.png"])
+def test_bench_refuses_a_picture_that_cannot_be_written(tmp_path, refused, name):
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`, not with `test`")
+    (tmp_path / "folder.png").mkdir()
+    assert f"argument --plot: '{tmp_path / name}': " in refused("--plot", str(tmp_path / name), "--peers")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_bench_leaves_the_picture_alone_until_it_has_measured(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`, not with `test`")
+    before = tmp_path / "before.png"
+    before.write_text("a picture")
+    plot.require(str(before))
+    plot.require(str(tmp_path / "new.png"))
+    assert before.read_text() == "a picture"
+    assert list(tmp_path.iterdir()) == [before]
+
+
+# How the program ends
+
+
+def run(code, **options):
+    """A process of the command line, in which `code` has set the stage."""
+    program = f"import sys\nfrom rmsnorm_np import cli\n{code}\nsys.exit(cli.main())"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-W", "error", "-c", program]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+LONG_OUTPUT = """
+from rmsnorm_np.cli import info
+info.collect = lambda: {"cpu": {str(number): "x" * 60 for number in range(5000)}}
+sys.argv[1:] = ["info"]
+"""
+SHORT_OUTPUT = LONG_OUTPUT.replace("5000", "1")  # fits into Python's buffer: written when the program ends
+
+
+@pytest.mark.parametrize("stage", [LONG_OUTPUT, SHORT_OUTPUT], ids=["long", "short"])
+@pytest.mark.parametrize("form", ["", "sys.argv.append('--json')"], ids=["text", "json"])
+def test_a_reader_who_has_enough_is_no_failure(stage, form):
+    with run(stage + form) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (141, "")
+
+
+INTERRUPTED = """
+import ctypes, signal, time
+def interrupted(options):
+    {interrupt}
+    for _ in range(1000):
+        time.sleep(0.01)
+    return 0
+cli._run = interrupted
+"""
+
+
+@pytest.mark.parametrize(
+    "interrupt",
+    [
+        "signal.raise_signal(signal.SIGINT)",
+        # as in a function that LLVM calls back: from there no exception reaches the caller
+        "ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(signal.SIGINT))()",
+    ],
+    ids=["Python", "called back"],
+)
+def test_ctrl_c_ends_in_silence(interrupt):
+    with run(INTERRUPTED.format(interrupt=interrupt)) as process:
+        out, error = process.communicate()
+    assert (process.returncode, out, error) == (130, "", "")
+
+
+def test_other_errors_in_callbacks_are_still_reported():
+    stage = """
+import ctypes
+def failing(options):
+    ctypes.CFUNCTYPE(None)(lambda: 1 / 0)()
+    return 0
+cli._run = failing
+"""
+    with run(stage) as process:
+        error = process.communicate()[1]
+    assert process.returncode == 0
+    assert "ZeroDivisionError" in error
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"rmsnorm-np {rn.__version__}\n"
 
 
 def test_interleave_takes_another_clock():
@@ -273,7 +476,7 @@ def test_interleave_takes_another_clock():
 
     timings = timing.interleave({"a": int}, rounds=3, turn_seconds=1.0, measure=measure)
     assert timings["a"].seconds == (0.25,) * 3
-    assert asked == [1, 4, 4, 4]  # how long one takes, then as many as fill the turn
+    assert asked == [1, 1, 4, 4, 4]  # whether it is long, how long one takes, then as many as fill the turn
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -317,16 +520,33 @@ def test_the_limit_moves_every_byte(monkeypatch, size):
     assert (y == 5).all()
 
 
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="nothing is compiled without the JIT")
+def test_only_kernels_that_the_digest_covers_are_kept_on_disk():
+    """One that is defined elsewhere would be found again after an edit of what it is compiled from."""
+    kept = set()
+    for module in pkgutil.walk_packages(rn.__path__, "rmsnorm_np."):
+        if not module.name.startswith("rmsnorm_np.cuda"):
+            for kernel in vars(import_module(module.name)).values():
+                if isinstance(kernel, jit.Kernel):
+                    keeps = isinstance(kernel.dispatcher._cache, cache.KernelCache)
+                    kept.add((kernel.dispatcher.py_func.__module__, keeps))
+    for name, keeps in kept:
+        package, _, file = name.rpartition(".")
+        assert keeps == (package == "rmsnorm_np.cpu" and cache._is_compiled("cpu", file, "py")), name
+    assert ("rmsnorm_np.cli.limit", False) in kept
+    assert ("rmsnorm_np.cpu.kernels", True) in kept
+
+
 def test_plot_draws_a_line_for_each_contender(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`, not with `test`")
-    entries = [bench.Entry(name, (1.0,), 1.0, 2e9, timing.Ratio(1, 1, 1), None) for name in ("rmsnorm_np", "limit")]
-    cases = [
-        bench.Case(norm.label, "forward", "bfloat16", (rows, 8), tuple(entries))
+    entries = [cases.Entry(name, (1.0,), 1.0, 2e9, timing.Ratio(1, 1, 1), None) for name in ("rmsnorm_np", "limit")]
+    measured = [
+        cases.Case(norm.label, "forward", "bfloat16", (rows, 8), tuple(entries))
         for norm in bench.NORMS
         for rows in (4, 2)
     ]
-    assert plot.lines(cases[:2]) == {name: [(32, 2.0), (64, 2.0)] for name in ("rmsnorm_np", "limit")}
-    plot.draw(cases, str(tmp_path / "picture.svg"))
+    assert plot.lines(measured[:2]) == {name: [(32, 2.0), (64, 2.0)] for name in ("rmsnorm_np", "limit")}
+    plot.draw(measured, str(tmp_path / "picture.svg"))
     picture = (tmp_path / "picture.svg").read_text()
     assert "<!-- RMSNorm, forward -->" in picture
     assert "<!-- LayerNorm, forward -->" in picture
@@ -340,14 +560,89 @@ def test_info_prints_json(capsys):
     assert found["engines"]["reference"] == found["engines"]["cpu"] == "available"
 
 
-def test_info_names_what_is_missing(monkeypatch):
-    def refuse(name):
-        if name == "rmsnorm_np.cuda":
-            raise ImportError("no such thing")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (None, "available"),
+        ("\nCUDA driver library cannot be found.\nEnsure that ...", "not available: no NVIDIA driver was found"),
+        (
+            "Call to cuInit results in CUDA_ERROR_NO_DEVICE (100)",
+            "not available: the NVIDIA driver finds no CUDA device",
+        ),
+        ("CUDA is\ndisabled", "not available: the NVIDIA driver does not start: CUDA is disabled"),
+        (RuntimeError("no cuInit"), "not available: the NVIDIA driver does not start: no cuInit"),
+    ],
+    ids=["a GPU", "no driver", "no device", "a driver that fails", "a driver without a function"],
+)
+def test_info_says_what_cuda_lacks(monkeypatch, error, reason):
+    fake_cuda(monkeypatch, error is None, error)
+    assert info.engines() == {"reference": "available", "cpu": "available", "cuda": reason}
 
-    monkeypatch.setattr(info, "import_module", refuse)
-    assert info.engines()["cuda"].startswith("not available: needs numba-cuda")
-    assert info.engines()["cpu"] == "available"
+
+def test_info_says_what_cuda_lacks_beside_a_driver(monkeypatch):
+    fake_cuda(monkeypatch, False, None)
+    assert info.engines()["cuda"].startswith("not available: the CUDA toolkit was not found: pip install")
+
+
+def test_info_says_that_the_package_of_cuda_is_not_installed(monkeypatch):
+    def refuse(x, backend):
+        raise ImportError("backend 'cuda' needs numba-cuda: pip install")
+
+    monkeypatch.setattr(_backends, "select", refuse)
+    assert info.engines()["cuda"] == "not available: backend 'cuda' needs numba-cuda: pip install"
+
+
+def fake_cuda(monkeypatch, available, error):
+    """numba-cuda on a machine where the driver says this."""
+
+    def cuda_error():
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+    fake = types.SimpleNamespace(is_available=lambda: available, cuda_error=cuda_error)
+    monkeypatch.setattr(_backends, "select", lambda x, backend: None)
+    monkeypatch.setattr(numba, "cuda", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "numba.cuda", fake)
+
+
+def test_info_on_the_screen():
+    found = {
+        "versions": {"rmsnorm_np": "1", "ml_dtypes": "2"},
+        "platform": "Linux",
+        "cpu": {"features": ["avx", "xsave"], "vector_bits": 512, "cache": None, "recycled_memory_limit": 512 << 20},
+        "peers": {},
+    }
+    lines = [" ".join(line.split()) for line in drawn(info.render, found, width=80).splitlines()]
+    assert lines == [
+        *("versions", "rmsnorm_np 1", "ml_dtypes 2", ""),
+        *("platform", "Linux", ""),
+        *("CPU engine", "features avx", "vector width 512 bits"),
+        "compiled kernels not kept, as no folder can be written",
+        *("memory kept for reuse 512 MiB", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (7 << 20, "7 MiB"), (3 << 30, "3 GiB")],
+)
+def test_bytes_have_a_unit(nbytes, text):
+    assert console.size(nbytes) == text
+
+
+@pytest.mark.skipif(
+    not numba.core.registry.cpu_target.target_context.codegen().magic_tuple()[0].startswith("x86_64"),
+    reason="the processors are of another kind",
+)
+@pytest.mark.parametrize(("processor", "bits"), [("x86-64", 128), ("x86-64-v3", 256), ("x86-64-v4", 512)])
+def test_the_width_of_vectors_is_that_of_the_code(monkeypatch, processor, bits):
+    from rmsnorm_np import cpu
+
+    codegen = numba.core.registry.cpu_target.target_context.codegen()
+    triple = codegen.magic_tuple()[0]
+    monkeypatch.setattr(type(codegen), "magic_tuple", lambda self: (triple, processor, ""))
+    assert cpu._vector_bits() == bits
 
 
 def test_info_shows_the_word_in_brackets(monkeypatch):
@@ -391,14 +686,15 @@ def test_shapes_are_read():
     assert options.shapes == [(1, 4096), (512, 768)]
 
 
-# The second compiler
+# The second process
 
 
-def test_compiling_ahead_ends_its_process(monkeypatch):
+def test_the_second_process_is_ended(monkeypatch):
     started = []
     popen = ahead.subprocess.Popen
 
     def wait_for_input(command, **options):
+        assert command[1:] == ["-m", "some.module", "float64"]
         started.append(
             popen([command[0], "-c", "import sys; sys.stdin.read()"], stdin=ahead.subprocess.PIPE, **options)
         )
@@ -406,14 +702,26 @@ def test_compiling_ahead_ends_its_process(monkeypatch):
 
     monkeypatch.setattr(ahead, "_would_help", lambda: True)
     monkeypatch.setattr(ahead.subprocess, "Popen", wait_for_input)
-    with ahead.compiling(["float64"]):
+    with ahead.running("some.module", "float64"):
         assert started[0].poll() is None
     assert started[0].returncode != 0  # killed; it would end with 0 when its input is closed
 
 
-def test_ahead_compiles_only_what_it_is_told(monkeypatch):
+def test_the_second_process_compiles_what_this_one_checks_last(small, monkeypatch):
+    started = []
+
+    def running(module, *names):
+        started.append((module, *names))
+        return contextlib.nullcontext(lambda: None)
+
+    monkeypatch.setattr(ahead, "running", running)
+    checks.check(ignore)
+    assert started == [("rmsnorm_np.cli.checks", *(dtype.name for dtype in checks.dtypes()[2:]))]
+
+
+def test_the_second_process_compiles_only_what_it_is_told(monkeypatch):
     done = []
     monkeypatch.setattr(checks, "check_engine", lambda norm, activation, dtype: done.append((norm.op, dtype.name)))
     monkeypatch.setattr(checks, "check_gradients", lambda norm, activation, backend: done.append((norm.op, backend)))
-    ahead.main(["bfloat16"])
+    checks.compile_for(["bfloat16"])
     assert done == [("rms_norm", "bfloat16"), ("rms_norm", "bfloat16"), ("layer_norm", "bfloat16")]

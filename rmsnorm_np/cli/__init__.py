@@ -6,17 +6,76 @@ from it, in `console` and the functions `render…`.
 
 from __future__ import annotations
 
+import _thread
 import argparse
-from collections.abc import Sequence
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-PEERS = ("torch", "jax", "onnxruntime", "openvino")  # names to import, and to install
+import rmsnorm_np as rn
+from rmsnorm_np.cli.inputs import DTYPES
+from rmsnorm_np.cli.peers import PEERS
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 DEFAULT_SHAPES = ((1, 4096), (512, 768), (8192, 4096))
+
+# Exit codes. Those of programs that a signal ends: 128 and its number, on each system.
+USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the result is the exit code, 1 if a check failed."""
-    options = parser().parse_args(arguments, argparse.Namespace(json=False))
+    """Run the command line.
+
+    The result is the exit code: 0; 1 if a check failed; 2 (by SystemExit) for arguments that make no sense or ask for
+    what is not there; 130 after Ctrl-C; 141 if the reader of the output has closed it.
+    """
+    command_line = parser()
+    options = command_line.parse_args(arguments, argparse.Namespace(json=False))
+    try:
+        with _interruptible():
+            code = _run(options)
+            sys.stdout.flush()
+    except argparse.ArgumentError as error:
+        command_line.exit(USAGE, f"{command_line.prog}: error: {error}\n")
+    except BrokenPipeError:
+        # what is left to print must not fail again when the interpreter closes the stream
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within this context Ctrl-C also ends a compilation.
+
+    Where it falls into a function that LLVM calls back, Python drops the KeyboardInterrupt and reports it as ignored:
+    it is sent again a moment later.
+    """
+    before = sys.unraisablehook
+
+    def hook(dropped: UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _run(options: argparse.Namespace) -> int:
     # Imported here, as each loads rich and one of them the whole CPU engine: --help must not wait for that.
     if options.command == "bench":
         from rmsnorm_np.cli.bench import bench
@@ -47,12 +106,13 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="rmsnorm-np",
         parents=[json],
-        description="Check the norms on activations of a real language model, then time them. "
+        description="Without a command: check the norms on activations of a real language model, then time them. "
         "Exit code 1 if a check fails.",
     )
-    commands = top.add_subparsers(dest="command", metavar="command", title="instead of all that")
-    commands.add_parser("check", parents=[json], help="only check")
-    bench = commands.add_parser("bench", parents=[json], help="time against torch, jax and onnxruntime")
+    top.add_argument("--version", action="version", version=f"%(prog)s {rn.__version__}")
+    commands = top.add_subparsers(dest="command", metavar="command", title="commands")
+    commands.add_parser("check", parents=[json], help="check, without timing")
+    bench = commands.add_parser("bench", parents=[json], help=f"time the norms and those of {', '.join(PEERS)}")
     bench.add_argument(
         "--shapes",
         type=_shape,
@@ -63,18 +123,17 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--dtype", choices=DTYPES, default="float32")
     bench.add_argument("--backend", choices=("cpu", "reference", "cuda"), default="cpu")
-    bench.add_argument("--rounds", type=_positive, default=7, help="how often each is timed (default: 7)")
-    bench.add_argument("--plot", metavar="FILE", help="draw bandwidth against size, as .png, .svg or .pdf (matplotlib)")
+    bench.add_argument("--rounds", type=_positive, default=7, help="times that each is measured (default: 7)")
+    bench.add_argument("--plot", metavar="FILE", help="plot bandwidth against size: .png, .svg, .pdf … (matplotlib)")
     bench.add_argument(
         "--peers",
         nargs="*",
         choices=PEERS,
-        default=list(PEERS),
-        help="compare with these only, or with none (default: all installed ones): where cores are few, the threads of "
-        "each library slow the others",
+        help="compare with these only, or with none (default: all that are installed); on few cores the threads of "
+        "each library slow down the others",
     )
-    commands.add_parser("info", parents=[json], help="versions, processor, threads, cache folder, engines")
-    warmup = commands.add_parser("warmup", parents=[json], help="compile everything now and keep it")
+    commands.add_parser("info", parents=[json], help="show versions, processor, threads, cache folder and engines")
+    warmup = commands.add_parser("warmup", parents=[json], help="compile all kernels now and keep them on disk")
     warmup.add_argument("dtypes", nargs="*", type=_dtype, metavar="DTYPE", help="only these: " + ", ".join(DTYPES))
     return top
 

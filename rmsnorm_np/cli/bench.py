@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from rmsnorm_np.cli import PEERS, console, device, peers
+from rmsnorm_np.cli import console, device, limit, peers, plot
+from rmsnorm_np.cli.cases import ARRAYS_MOVED, LIMIT, OURS, OURS_INTO, Case, Entry
 from rmsnorm_np.cli.checks import Step, ulp_error
 from rmsnorm_np.cli.inputs import LAYER_NORM, RMS_NORM, Array, Norm, dtype_named
-from rmsnorm_np.cli.peers import Problem
-from rmsnorm_np.cli.timing import Call, Ratio, Timing, interleave, ratio
+from rmsnorm_np.cli.peers import PEERS, Problem
+from rmsnorm_np.cli.timing import Call, Timing, interleave, ratio
 
 NORMS = (RMS_NORM, LAYER_NORM)
-ARRAYS_MOVED = {"forward": 2, "forward+backward": 5}  # x, y; then dy, x, dx
 EPS = 1e-6
 ROWS_COMPARED = 16  # for the error of y; enough to show a library's rounding
-OURS = "rmsnorm_np"
-OURS_INTO = "rmsnorm_np, out="
-LIMIT = "limit"  # the same bytes moved by a loop that hardly computes, or by a copy on the device
-
-
-@dataclass(frozen=True)
-class Entry:
-    """How one contender did."""
-
-    contender: str
-    seconds: tuple[float, ...]  # per call, one entry a round
-    median: float
-    bandwidth: float  # bytes a second of those that the operation has to read and write
-    against_ours: Ratio  # its time over the time of rmsnorm_np, which allocates its results as peers do
-    # The worst error of y; None where y is not returned. In ULP at |y| or |weight|, whichever is larger: where a mean
-    # was subtracted, |y| alone can be next to nothing, and any library's error huge beside it.
-    ulp: float | None
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation on one shape, and all who took part."""
-
-    norm: str
-    direction: str
-    dtype: str
-    shape: tuple[int, int]
-    entries: tuple[Entry, ...]
 
 
 def bench(
@@ -55,22 +27,29 @@ def bench(
     backend: str,
     rounds: int,
     as_json: bool,
-    plot: str | None,
-    only: Sequence[str] = PEERS,
+    path: str | None,
+    only: Sequence[str] | None,
 ) -> int:
-    """Measure, print and draw; always 0, a benchmark has no wrong answer."""
+    """Measure, print and draw; always 0, a benchmark has no wrong answer.
+
+    What cannot work is refused before anything is timed, with `argparse.ArgumentError`.
+    """
     if backend == "cuda":
         device.require()
+        if only:
+            raise argparse.ArgumentError(None, "argument --peers: they run on the CPU, and the backend is 'cuda'")
+        only = ()
+    chosen = peers.require(only)
+    if path is not None:
+        plot.require(path)
     with console.progress(len(shapes) * len(NORMS) * len(ARRAYS_MOVED)) as step:
-        cases = list(measure(shapes, dtype_named(dtype), backend, rounds, step, only))
+        cases = list(measure(shapes, dtype_named(dtype), backend, rounds, step, chosen))
     if as_json:
-        console.print_json({"backend": backend, "peers": peers.versions(only), "cases": cases})
+        console.print_json({"backend": backend, "peers": peers.versions(chosen), "cases": cases})
     else:
-        render(Console(highlight=False), cases, backend)
-    if plot is not None:
-        from rmsnorm_np.cli.plot import draw
-
-        draw(cases, plot)
+        render(console.stdout(), cases, backend, chosen)
+    if path is not None:
+        plot.draw(cases, path)
     return 0
 
 
@@ -100,8 +79,6 @@ def _measure_case(norm: Norm, problem: Problem, backend: str, rounds: int, only:
         contenders[LIMIT] = device.copies(ARRAYS_MOVED[problem.direction] * problem.x.nbytes)
         timings = interleave(contenders, rounds=rounds, measure=device.seconds)
     else:
-        from rmsnorm_np.cpu import limit
-
         contenders = _our_calls(norm, problem, backend, np.empty_like)
         contenders[LIMIT] = limit.calls(problem.x.nbytes)[problem.direction]
         contenders.update(peers.calls(problem, _threads(), only))
@@ -152,27 +129,30 @@ def _threads() -> int:
     return int(numba.get_num_threads())
 
 
-def render(out: Console, cases: Sequence[Case], backend: str) -> None:
-    """Print a table for each operation."""
+def render(out: Console, cases: Sequence[Case], backend: str, chosen: Sequence[str] = ()) -> None:
+    """Print a table for each operation, and below the last one what the columns mean."""
     for norm, direction in dict.fromkeys((case.norm, case.direction) for case in cases):
-        chosen = [case for case in cases if (case.norm, case.direction) == (norm, direction)]
-        drawn = console.table("shape", "", "time", "GB/s", "slower", "ULP", left=2)
-        for case in chosen:
+        grouped = [case for case in cases if (case.norm, case.direction) == (norm, direction)]
+        drawn = console.table("shape", "", "time", "GB/s", "time ratio", "ULP", left=2)
+        for case in grouped:
             for index, entry in enumerate(case.entries):
                 drawn.add_row(
                     "×".join(map(str, case.shape)) if index == 0 else "",
                     entry.contender,
                     console.seconds(entry.median),
-                    f"{entry.bandwidth / 1e9:.1f}",
+                    console.three_digits(entry.bandwidth / 1e9),
                     "" if entry.contender == OURS else console.ratio(entry.against_ours),
                     "" if entry.ulp is None else f"{entry.ulp:.2f}",
                     end_section=index == len(case.entries) - 1,
                 )
-        console.show(
-            out,
-            f"{norm}, {direction}, {chosen[0].dtype}, {backend} engine",
-            "Slower: than rmsnorm_np, median of the rounds and their extremes. GB/s: of the bytes that have to be read "
-            "and written. Limit: the same bytes, only moved. ULP: worst error of y, at |y| or "
-            "|weight|, whichever is larger.",
-            drawn,
-        )
+        console.show(out, f"{norm}, {direction}, {grouped[0].dtype}, {backend} engine", drawn)
+    console.legend(
+        out,
+        "Time ratio: to rmsnorm_np's time; median of the rounds, in brackets their extremes. GB/s: the bytes that the "
+        "operation has to read and write, over its time. limit: a loop that only moves the same bytes. ULP: largest "
+        "error of y, in units in the last place at |y| or |weight|, whichever is larger.",
+    )
+    timed = {entry.contender.split()[0] for case in cases for entry in case.entries}
+    without = [name for name in chosen if name not in timed]
+    if without:
+        console.legend(out, f"Not timed, as they have no {cases[0].dtype} kernel for this: {', '.join(without)}.")

@@ -1,14 +1,18 @@
-"""Check the CPU engine on the real activations. Everything here returns plain data; nothing is printed."""
+"""Check the CPU engine on the real activations. Everything here returns plain data; nothing is printed.
+
+``python -m rmsnorm_np.cli.checks DTYPE ...`` only compiles what the checks of these dtypes need.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from rmsnorm_np.cli import ahead
+from rmsnorm_np.cli import ahead, plain
 from rmsnorm_np.cli.inputs import LAYERS, NORMS, Activation, Array, Norm, activations, dtype_named
 
 Step = Callable[[str], None]
@@ -26,8 +30,8 @@ GRADIENT_ROWS = 4  # of each layer; a derivative takes about a hundred calls
 
 
 @dataclass(frozen=True)
-class Came:
-    """What came into a layer."""
+class InputStats:
+    """The size of the numbers that enter a layer."""
 
     rms: float
     median: float  # of the absolute values
@@ -71,7 +75,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Naive:
-    """What ``x / sqrt(mean(x * x) + eps) * weight`` gives when every step is in x's dtype."""
+    """The errors of ``x / sqrt(mean(x * x) + eps) * weight`` with every step in x's dtype."""
 
     dtype: str
     lost_rows: int  # rows that came out as zeros or not finite
@@ -84,7 +88,7 @@ class LayerCheck:
     """Everything that is looked at for one layer."""
 
     layer: str
-    came: Came
+    input: InputStats
     errors: tuple[Error, ...]
     gradients: tuple[Gradient, ...]
     naive: tuple[Naive, ...]
@@ -113,10 +117,10 @@ def check(step: Step) -> list[LayerCheck]:
     layers = activations()
     errors: dict[str, list[Error]] = {layer: [] for layer in LAYERS}
     here, elsewhere = dtypes()[:2], dtypes()[2:]
-    with ahead.compiling([dtype.name for dtype in elsewhere]) as wait_for_kernels:
+    with ahead.running(__name__, *(dtype.name for dtype in elsewhere)) as wait_for_kernels:
         for dtype in (*here, *elsewhere):
             if dtype is elsewhere[0]:
-                step("waiting for the other compiler")
+                step("waiting for the second process to compile")
                 wait_for_kernels()
             for activation in layers:
                 for norm in NORMS:
@@ -127,15 +131,15 @@ def check(step: Step) -> list[LayerCheck]:
         step(f"gradients, layer {activation.layer}")
         gradients = tuple(check_gradients(norm, activation, backend) for norm in NORMS for backend in METHODS)
         naive = tuple(check_naive(activation, np.dtype(dtype)) for dtype in (np.float16, np.float32))
-        came = describe(activation.x)
-        results.append(LayerCheck(activation.layer, came, tuple(errors[activation.layer]), gradients, naive))
+        stats = describe(activation.x)
+        results.append(LayerCheck(activation.layer, stats, tuple(errors[activation.layer]), gradients, naive))
     return results
 
 
-def describe(x: Array) -> Came:
-    """What came in, in three numbers."""
+def describe(x: Array) -> InputStats:
+    """The size of the numbers in x."""
     magnitude = np.abs(x.astype(np.float64))
-    return Came(float(np.sqrt(np.mean(magnitude**2))), float(np.median(magnitude)), float(magnitude.max()))
+    return InputStats(float(np.sqrt(np.mean(magnitude**2))), float(np.median(magnitude)), float(magnitude.max()))
 
 
 def check_engine(norm: Norm, activation: Activation, dtype: np.dtype[Any]) -> Error:
@@ -186,11 +190,11 @@ def check_gradients(norm: Norm, activation: Activation, backend: str) -> Gradien
 
 
 def check_naive(activation: Activation, dtype: np.dtype[Any]) -> Naive:
-    """Run the norm as one writes it first, and look at the damage."""
+    """The errors of the norm as one writes it first, every step in `dtype`."""
     x, weight = activation.x.astype(dtype), activation.weight.astype(dtype)
     exact = NORMS[0].forward(x.astype(np.float64), weight.astype(np.float64), activation.eps, "reference")
     with np.errstate(over="ignore", invalid="ignore"):  # the overflow is what this is about
-        y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + dtype.type(activation.eps)) * weight
+        y = plain.forward(NORMS[0], x, weight, activation.eps)
     kept = np.isfinite(y).all(axis=-1) & (y != 0).any(axis=-1)
     return Naive(dtype.name, int((~kept).sum()), len(x), ulp_error(y[kept], exact[kept]))
 
@@ -202,3 +206,18 @@ def ulp_error(got: Array, exact: Array, scale: Array | float = 0.0, forgiven: Ar
     unit = np.maximum(np.ldexp(eps, exponent - 1), smallest)
     error = np.maximum(np.abs(got.astype(np.float64) - exact) - forgiven, 0.0)
     return float(np.max(error / unit, initial=0.0))
+
+
+def compile_for(names: Sequence[str]) -> None:
+    """Run the checks of these dtypes on one layer, for the kernels that they compile."""
+    activation = activations()[0]
+    for dtype in dtypes():
+        for norm in NORMS:
+            if dtype.name in names:
+                check_engine(norm, activation, dtype)
+                if dtype.name == "float64":
+                    check_gradients(norm, activation, "cpu")
+
+
+if __name__ == "__main__":
+    compile_for(sys.argv[1:])

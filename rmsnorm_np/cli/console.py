@@ -16,6 +16,17 @@ from rich.table import Table
 from rmsnorm_np.cli.timing import Ratio
 
 
+class _Stdout(Console):
+    def on_broken_pipe(self) -> None:
+        """Pass the error on: rich would exit with 1, which stands for a failed check here."""
+        raise
+
+
+def stdout() -> Console:
+    """What the tables are printed on."""
+    return _Stdout(highlight=False)
+
+
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr; the function it gives is called with what comes next. Silent where stderr is no terminal."""
@@ -46,11 +57,18 @@ def table(*columns: str, left: int = 1) -> Table:
     return drawn
 
 
-def show(out: Console, title: str, note: str, drawn: Table) -> None:
+def show(out: Console, title: str, drawn: Table, note: str | None = None) -> None:
     """Print a table under its title, and below it what the reader should know."""
     out.print(title, style="bold")
     out.print(drawn)
-    out.print(note, style="dim")
+    if note is not None:
+        out.print(note, style="dim")
+    out.print()
+
+
+def legend(out: Console, text: str) -> None:
+    """Print what the reader should know about all the tables above."""
+    out.print(text, style="dim")
     out.print()
 
 
@@ -69,14 +87,28 @@ def seconds(value: float) -> str:
     """A duration with three digits and the unit that fits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if value >= scale:
-            return f"{_three_digits(value / scale)} {unit}"
-    return f"{_three_digits(value / 1e-6)} µs"
+            return f"{three_digits(value / scale)} {unit}"
+    return f"{three_digits(value / 1e-6)} µs"
 
 
 def ratio(value: Ratio) -> str:
     """A ratio with its spread over the rounds."""
-    return f"{_three_digits(value.median)} × ({_three_digits(value.low)}–{_three_digits(value.high)})"
+    return f"{times(value.median)} ({three_digits(value.low)}–{three_digits(value.high)})"
 
 
-def _three_digits(value: float) -> str:
+def times(value: float) -> str:
+    """A factor."""
+    return f"{three_digits(value)}×"
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes with the unit that fits."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.4g} {unit}"
+    return f"{nbytes} bytes"
+
+
+def three_digits(value: float) -> str:
+    """A positive number of a table."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +11,34 @@ from rmsnorm_np.cli.peers import Problem
 from rmsnorm_np.cli.timing import Call
 
 
-def require() -> None:
-    """Leave the command, saying what is missing, where the CUDA engine cannot run."""
+def missing() -> str | None:
+    """What the CUDA engine lacks on this machine, None where it can run."""
     try:
         _backends.select(None, "cuda")
     except ImportError as error:
-        raise SystemExit(str(error)) from error
+        return str(error)
     from numba import cuda
 
-    if not cuda.is_available():
-        raise SystemExit("backend 'cuda' needs a CUDA device and its driver, none was found")
+    try:
+        if cuda.is_available():
+            return None
+        reason = cuda.cuda_error()  # None where the driver works
+    except RuntimeError as error:  # a driver that lacks a function
+        reason = str(error)
+    if reason is None:
+        return 'the CUDA toolkit was not found: pip install "rmsnorm_np[cuda13]", or [cuda12] for a CUDA 12 driver'
+    if "NO_DEVICE" in reason:
+        return "the NVIDIA driver finds no CUDA device"
+    if "cannot be found" in reason:
+        return "no NVIDIA driver was found"
+    return f"the NVIDIA driver does not start: {' '.join(reason.split())}"
+
+
+def require() -> None:
+    """Refuse, with `argparse.ArgumentError`, where the CUDA engine cannot run."""
+    reason = missing()
+    if reason is not None:
+        raise argparse.ArgumentError(None, f"argument --backend: {reason}")
 
 
 def moved(problem: Problem) -> Problem:

@@ -13,6 +13,8 @@ import rmsnorm_np as rn
 
 Array = NDArray[Any]
 
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
 LAYERS = {
     "first": "layer 0, before attention",
     "early": "layer 1, before the MLP",

@@ -6,6 +6,7 @@ an operation or a dtype offers none, rather than one through a conversion that w
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rmsnorm_np.cli import PEERS
-
 Array = NDArray[Any]
+
+PEERS = ("torch", "jax", "onnxruntime", "openvino")  # names to import, and to install
+_ALSO_NEEDED = {"onnxruntime": "onnx"}  # the models it runs are built with this
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,31 @@ class Problem:
 
 
 def versions(only: Sequence[str] = PEERS) -> dict[str, str]:
-    """Those of these peers that can be imported, with their versions."""
-    return {name: metadata.version(name) for name in only if find_spec(name) is not None}
+    """Those of these peers that are installed, with their versions."""
+    return {name: metadata.version(name) for name in only if not _missing(name)}
+
+
+def require(only: Sequence[str] | None) -> Sequence[str]:
+    """The peers to compare with: for None all that are installed, else these.
+
+    Raises
+    ------
+    argparse.ArgumentError
+        If one that was asked for is not installed.
+    """
+    if only is None:
+        return list(versions())
+    missing = [package for name in only for package in _missing(name)]
+    if missing:
+        lacking, install = ", ".join(missing), " ".join(missing)
+        raise argparse.ArgumentError(None, f"argument --peers: not installed: {lacking}; pip install {install}")
+    return only
+
+
+def _missing(name: str) -> list[str]:
+    """The packages that a peer needs and that are not installed."""
+    needed = [name, _ALSO_NEEDED[name]] if name in _ALSO_NEEDED else [name]
+    return [package for package in needed if find_spec(package) is None]
 
 
 def calls(problem: Problem, threads: int, only: Sequence[str] = PEERS) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -160,7 +185,7 @@ def _openvino(problem: Problem, threads: int) -> Callable[[], Any] | None:
 def _onnxruntime(problem: Problem, threads: int) -> Callable[[], Any] | None:
     onnx_types = {"float32": "FLOAT", "float16": "FLOAT16", "float64": "DOUBLE"}
     name = problem.x.dtype.name
-    if problem.direction != "forward" or name not in onnx_types or find_spec("onnx") is None:
+    if problem.direction != "forward" or name not in onnx_types:
         return None
     import onnx
     import onnxruntime

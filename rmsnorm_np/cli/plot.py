@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from rmsnorm_np.cli.cases import LIMIT, Case
 from rmsnorm_np.cli.inputs import dtype_named
 
-if TYPE_CHECKING:
-    from rmsnorm_np.cli.bench import Case
-
 LIMIT_STYLE: dict[str, Any] = {"color": "black", "linestyle": "--", "marker": None}
+
+
+def require(path: str) -> None:
+    """Refuse, with `argparse.ArgumentError`, a picture that could not be written; leaves no file behind."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise argparse.ArgumentError(None, "argument --plot: needs matplotlib: pip install matplotlib") from error
+    endings = sorted(Figure().canvas.get_supported_filetypes())
+    file = Path(path)
+    if file.suffix[1:].lower() not in endings:
+        expected = f"expected a file name that ends in .{', .'.join(endings)}"
+        raise argparse.ArgumentError(None, f"argument --plot: {path!r}: {expected}")
+    existed = file.exists()
+    try:
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise argparse.ArgumentError(None, f"argument --plot: {path!r}: {error.strerror}") from error
 
 
 def draw(cases: Sequence[Case], path: str) -> None:
@@ -21,7 +41,7 @@ def draw(cases: Sequence[Case], path: str) -> None:
     figure = Figure(figsize=(6.0 * len(kinds) / 2, 8.0), layout="constrained")
     for axes, kind in zip(figure.subplots(2, -(-len(kinds) // 2), squeeze=False).flat, kinds, strict=False):
         for name, points in lines([case for case in cases if (case.norm, case.direction) == kind]).items():
-            style = LIMIT_STYLE if name == "limit" else {"marker": "o", "markersize": 4}
+            style = LIMIT_STYLE if name == LIMIT else {"marker": "o", "markersize": 4}
             axes.plot(*zip(*points, strict=True), label=name, **style)
         axes.set_title(", ".join(kind))
         axes.set_xscale("log")

@@ -1,4 +1,4 @@
-"""The main job: what came in, whether the engine is right, what naive code does, and how long each norm takes."""
+"""The main job: the inputs, the errors of the engine and of plain NumPy on them, and how long each norm takes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from rmsnorm_np.cli import checks, console
+from rmsnorm_np.cli import checks, console, plain
 from rmsnorm_np.cli.checks import Error, Gradient, LayerCheck, Step
-from rmsnorm_np.cli.inputs import LAYERS, NORMS, activations
+from rmsnorm_np.cli.inputs import LAYER_NORM, LAYERS, NORMS, Array, Norm, activations
 from rmsnorm_np.cli.timing import Call, Ratio, interleave, ratio
 
 ROWS = {"in cache": 512, "in memory": 16384}  # 1.2 MB and 38 MB of float32 in, as much out
@@ -20,16 +20,28 @@ ARRAYS_MOVED = {"forward": 2, "backward": 3}  # x, y; dy, x, dx
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What the CPU engine runs on."""
+
+    processor: str  # as LLVM names it
+    vector_bits: int | None
+    threads: int
+    threading_layer: str
+
+
+@dataclass(frozen=True)
 class NormTime:
-    """The time of one norm, with the reference and with the CPU engine."""
+    """The time of one norm on the CPU engine, in plain NumPy and with the reference."""
 
     norm: str
     direction: str  # "forward" or "backward"
     place: str  # a key of ROWS
     shape: tuple[int, int]
-    reference: float  # seconds per call
-    cpu: float
-    speedup: Ratio
+    cpu: float  # seconds per call
+    numpy: float
+    reference: float
+    over_numpy: Ratio  # NumPy's time over that of the CPU engine
+    over_reference: Ratio
     bandwidth: float  # bytes a second that the CPU engine reads and writes
     against_layer_norm: Ratio  # this norm's time over LayerNorm's, both on the CPU engine
 
@@ -42,52 +54,76 @@ def report(as_json: bool, with_times: bool) -> int:
         times = measure_times(step) if with_times else []
     passed = all(layer.passed for layer in layers)
     if as_json:
-        console.print_json({"passed": passed, "layers": layers, "times": times})
+        console.print_json({"passed": passed, "engine": engine(), "layers": layers, "times": times})
     else:
-        render(Console(highlight=False), layers, times)
+        render(console.stdout(), engine(), layers, times)
     return 0 if passed else 1
 
 
+def engine() -> Engine:
+    """What the times and errors were measured on."""
+    from rmsnorm_np import cpu
+
+    found = cpu.describe()
+    return Engine(found["cpu"], found["vector_bits"], found["threads"], found["threading_layer"])
+
+
 def measure_times(step: Step) -> list[NormTime]:
-    """Time the three norms on both engines, in turn, on the activations of layer `last`, repeated."""
+    """Time the three norms three ways, in turn, on the activations of layer `last`, repeated.
+
+    The kernels have been compiled by then: the checks call them with arguments of the same types.
+    """
     source = next(activation for activation in activations() if activation.layer == "last")
-    weight, eps = source.weight, source.eps
     measured = []
     for place, rows in ROWS.items():
         x = np.tile(source.x, (rows // len(source.x), 1))
         dy = np.random.default_rng(0).standard_normal(x.shape, dtype=np.float32)
         for direction, arrays in ARRAYS_MOVED.items():
             step(f"time: {direction}, {place}")
-            contenders: dict[str, Call] = {}
+            contenders = {
+                f"{norm.label}, {way}": call
+                for norm in NORMS
+                for way, call in _ways(norm, direction, dy, x, source.weight, source.eps).items()
+            }
+            timings = interleave(contenders, budget_seconds=2.5, called_before=True)
             for norm in NORMS:
-                for backend in ("reference", "cpu"):
-                    contenders[norm.label + backend] = (
-                        partial(norm.forward, x, weight, eps, backend)
-                        if direction == "forward"
-                        else partial(norm.backward, dy, x, weight, eps, backend)
-                    )
-            timings = interleave(contenders, budget_seconds=2.5)
-            for norm in NORMS:
-                reference, cpu = timings[norm.label + "reference"], timings[norm.label + "cpu"]
+                cpu, plain_, reference = (timings[f"{norm.label}, {way}"] for way in ("cpu", "numpy", "reference"))
                 measured.append(
                     NormTime(
                         norm.label,
                         direction,
                         place,
                         x.shape,
-                        reference.median,
                         cpu.median,
+                        plain_.median,
+                        reference.median,
+                        ratio(plain_, cpu),
                         ratio(reference, cpu),
                         arrays * x.nbytes / cpu.median,
-                        ratio(cpu, timings["LayerNormcpu"]),
+                        ratio(cpu, timings[f"{LAYER_NORM.label}, cpu"]),
                     )
                 )
     return measured
 
 
-def render(out: Console, layers: Sequence[LayerCheck], times: Sequence[NormTime]) -> None:
+def _ways(norm: Norm, direction: str, dy: Array, x: Array, weight: Array, eps: float) -> dict[str, Call]:
+    if direction == "forward":
+        return {
+            "reference": partial(norm.forward, x, weight, eps, "reference"),
+            "numpy": partial(plain.forward, norm, x, weight, eps),
+            "cpu": partial(norm.forward, x, weight, eps, "cpu"),
+        }
+    return {
+        "reference": partial(norm.backward, dy, x, weight, eps, "reference"),
+        "numpy": partial(plain.backward, norm, dy, x, weight, eps),
+        "cpu": partial(norm.backward, dy, x, weight, eps, "cpu"),
+    }
+
+
+def render(out: Console, engine: Engine, layers: Sequence[LayerCheck], times: Sequence[NormTime]) -> None:
     """Print the tables."""
-    _render_came(out, layers)
+    _render_engine(out, engine)
+    _render_inputs(out, layers)
     _render_errors(out, layers)
     _render_gradients(out, layers)
     _render_naive(out, layers)
@@ -100,17 +136,20 @@ def render(out: Console, layers: Sequence[LayerCheck], times: Sequence[NormTime]
         out.print("All checks passed.", style="bold green")
 
 
-def _render_came(out: Console, layers: Sequence[LayerCheck]) -> None:
-    drawn = console.table("layer", "where", "rms", "median |x|", "largest |x|", left=2)
+def _render_engine(out: Console, engine: Engine) -> None:
+    width = "vectors of unknown width" if engine.vector_bits is None else f"{engine.vector_bits}-bit vectors"
+    threads = f"{engine.threads} thread{'' if engine.threads == 1 else 's'} ({engine.threading_layer})"
+    out.print(f"CPU engine: {engine.processor}, {width}, {threads}")
+    out.print()
+
+
+def _render_inputs(out: Console, layers: Sequence[LayerCheck]) -> None:
+    drawn = console.table("layer", "position", "rms", "median |x|", "largest |x|", left=2)
     for layer in layers:
-        came = layer.came
-        drawn.add_row(layer.layer, LAYERS[layer.layer], *map(_figure, (came.rms, came.median, came.largest)))
-    console.show(
-        out,
-        "What came in",
-        "64 tokens of 576 numbers, float32, entering four of the 61 norms of SmolLM2-135M.",
-        drawn,
-    )
+        stats = layer.input
+        drawn.add_row(layer.layer, LAYERS[layer.layer], *map(_figure, (stats.rms, stats.median, stats.largest)))
+    what = "64 tokens of 576 elements, float32: the inputs of four of the 61 norms in SmolLM2-135M."
+    console.show(out, "Inputs", drawn, what)
 
 
 def _render_errors(out: Console, layers: Sequence[LayerCheck]) -> None:
@@ -123,11 +162,11 @@ def _render_errors(out: Console, layers: Sequence[LayerCheck]) -> None:
             drawn.add_row(layer.layer if norm is NORMS[0] else "", norm.label, *cells, end_section=last)
     console.show(
         out,
-        "Is it right? CPU engine against the reference, worst error in ULP",
-        "0.5 is the exact result rounded once; float64 is compared with a rounded reference. Accepted up to: "
+        "Accuracy: CPU engine against the reference, largest error in ULP",
+        drawn,
+        "0.5 is the exact result, rounded once; float64 is compared with a reference that is itself rounded. Bounds: "
         + ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
         + ".",
-        drawn,
     )
 
 
@@ -137,7 +176,7 @@ def _error_cell(error: Error) -> Text:
 
 
 def _render_gradients(out: Console, layers: Sequence[LayerCheck]) -> None:
-    drawn = console.table("layer", "reference", "CPU engine", "accepted up to", "verdict")
+    drawn = console.table("layer", "reference", "CPU engine", "tolerance", "verdict")
     for layer in layers:
         reference, cpu = (_worst_gradient(layer, backend) for backend in checks.METHODS)
         verdicts = sorted({gradient.verdict for gradient in layer.gradients})
@@ -150,9 +189,10 @@ def _render_gradients(out: Console, layers: Sequence[LayerCheck]) -> None:
         )
     console.show(
         out,
-        "Is the gradient the derivative? Relative error, float64, worst of the norms",
-        "The reference against the complex step, the CPU engine against adaptive differences (± their own error).",
+        "Gradients: largest relative error of the three norms, float64",
         drawn,
+        "The reference against the complex step; the CPU engine against adaptive finite differences (± their own "
+        "error).",
     )
 
 
@@ -163,8 +203,8 @@ def _worst_gradient(layer: LayerCheck, backend: str) -> Gradient:
 
 def _render_naive(out: Console, layers: Sequence[LayerCheck]) -> None:
     names = [naive.dtype for naive in layers[0].naive]
-    columns = (f"{name}\n{what}" for name in names for what in ("rows lost", "ULP"))
-    drawn = console.table("layer", *columns, "rmsnorm_np\nULP, either")
+    columns = (f"{name}\n{what}" for name in names for what in ("lost rows", "ULP"))
+    drawn = console.table("layer", *columns, "rmsnorm_np\nULP, both")
     for layer in layers:
         cells = []
         for naive in layer.naive:
@@ -175,34 +215,37 @@ def _render_naive(out: Console, layers: Sequence[LayerCheck]) -> None:
         drawn.add_row(layer.layer, *cells, f"{ours:.2f}")
     console.show(
         out,
-        "What x / sqrt(mean(x * x) + eps) * weight makes of it, all in x's own type",
-        "Lost: the squares overflowed and the row came out as zeros. ULP: the worst error in the other rows.",
+        "Plain NumPy: x / sqrt(mean(x * x) + eps) * weight, every step in x's dtype",
         drawn,
+        "Lost rows: the squares overflow, and y is zero. ULP: largest error of y in the rows that are not lost.",
     )
 
 
 def _render_times(out: Console, times: Sequence[NormTime]) -> None:
     for place in ROWS:
         chosen = [time for time in times if time.place == place]
-        drawn = console.table("", "norm", "reference", "CPU", "GB/s", "faster", "time /\nLayerNorm", left=2)
+        drawn = console.table("", "CPU", "GB/s", "NumPy", "speed-up\nover NumPy", "reference", "time /\nLayerNorm")
         for time in chosen:
+            if time.norm == NORMS[0].label:
+                drawn.add_row(Text(time.direction, style="italic"))
             drawn.add_row(
-                time.direction if time.norm == NORMS[0].label else "",
                 time.norm,
-                console.seconds(time.reference),
                 console.seconds(time.cpu),
-                f"{time.bandwidth / 1e9:.1f}",
-                console.ratio(time.speedup),
+                console.three_digits(time.bandwidth / 1e9),
+                console.seconds(time.numpy),
+                console.ratio(time.over_numpy),
+                f"{console.seconds(time.reference)} ({console.times(time.over_reference.median)})",
                 f"{time.against_layer_norm.median:.2f}",
                 end_section=time.norm == NORMS[-1].label,
             )
         rows, n = chosen[0].shape
-        console.show(
-            out,
-            f"How long it takes, {place}: float32, {rows}×{n}, {rows * n * 4 / 1e6:.1f} MB",
-            "Median of interleaved rounds, in brackets their extremes. GB/s: what the norm has to read and write.",
-            drawn,
-        )
+        console.show(out, f"Speed, {place}: float32, {rows}×{n}, {rows * n * 4 / 1e6:.1f} MB", drawn)
+    console.legend(
+        out,
+        "Medians of interleaved rounds, in brackets their extremes. CPU: this package's engine. GB/s: the bytes that "
+        "it has to read and write, over its time. NumPy: the norm in plain NumPy, every step in float32. reference: "
+        "rmsnorm_np.reference, in float64; in brackets how many times as long as the CPU engine it takes.",
+    )
 
 
 def _figure(value: float) -> str:

@@ -48,23 +48,37 @@ def interleave(
     warm_seconds: float = 0.004,
     budget_seconds: float = 10.0,
     min_rounds: int = 3,
+    called_before: bool = False,
     measure: Measure = wall_seconds,
 ) -> dict[str, Timing]:
     """Time each contender once a round, round after round.
 
     A turn is ``warm_seconds`` of calls that are not timed (they bring the contender's own data and threads back, while
     the last one's threads, which go on waiting for work, fall asleep), then as many as fill ``turn_seconds``, timed
-    together. A call that takes 25 times ``warm_seconds`` is its own warming up. No round starts when the budget is
-    spent, but ``min_rounds`` always run. ``measure`` takes a call and how often to make it, and gives seconds per call.
+    together. A call that fills ``turn_seconds`` and 25 times ``warm_seconds`` is a turn by itself. No round starts when
+    the budget is spent, but ``min_rounds`` always run. Before the first round each contender is called once, to compile
+    or load whatever it needs; not where all were ``called_before``. ``measure`` takes a call and how often to make it,
+    and gives seconds per call.
     """
-    estimates = {name: _estimate(call, turn_seconds / 100, measure) for name, call in contenders.items()}
+    if not called_before:
+        for call in contenders.values():
+            call()
+    long = max(25 * warm_seconds, turn_seconds)
+    estimates: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + budget_seconds
     for done in range(rounds):
         if done >= min_rounds and time.perf_counter() > end:
             break
         for name, call in contenders.items():
-            if estimates[name] < 25 * warm_seconds:
+            if done == 0:
+                estimates[name] = measure(call, 1)
+                if estimates[name] < long:
+                    estimates[name] = _estimate(call, turn_seconds / 100, measure)
+                else:  # that was its first turn
+                    seconds[name].append(estimates[name])
+                    continue
+            if estimates[name] < long:
                 warm = time.perf_counter() + warm_seconds
                 call()
                 while time.perf_counter() < warm:
@@ -82,6 +96,5 @@ def ratio(slower: Timing, faster: Timing) -> Ratio:
 
 def _estimate(call: Call, short: float, measure: Measure) -> float:
     """Seconds per call, from one, or from ten where that was short."""
-    call()  # compiles, allocates, loads: whatever a first call does
     once = measure(call, 1)
     return measure(call, 10) if once < short else once

@@ -199,7 +199,7 @@ def warmup(
 
 
 def describe() -> dict[str, Any]:
-    """What the engine runs on: versions, processor, threads, threading layer and the folder of compiled kernels."""
+    """What the engine runs on: versions, processor, vectors, threads, threading layer, folder of compiled kernels."""
     import llvmlite
     import llvmlite.binding as llvm
     import numba
@@ -209,8 +209,33 @@ def describe() -> dict[str, Any]:
         "llvmlite": llvmlite.__version__,
         "cpu": numba.config.CPU_NAME or llvm.get_host_cpu_name(),
         "features": sorted(name for name, present in llvm.get_host_cpu_features().items() if present),
+        "vector_bits": _vector_bits(),
         "threads": get_num_threads(),
         "threading_layer": threads.layer(),
         "cache": None if cache.folder() is None else str(cache.folder()),
         "recycled_memory_limit": memory.limit(),
     }
+
+
+def _vector_bits() -> int | None:
+    """Bits of the vectors that LLVM uses for this processor: an addition of 512 bits is how many instructions?
+
+    None for a processor whose instruction for it is not known here.
+    """
+    import re
+
+    import llvmlite.binding as llvm
+    from numba.core.registry import cpu_target
+
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    add = llvm.parse_assembly("""
+        define void @add(ptr %x, ptr %y) {
+            %a = load <16 x float>, ptr %x
+            %b = load <16 x float>, ptr %y
+            %sum = fadd <16 x float> %a, %b
+            store <16 x float> %sum, ptr %x
+            ret void
+        }""")
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+    instructions = re.findall(r"^\s*(?:v?addps|fadd)\s", machine.emit_assembly(add), re.MULTILINE)
+    return 512 // len(instructions) if instructions else None

@@ -149,7 +149,13 @@ def _checksum(name: str, payload: bytes) -> bytes:
 
 
 def cached(dispatcher: Any) -> Any:
-    """The dispatcher with its cache; with ``NUMBA_DISABLE_JIT=1`` it is a plain function, and stays one."""
+    """The dispatcher, with its cache if the digest covers the module of the kernel.
+
+    A kernel that is defined elsewhere is compiled in each process: an edit to it would not change the digest. With
+    ``NUMBA_DISABLE_JIT=1`` the dispatcher is a plain function, and stays one.
+    """
     if hasattr(dispatcher, "py_func"):
-        dispatcher._cache = KernelCache(dispatcher.py_func)
+        package, _, name = dispatcher.py_func.__module__.rpartition(".")
+        if package == __package__ and name not in _NOT_COMPILED:
+            dispatcher._cache = KernelCache(dispatcher.py_func)
     return dispatcher

@@ -2,6 +2,8 @@
 
 Forward reads one array and writes one (copy); backward reads two and writes one (triad). Stores go past the cache
 where the engine's would. Nothing that moves the same bytes with the same processor can be much faster.
+
+These kernels are compiled in each process: the cache on disk keeps those of `rmsnorm_np.cpu` alone.
 """
 
 from __future__ import annotations
