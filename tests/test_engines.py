@@ -125,6 +125,7 @@ EXTREMES = [
 ]  # fmt: skip
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weight_plus_offset_is_not_rounded(op, backend, rng):
@@ -161,6 +162,7 @@ def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backen
     assert_exact(op, x.astype(dtype), weight.astype(dtype), bias.astype(dtype), dy.astype(dtype), eps, backend)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("shape", [(70, 7)] if JIT_OFF else [(700, 7), (300, 100), (6, 70001)], ids=str)
 @pytest.mark.parametrize(
     ("kind", "far"), [(np.float64, 1e290), (ml_dtypes.bfloat16, 1e30)], ids=["float64", "bfloat16"]
@@ -185,6 +187,7 @@ def test_extreme_rows_among_ordinary_ones(op, kind, far, shape, backend, rng):
     assert same(backward(inside, x, weight, bias, eps=0.0, backend=backend, out=inside, **p)[:1], [dx])
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("n", [16] if JIT_OFF else [16, 70001])
 def test_an_extreme_row_changes_no_bit_of_another(n, rng):
     """An ordinary row with elements so small that they would vanish if it were scaled, alone and beside such a row."""
@@ -197,6 +200,7 @@ def test_an_extreme_row_changes_no_bit_of_another(n, rng):
     assert same([rn.rms_norm_backward(dy[:1], x[:1], weight, eps=0.0).dx], [both[:1]])
 
 
+@pytest.mark.engine
 def test_gradients_of_float64_at_the_ends_of_the_range(rng):
     """What is finite where dy · rstd is not, zero where the scale is infinite, exact where dy · rstd is subnormal."""
     x = (1 + np.arange(8) * 2.0**-45)[None]
@@ -211,6 +215,7 @@ def test_gradients_of_float64_at_the_ends_of_the_range(rng):
     assert worst_ulp(dweight, exact) <= 2.5
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("n", [7, 100] if JIT_OFF else [7, 100, 70001])
 @pytest.mark.parametrize("op", OPS)
 def test_padding_needs_no_kernels_of_its_own(op, n, rng, monkeypatch):
@@ -223,6 +228,7 @@ def test_padding_needs_no_kernels_of_its_own(op, n, rng, monkeypatch):
     assert_exact(op, x, weight, bias, dy, 1e-6, "cpu")
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("n", [7, 100])
 def test_large_x_beside_large_dy(n, backend, rng):
     """The squares of x are in range, the sum of g · x is none of a large x, and rstd³ times that sum vanished."""
@@ -232,6 +238,7 @@ def test_large_x_beside_large_dy(n, backend, rng):
     assert_exact("rms", x, weight, bias, dy, 0.0, backend)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("n", [7, 100] if JIT_OFF else [7, 100, 70001])
 @pytest.mark.parametrize(("inside", "outside", "dy_scale"), [(1e-200, 1.0, 1e-250), (1.0, 1e300, 1.0)])
 def test_what_is_outside_the_rms_does_not_scale_it(inside, outside, dy_scale, n, backend, rng):
@@ -291,6 +298,7 @@ def test_a_constant_row_is_its_mean(n, dtype, rng):
     assert np.all(rn.layer_norm(x).astype(np.float64) == 0)
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(JIT_OFF, reason="plain Python has longdouble in place of pairs: 64 bits, not 106")
 @pytest.mark.parametrize("n", [2, 3, 7, 8, 33, 100])
 def test_rows_of_neighbours(n, backend, rng):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from programs import PATIENCE, ROOT, command, compiled, environment, run
 
-pytestmark = compiled
+pytestmark = [compiled, pytest.mark.engine]
 
 # One kernel: how often it was found and how often compiled; 1, or the factor that a changed package multiplies by; and
 # where kernels are kept.

@@ -1,0 +1,135 @@
+"""Kernels check neither types, sizes nor addresses. Each rule that stands in place of such a check is held here.
+
+Where a kernel would reach outside an array or fault, the call runs in a process of its own, at the size at which the
+rule matters (`unchecked.py`). What a kernel is called with is compared with what it was compiled for without compiling.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from pathlib import Path
+
+import ml_dtypes
+import numba
+import numpy as np
+import pytest
+from conftest import DTYPES
+from programs import compiled, run
+from unchecked import CASES
+
+import rmsnorm_np as rn
+from rmsnorm_np.cpu import blocks, extreme, kernels, long_rows, memory
+from rmsnorm_np.cpu.jit import Kernel
+
+PROGRAM = Path(__file__).with_name("unchecked.py")
+
+
+@compiled
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_no_call_reaches_outside_its_arrays(case):
+    run(PROGRAM, case)
+
+
+# ------------------------------------------------------------------------ what kernels are called with
+
+
+class Recorder:
+    """Stands for a kernel: keeps the types that each key was called with, and looks at the arrays."""
+
+    def __init__(self, name, kernel):
+        self.name = name
+        self.signature = inspect.signature(getattr(kernel.dispatcher, "py_func", kernel.dispatcher))
+        self.types = {}
+        self.compiled = self
+
+    def get(self, key):
+        def called(*args):
+            types = tuple(map(numba.typeof, args))
+            assert self.types.setdefault(key, types) == types, f"{self.name}: one key, two kinds of arguments"
+            given = self.signature.bind(*args).arguments
+            self.check(**given)
+            return given["skipped"] is not None  # so that the kernels of extreme rows are called, too
+
+        return called
+
+    def check(self, x, k, skipped, threads, **others):
+        """Sizes and places, as the kernel takes them for granted."""
+        rows, n = x.shape
+        assert 1 <= k <= n
+        assert 1 <= threads <= numba.config.NUMBA_NUM_THREADS
+        assert skipped is None or skipped.shape == (rows,)
+        chunks, m = others.get("chunks", 1), others["m"]
+        weight_m, bias_m = others.get("weight_m", m), others.get("bias_m", m)
+        lengths = {
+            "dy": {rows}, "y": {rows}, "dx": {rows}, "weight": {weight_m}, "bias": {bias_m},
+            "weight_partial": {chunks * m}, "bias_partial": {chunks * m},
+            # of short rows the kernel repeats the sums' own length; of long ones, every row of m has its sums
+            "dweight": {m} if self.name.startswith("long") else {d for d in range(1, m + 1) if m % d == 0},
+        }  # fmt: skip
+        lengths["dbias"] = lengths["dweight"]
+        assert rows % m == rows % weight_m == rows % bias_m == 0
+        for name, array in others.items():
+            if isinstance(array, np.ndarray):
+                assert array.flags.carray, f"{self.name}: {name} is not contiguous, aligned and writable"
+                assert array.shape[1] == n, name
+                assert len(array) in lengths[name], name
+        if others.get("streaming") and n <= blocks.SHORT_ROW:
+            assert others.get("y", others.get("dx")).ctypes.data % memory.LINE == 0
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """In place of every kernel of the engine."""
+    recorders = []
+    for module in (kernels, long_rows, extreme):
+        for name, kernel in list(vars(module).items()):
+            if isinstance(kernel, Kernel):
+                recorders.append(Recorder(name, kernel))
+                monkeypatch.setattr(module, name, recorders[-1])
+    assert len(recorders) == 6
+    monkeypatch.setattr(long_rows, "LONG_ROW", 100)
+    return recorders
+
+
+def layouts(a):
+    """The array as callers may have it."""
+    yield a
+    yield np.concatenate([a, a], axis=-1)[..., : a.shape[-1]]
+    yield np.array(a, order="F")
+    unaligned = np.zeros(a.nbytes + 1, np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    unaligned[...] = a
+    yield unaligned
+    locked = a.copy()
+    locked.flags.writeable = False
+    yield locked
+    if a.dtype.name != "bfloat16":
+        yield a.astype(a.dtype.newbyteorder())
+
+
+def calls(dtype):
+    """Every combination of dtypes beside an x of this one: functions without arguments."""
+    kinds = (None, *DTYPES)
+    for shape, (w_shape, b_shape) in itertools.product(
+        [(1, 2, 6, 16), (3, 8, 6, 16), (1, 2, 6, 101)],
+        [((16,), (16,)), ((6, 16), (16,)), ((16,), (2, 6, 16)), ((6, 16), (6, 16))],
+    ):
+        ...
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_key_stands_for_one_combination_of_types(dtype, recorders):
+    """A kernel for arrays of 4 bytes that is called with 2 would read the memory behind them."""
+    ones = {kind: np.ones((3, 8, 6, 101), kind) for kind in DTYPES}
+
+    def given(kind, *shape):
+        return None if kind is None else np.ones(shape, kind)
+
+    kinds, offsets = (None, *DTYPES), (0.0, 1.0)
+    for rows, n, (heads, bias_heads) in itertools.product((12, 144), (16, 101), ((1, 1), (6, 1), (1, 6), (6, 12))):
+        x, dys = np.ones((rows, n), dtype), [np.ones((rows, n), kind) for kind in DTYPES]
+        for kind, bias_kind, offset in itertools.product(kinds, kinds, offsets):
+            if kind is None and offset:
+                continue
+            weight, bias = given(kind, heads, n), given(bias_kind, bias_heads, n)
+        del ones, x, dys, weight, bias
