@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import import_module, metadata  # noqa: TID251 (of this package, one of ENGINES)
 from typing import Any
 
 from rich.console import Console

@@ -103,6 +103,11 @@ def the_last_element_of_a_long_row():
     y, dx = in_small_calls(x, dy, weight, 1)
     assert_same(rn.rms_norm(x, weight, out=before_a_protected_page(x.shape)), y)
     assert_same(rn.rms_norm_backward(dy, x, weight, out=before_a_protected_page(x.shape)).dx, dx)
+    # what is written behind a row is the beginning of the next, which in place is still to be read
+    for position in (0, 1):
+        copies = [dy.copy(), x.copy()]
+        assert_same(rn.rms_norm_backward(*copies, weight, out=copies[position]).dx, dx)
+    assert_same(rn.rms_norm(x, weight, out=x), y)
 
 
 def dweight_of_long_rows():
