@@ -26,8 +26,8 @@ DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float3
 # `pytest` alone runs the tests that have none of these marks, and nothing of the folder `cuda`. A test that has some
 # runs if each of them is asked for.
 TIERS = {
-    "engine": "every dtype, mixed dtypes and all parameters on the compiled engine; threads, processes and caches",
-    "slow": "fuzzing, leaks, memory safety and many repetitions: hours, and gigabytes of memory",
+    "engine": "every dtype and combination of arguments, threads, processes",
+    "slow": "long fuzzing, leaks, memory safety",
     "cuda": "the CUDA engine, simulated and compiled",
 }
 
@@ -51,24 +51,22 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_collection_modifyitems(config, items):
     # each process of cuda/test_on_device.py takes its share: every so many-th test, so that long ones are spread
     part, parts = map(int, os.environ.get("ON_DEVICE_PART", "0/1").split("/"))
-    items[:] = items[part::parts]
     kept, left_out = [], []
-    for item in items:
+    for item in items[part::parts]:
         (kept if all(map(config.getoption, tiers_of(item))) else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 
 
 def tiers_of(item):
-    """The marks of a test. With the reference in place of the compiled engine it is quick: no test for --engine."""
+    """The marks of a test; but what runs on the reference has no kernels to compile, and needs no --engine."""
     on_reference = hasattr(item, "callspec") and item.callspec.params.get("backend") == "reference"
     return [tier for tier in TIERS if item.get_closest_marker(tier) and not (on_reference and tier == "engine")]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for tier, content in TIERS.items():
-        if not config.getoption(tier):
-            terminalreporter.write_line(f"not run without --{tier}: {content}")
+    left_out = [f"--{tier} ({content})" for tier, content in TIERS.items() if not config.getoption(tier)]
+    terminalreporter.write_line(f"left out: {', '.join(left_out) or 'nothing'}")
 
 
 @pytest.fixture(params=BACKENDS)
