@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 from pathlib import Path
 
 import numba
@@ -28,6 +29,7 @@ PROGRAM = Path(__file__).with_name("unchecked.py")
 
 
 @compiled
+@pytest.mark.skipif(sys.platform == "win32", reason="pages are protected by mprotect")
 @pytest.mark.parametrize(
     "case",
     [pytest.param(name, marks=[pytest.mark.engine] * (name not in FIRST)) for name in CASES],
