@@ -20,7 +20,7 @@ from unchecked import CASES
 
 import rmsnorm_np as rn
 from rmsnorm_np import cpu
-from rmsnorm_np.cpu import blocks, extreme, kernels, long_rows, memory
+from rmsnorm_np.cpu import blocks, extreme, kernels, long_rows, memory, threads
 from rmsnorm_np.cpu.jit import Kernel
 
 # Each case starts an interpreter; the others are for --engine.
@@ -60,11 +60,11 @@ class Recorder:
 
         return called
 
-    def check(self, x, k, skipped, threads, **others):
+    def check(self, x, k, skipped, **others):
         """Sizes and places, as the kernel takes them for granted."""
         rows, n = x.shape
         assert 1 <= k <= n
-        assert 1 <= threads <= numba.config.NUMBA_NUM_THREADS
+        assert 1 <= others["threads"] <= numba.config.NUMBA_NUM_THREADS
         assert skipped is None or skipped.shape == (rows,)
         chunks, m = others.get("chunks", 1), others["m"]
         weight_m, bias_m = others.get("weight_m", m), others.get("bias_m", m)
@@ -95,7 +95,10 @@ def recorders(monkeypatch):
                 recorders.append(Recorder(name, kernel))
                 monkeypatch.setattr(module, name, recorders[-1])
     assert len(recorders) == 6
+    # the sizes from which calls take another way
     monkeypatch.setattr(long_rows, "LONG_ROW", 100)
+    monkeypatch.setattr(threads, "PARALLEL_ELEMENTS", 1000)
+    monkeypatch.setattr(memory, "STREAM_BYTES", 0)
     return recorders
 
 
