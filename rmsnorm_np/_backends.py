@@ -52,7 +52,7 @@ def select(x: Any, backend: str | None) -> ModuleType:
 
 
 def _load(backend: str) -> ModuleType:
-    from importlib import import_module
+    from importlib import import_module  # noqa: TID251 (of this package, one of the engines above)
 
     try:
         engine = import_module(f"rmsnorm_np.{backend}")

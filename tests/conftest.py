@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import ml_dtypes
 import numba
@@ -17,22 +18,55 @@ if importlib.util.find_spec("numba_cuda") is None:
 elif "ON_DEVICE_PART" not in os.environ:
     collect_ignore += ["cuda/on_device.py", "cuda/device.py", "cuda/simulated.py"]
 
+CUDA = Path(__file__).with_name("cuda")
+
 BACKENDS = ("reference", "cpu")
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64))
 
+# `pytest` alone runs the tests that have none of these marks, and nothing of the folder `cuda`. A test that has some
+# runs if each of them is asked for.
+TIERS = {
+    "engine": "every dtype and combination of arguments, threads, processes",
+    "slow": "long fuzzing, leaks, memory safety",
+    "cuda": "the CUDA engine, simulated and compiled",
+}
+
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests that take minutes or gigabytes, too")
+    for tier, content in TIERS.items():
+        parser.addoption(f"--{tier}", action="store_true", help=f"also run: {content}")
+
+
+def pytest_configure(config):
+    if config.getoption("cuda") and importlib.util.find_spec("numba_cuda") is None:
+        raise pytest.UsageError('--cuda needs numba-cuda: pip install ".[cuda13,inspect]"')
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The CUDA engine's tests are not even imported without --cuda."""
+    is_asked_for = config.getoption("cuda") or "ON_DEVICE_PART" in os.environ
+    return None if is_asked_for or CUDA not in (collection_path, *collection_path.parents) else True
 
 
 def pytest_collection_modifyitems(config, items):
     # each process of cuda/test_on_device.py takes its share: every so many-th test, so that long ones are spread
     part, parts = map(int, os.environ.get("ON_DEVICE_PART", "0/1").split("/"))
-    items[:] = items[part::parts]
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes or gigabytes: run with --slow"))
+    kept, left_out = [], []
+    for item in items[part::parts]:
+        (kept if all(map(config.getoption, tiers_of(item))) else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
+def tiers_of(item):
+    """The marks of a test; but what runs on the reference has no kernels to compile, and needs no --engine."""
+    on_reference = hasattr(item, "callspec") and item.callspec.params.get("backend") == "reference"
+    return [tier for tier in TIERS if item.get_closest_marker(tier) and not (on_reference and tier == "engine")]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = [f"--{tier} ({content})" for tier, content in TIERS.items() if not config.getoption(tier)]
+    terminalreporter.write_line(f"left out: {', '.join(left_out) or 'nothing'}")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -41,9 +75,11 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(params=DTYPES, ids=lambda dtype: dtype.name)
+@pytest.fixture(
+    params=[pytest.param(kind, id=kind.name, marks=[pytest.mark.engine] * (kind != np.float32)) for kind in DTYPES]
+)
 def dtype(request):
-    """A dtype of x."""
+    """A dtype of x; compiled kernels for those other than float32 are for --engine."""
     return request.param
 
 

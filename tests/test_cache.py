@@ -69,6 +69,7 @@ def test_damage_of_any_kind_is_seen(tmp_path, monkeypatch):
         assert store.load_overload("signature", Codegen()) is None
 
 
+@pytest.mark.engine
 @compiled
 def test_without_a_folder_kernels_are_compiled_in_each_process(tmp_path):
     blocked = tmp_path / "a file, not a folder"

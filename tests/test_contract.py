@@ -107,6 +107,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("shape", "axis", "weight_shape", "bias_shape"), SHAPES, ids=str)
 def test_shapes_and_axes(op, shape, axis, weight_shape, bias_shape, backend, rng):
     x, dy = rng.normal(size=shape), rng.normal(size=shape)
@@ -250,6 +251,7 @@ def test_a_0d_array_is_a_number(op, kind, backend, rng):
 # Dtypes
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("other", DTYPES, ids=lambda dtype: dtype.name)
 def test_each_result_has_the_dtype_of_its_argument(op, dtype, other, backend, rng):
     """An element read as the wrong type is off by far more than the few ULP of the largest element allowed here."""
@@ -266,6 +268,7 @@ def test_each_result_has_the_dtype_of_its_argument(op, dtype, other, backend, rn
         np.testing.assert_allclose(got.astype(np.float64), want, rtol=0, atol=2 * ulp)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("kind", [np.int8, np.uint16, np.int64, np.bool_])
 def test_integers_and_bools_are_float64(op, kind, backend, rng):
     x, dy, weight = (rng.integers(0, 2, size=shape).astype(kind) for shape in ((3, 5), (3, 5), (5,)))

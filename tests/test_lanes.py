@@ -180,6 +180,7 @@ np.savez(sys.argv[1], **{name: result.view(np.uint8) for name, result in results
 """
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(JIT_OFF, reason="nothing is compiled without the JIT")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the generic processor is an x86-64 without extensions")
 def test_a_processor_without_extensions(tmp_path):

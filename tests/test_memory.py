@@ -72,11 +72,11 @@ def test_memory_is_not_used_again_while_it_can_be_seen(export):
     address = array.ctypes.data
     kept = export(array)
     del array
-    gc.collect()
+    gc.collect(1)  # a whole collection takes a second in a process with all tests
     others = [filled(2.0) for _ in range(4)]
     assert address not in [other.ctypes.data for other in others]
     del kept, others
-    gc.collect()
+    gc.collect(1)  # a whole collection takes a second in a process with all tests
     assert address in [one.ctypes.data for one in [memory.empty(SHAPE, DTYPE) for _ in range(6)]]
 
 

@@ -79,6 +79,7 @@ def naive_rms_norm(x, weight, eps):
     return x / np.sqrt(mean_square + x.dtype.type(eps)) * weight
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", ["last", "final"])
 def test_massive_activations_overflow_a_naive_float16_norm_and_not_this_one(name, activations, backend):
     eps = float(activations["eps"])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import numba
 import numpy as np
 import pytest
+from programs import LAYERS, compiled, run
 
 from rmsnorm_np.cpu import threads
 
@@ -28,30 +27,19 @@ print(numba.threading_layer(), digest.hexdigest())
 """
 
 
-@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT there is one thread")
-def test_each_layer_and_number_of_threads_gives_the_same_bits():
+@pytest.fixture(scope="module")
+def digest_on_one_thread():
+    return run(PROGRAM, NUMBA_NUM_THREADS=1).split()[1]
+
+
+@compiled
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.engine)])
+def test_each_layer_and_number_of_threads_gives_the_same_bits(layer, count, digest_on_one_thread):
     """The layers cut the tasks differently: one at a time, or a run of them for each thread."""
-    digests = set()
-    for layer, count in (
-        ("default", 1),
-        ("workqueue", 2),
-        ("workqueue", 3),
-        ("omp", 2),
-        ("omp", 3),
-        ("tbb", 2),
-        ("tbb", 3),
-    ):
-        environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": str(count)}
-        out = subprocess.run(
-            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
-        )
-        if "No threading layer could be loaded" in out.stderr:  # OpenMP and TBB are not everywhere
-            continue
-        assert out.returncode == 0, out.stderr
-        used, digest = out.stdout.split()
-        assert layer in ("default", used)
-        digests.add(digest)
-    assert len(digests) == 1
+    used, digest = run(PROGRAM, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=count).split()
+    assert used == layer
+    assert digest == digest_on_one_thread
 
 
 AT_ONCE = """
@@ -80,15 +68,12 @@ sys.exit(len(wrong))
 """
 
 
-@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT there is one thread")
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
+@compiled
+@pytest.mark.engine
+@pytest.mark.parametrize("layer", LAYERS)
 def test_eight_python_threads_at_once(layer):
     """The workqueue layer ends the process when two Python threads use it at once."""
-    environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
-    out = subprocess.run(
-        [sys.executable, "-c", AT_ONCE], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert out.returncode == 0, out.stderr
+    run(AT_ONCE, NUMBA_THREADING_LAYER=layer)
 
 
 FORKED = """
@@ -111,16 +96,19 @@ rn.rms_norm(x)
 """
 
 
-@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT there is one thread")
+@compiled
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
-@pytest.mark.parametrize("when", ["before any call", "after a small call", "after a call on threads"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "when",
+    [
+        pytest.param("before any call", marks=pytest.mark.engine),
+        pytest.param("after a small call", marks=pytest.mark.engine),
+        "after a call on threads",
+    ],
+)
 def test_a_forked_child_computes_the_same(layer, when):
-    environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
-    out = subprocess.run(
-        [sys.executable, "-c", FORKED, when], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert out.returncode == 0, out.stderr
+    run(FORKED, when, NUMBA_THREADING_LAYER=layer)
 
 
 def test_what_a_task_raises_is_raised():

@@ -108,7 +108,7 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
                 continue
             payload = content[_DIGEST:]
             if _checksum(name, payload) == content[:_DIGEST]:
-                import pickle
+                import pickle  # noqa: TID251 (of a folder that only who may write the code may write to)
 
                 return numba.core.compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
         return None

@@ -12,7 +12,10 @@ import pytest
 PROGRAM = Path(__file__).with_name("big.py")
 SHAPES = ["many rows", "one long row", "single elements"]
 
-pytestmark = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="plain Python would take days")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="plain Python would take days"),
+]
 
 
 def run(*args):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from programs import PATIENCE, ROOT, command, compiled, environment, run
 
-pytestmark = compiled
+pytestmark = [compiled, pytest.mark.engine]
 
 # One kernel: how often it was found and how often compiled; 1, or the factor that a changed package multiplies by; and
 # where kernels are kept.
@@ -185,7 +185,6 @@ def test_an_upgrade_is_compiled_anew(installed, tmp_path, kind):
     assert use(factor=3, **variables)[0] == FOUND
 
 
-@pytest.mark.slow
 def test_kernels_of_another_processor_are_left_alone(tmp_path):
     """A home on a file server is that of machines which do not have each other's instructions."""
     old = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}

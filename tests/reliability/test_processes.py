@@ -8,7 +8,11 @@ import signal
 import pytest
 from programs import LAYERS, PATIENCE, compiled, run
 
-pytestmark = [compiled, pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")]
+pytestmark = [
+    compiled,
+    pytest.mark.engine,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
+]
 
 CHILDREN = f"""
 import concurrent.futures

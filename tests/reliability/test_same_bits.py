@@ -15,7 +15,10 @@ from test_engines import OPS, arrays, call, same
 JIT_OFF = bool(numba.config.DISABLE_JIT)
 EPS = 1e-6
 
-pytestmark = pytest.mark.skipif(JIT_OFF, reason="without the JIT there are no threads and no vectors")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(JIT_OFF, reason="without the JIT there are no threads and no vectors"),
+]
 
 
 @pytest.fixture(params=[pytest.param(d, id=d.name, marks=[pytest.mark.slow] * (d != np.float32)) for d in DTYPES])

@@ -12,38 +12,21 @@ from programs import ROOT, compiled, run
 PACKAGE = ROOT / "rmsnorm_np"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# Code from data, and what brings data over a network. The one place that reads a pickle is the cache of kernels, in a
-# folder that only those may write to who may write the code.
-RUNS_INPUT = {"eval", "exec", "compile", "pickle", "marshal", "shelve", "dill", "cloudpickle", "runpy", "ctypes"}
-NETWORK = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "xmlrpc", "requests", "httpx", "aiohttp", "asyncio"}
-ALLOWED = {("cpu/cache.py", "pickle")}
-
-
-def uses(file):
-    """Names that a file calls or imports."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            yield node.func.id
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module.partition(".")[0]
-        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-            yield "pickle" if getattr(node.value, "value", None) is not False else "no pickle"
-
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
-def test_no_source_reaches_for_a_network_or_runs_input(file):
-    name = file.relative_to(PACKAGE).as_posix()
-    found = {(name, use) for use in uses(file) if use in RUNS_INPUT | NETWORK}
-    assert found <= ALLOWED
+def test_no_source_runs_input(file):
+    """Built-in functions that do; modules that could are banned by the linter, see banned-api in pyproject.toml."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        assert getattr(node, "id", None) not in ("eval", "exec", "compile", "__import__")
+        if getattr(node, "arg", None) == "allow_pickle":
+            assert node.value.value is False
 
 
 OFFLINE = """
 import sys
 
 def refuse(event, arguments):
-    if event.startswith(("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "urllib.")):
+    if event.startswith(("socket.", "ssl.", "urllib.", "http.client.", "ftplib.", "smtplib.")):
         raise SystemExit(f"{event} {arguments}")
 
 sys.addaudithook(refuse)
@@ -67,6 +50,6 @@ def test_no_connection_is_made():
 def test_requirements_have_a_lowest_version_and_no_highest():
     """The lowest is what a step of CI installs. A highest one would keep this package from living beside others."""
     wanted = [r for r in importlib.metadata.requires("rmsnorm_np") or [] if "extra ==" not in r]
-    assert len(wanted) == 5
+    assert wanted
     for requirement in wanted:
         assert re.fullmatch(r"[\w-]+>=[\d.]+", requirement)

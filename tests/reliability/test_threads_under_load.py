@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import LAYERS, PATIENCE, compiled, run
 
-pytestmark = compiled
+pytestmark = [compiled, pytest.mark.engine]
 
 # Every op on arrays that take each way through the engine: alone, on threads, past the cache, a row on several threads.
 AT_ONCE = f"""

@@ -12,6 +12,7 @@ from tolerances import DX_ULP, LONGDOUBLE_IS_WIDER, Y_ULP, ulp_distance
 import rmsnorm_np as rn
 
 pytestmark = [
+    pytest.mark.engine,
     pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="65,536 rows take plain Python many minutes"),
     pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by"),
 ]

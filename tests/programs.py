@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -11,16 +12,25 @@ from pathlib import Path
 import numba
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 LAYERS = ("omp", "tbb", "workqueue")
 PATIENCE = 600  # seconds until a program counts as blocked, on a machine that does much else
 
 compiled = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT nothing is compiled or parallel")
 
 
+def tbb():
+    """The folder of pip's TBB, which is not where the loader looks; None if it is not installed."""
+    try:
+        files = importlib.metadata.files("tbb") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((str(file.locate().resolve().parent) for file in files if file.name.startswith("libtbb.so")), None)
+
+
 def environment(package=ROOT, **variables):
     """This process's environment with two threads, the package as it lies there, and these variables; None unsets."""
-    libraries = os.pathsep.join(filter(None, (f"{sys.prefix}/lib", os.environ.get("LD_LIBRARY_PATH"))))  # pip's TBB
+    libraries = os.pathsep.join(filter(None, (tbb(), os.environ.get("LD_LIBRARY_PATH"))))
     default = {"PYTHONPATH": str(package), "NUMBA_NUM_THREADS": "2", "LD_LIBRARY_PATH": libraries}
     merged = os.environ | default | {name: None if value is None else str(value) for name, value in variables.items()}
     return {name: value for name, value in merged.items() if value is not None}
@@ -35,7 +45,7 @@ def command(code, *arguments):
 
 
 def run(code, *arguments, preexec_fn=None, **variables):
-    """What a program prints. It must end well; a threading layer that is not installed skips the test."""
+    """What a program prints. It must end well; a threading layer that this system lacks skips the test."""
     out = subprocess.run(
         command(code, *arguments),
         env=environment(**variables),
@@ -47,6 +57,8 @@ def run(code, *arguments, preexec_fn=None, **variables):
         preexec_fn=preexec_fn,
     )
     if "No threading layer could be loaded" in out.stderr:
-        pytest.skip(f"{variables['NUMBA_THREADING_LAYER']} cannot be loaded here")
+        layer = variables["NUMBA_THREADING_LAYER"]
+        assert layer != "tbb" or tbb() is None, f"TBB is installed in {tbb()}, and Numba cannot load it"
+        pytest.skip(f"Numba has no threading layer {layer} on this system")
     assert out.returncode == 0, f"{code if isinstance(code, Path) else ''} ended with {out.returncode}\n{out.stderr}"
     return out.stdout
