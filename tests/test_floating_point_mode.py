@@ -76,6 +76,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT NumPy computes, in the mode it finds")
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"), reason="how to set its mode is not known here"
