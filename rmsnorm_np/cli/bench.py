@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from rmsnorm_np import get_num_threads
 from rmsnorm_np.cli import console, device, limit, peers, plot
 from rmsnorm_np.cli.cases import ARRAYS_MOVED, LIMIT, OURS, OURS_INTO, Case, Entry
 from rmsnorm_np.cli.checks import Step, ulp_error
@@ -81,7 +82,7 @@ def _measure_case(norm: Norm, problem: Problem, backend: str, rounds: int, only:
     else:
         contenders = _our_calls(norm, problem, backend, np.empty_like)
         contenders[LIMIT] = limit.calls(problem.x.nbytes)[problem.direction]
-        contenders.update(peers.calls(problem, _threads(), only))
+        contenders.update(peers.calls(problem, get_num_threads(), only))
         timings = interleave(contenders, rounds=rounds)
     exact = _exact_rows(norm, problem)
     entries = (_entry(name, timings[name], timings[OURS], problem, exact, call) for name, call in contenders.items())
@@ -121,12 +122,6 @@ def _entry(name: str, timing: Timing, ours: Timing, problem: Problem, exact: Arr
 def _exact_rows(norm: Norm, problem: Problem) -> Array:
     x, weight = problem.x[:ROWS_COMPARED].astype(np.float64), problem.weight.astype(np.float64)
     return norm.forward(x, weight, problem.eps, "reference")
-
-
-def _threads() -> int:
-    import numba
-
-    return int(numba.get_num_threads())
 
 
 def render(out: Console, cases: Sequence[Case], backend: str, chosen: Sequence[str] = ()) -> None:
