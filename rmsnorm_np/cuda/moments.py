@@ -19,7 +19,7 @@ from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.pairs import (
     add_product_to_pair,
     add_to_pair,
-    lost_in_difference,
+    distance_pair,
     pair_storer,
     pair_total,
     sums_of,
@@ -43,7 +43,8 @@ PAIRS = 3  # the most that are summed at once
 _LEAST = {np.float32: 2.0**-80, np.float64: 2.0**-900}
 _MOST = {np.float32: 2.0**90, np.float64: 2.0**900}
 _MOST_SCALE = {np.float32: 120, np.float64: 1000}  # exponent
-_TARGET = 20  # the largest of a rescaled row is about 2**20: the smallest, far below, still have all their digits
+_HIGHEST = {np.float32: 100, np.float64: 900}  # exponent after rescaling: sums and products with others are finite
+TARGET = 20  # the size of a rescaled row is about 2**20: the smallest, far below, still have all their digits
 
 _LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
 
@@ -68,14 +69,17 @@ def inverse_of_power(value: Any) -> Any:
 
 @lru_cache
 def scale_for(work: Any) -> Any:
-    """power(largest): the power of two that brings a row with this largest magnitude into range."""
-    most = _MOST_SCALE[work]
+    """power(size, largest): the power of two that brings a row with numbers of this size into range.
+
+    largest: the largest magnitude in the row, which must stay finite, however small the size, even zero.
+    """
+    most, highest = _MOST_SCALE[work], _HIGHEST[work]
 
     @inlined
-    def power(largest: Any) -> Any:
-        if not largest <= _LARGEST_FLOAT64:
+    def power(size: Any, largest: Any) -> Any:
+        if not (size <= _LARGEST_FLOAT64 and largest <= _LARGEST_FLOAT64):
             return 1.0
-        exponent = _TARGET - exponent_of(largest) if largest > 0.0 else most
+        exponent = min(TARGET - exponent_of(size), highest - exponent_of(largest))
         return power_of_two(min(max(exponent, -most), most))
 
     return power
@@ -98,12 +102,14 @@ def measurer(plan: Plan) -> Any:
     pairs = (3 if centred else 2) if backward else 1
     add_up, add_up_x = adder(team, pairs, work), adder(team, 1, work)
     share_flag, share_mean = sharer(team, 1, FLAG), sharer(team, 2, MEAN)
-    maximum, power, store_pair = team_maximum(team), scale_for(work), pair_storer(work)
+    maximum, maximum_g = team_maximum(team, work), team_maximum(team, np.float64)
+    power, store_pair = scale_for(work), pair_storer(work)
     # float16 cannot leave the range, and would not take the scale either
     x_scalable, dy_scalable = plan.x != "float16", backward and plan.dy != "float16"
     scalable = x_scalable or dy_scalable
     rescale_x, rescale_dy = rescaler(plan, plan.x), rescaler(plan, plan.dy or "float32")
     least, most = _LEAST[work], _MOST[work]
+    least_extreme = work(-math.inf if centred else 0.0)
     checked = not plan.full or plan.split
     per_element = 0 if plan.aligned else 1
     # A mean far from zero needs every digit of the sum. Half types have few digits themselves: the sum of a vector is
@@ -152,9 +158,7 @@ def measurer(plan: Plan) -> Any:
     ) -> None:
         value, tail = x_element(x, 4 * t, e), zero
         if centred:
-            distance = value - mean[0]
-            tail = lost_in_difference(value, mean[0], distance) - mean[1]
-            value = distance
+            value, tail = distance_pair(value, mean[0], mean[1])
             if checked and i + e * per_element >= stop:
                 value, tail = zero, zero
         if not partial or i + e < k:
@@ -182,27 +186,35 @@ def measurer(plan: Plan) -> Any:
             add(sums, j, pair_total(parts, j) if exact and work is np.float32 else parts[j], parts[j + 1])
 
     @inlined
-    def take_x(e: Any, t: Any, i: Any, x: Any, k: Any, largest: Any) -> None:
-        if not partial or i + e < k:
-            largest[0] = max(largest[0], abs(np.float64(x_again(x, 4 * t, e))))
+    def take_x(e: Any, t: Any, i: Any, x: Any, stop: Any, k: Any, extremes: Any) -> None:
+        value = x_again(x, 4 * t, e)
+        if centred:
+            if not checked or i + e * per_element < stop:
+                extremes[0], extremes[1] = max(extremes[0], value), max(extremes[1], -value)
+        else:
+            if not partial or i + e < k:
+                extremes[0] = max(extremes[0], abs(value))
+            if partial:
+                extremes[1] = max(extremes[1], abs(value))
 
     @inlined
-    def take_g(e: Any, t: Any, dy: Any, weight: Any, offset: Any, largest: Any) -> None:
-        d = np.float64(dy_again(dy, t * dy_words, e))
-        largest[0] = max(largest[0], abs(weighed(d, weight, t * weight_words, e, offset)))
+    def take_g(e: Any, t: Any, dy: Any, weight: Any, offset: Any, extremes: Any, largest_g: Any) -> None:
+        d = abs(dy_again(dy, t * dy_words, e))
+        extremes[0] = max(extremes[0], d)
+        largest_g[0] = max(largest_g[0], abs(weighed(np.float64(d), weight, t * weight_words, e, offset)))
 
     take_all_x, take_all_g = unrolled(take_x, lanes), unrolled(take_g, lanes)
 
     @inlined
-    def largest_x_of_vector(t: Any, x: Any, lane: Any, k: Any, largest: Any) -> None:
-        take_all_x(t, (t * team + lane) * lanes, x, k, largest)
+    def extremes_of_x_vector(t: Any, x: Any, lane: Any, stop: Any, k: Any, extremes: Any) -> None:
+        take_all_x(t, (t * team + lane) * lanes, x, stop, k, extremes)
 
     @inlined
-    def largest_g_of_vector(t: Any, dy: Any, weight: Any, offset: Any, largest: Any) -> None:
-        take_all_g(t, dy, weight, offset, largest)
+    def extremes_of_g_vector(t: Any, dy: Any, weight: Any, offset: Any, extremes: Any, largest_g: Any) -> None:
+        take_all_g(t, dy, weight, offset, extremes, largest_g)
 
     add_x, add_products = unrolled(add_vector_of_x, trips), unrolled(add_vector_of_products, trips)
-    largest_x, largest_g = unrolled(largest_x_of_vector, trips), unrolled(largest_g_of_vector, trips)
+    extremes_of_x, extremes_of_g = unrolled(extremes_of_x_vector, trips), unrolled(extremes_of_g_vector, trips)
 
     @inlined
     def measure(
@@ -212,7 +224,8 @@ def measurer(plan: Plan) -> Any:
         sums = cuda.local.array(places, np.float64)
         mean = cuda.local.array(2, work)
         flag = cuda.local.array(1, work)
-        largest = cuda.local.array(1, np.float64)
+        extremes = cuda.local.array(2, work)
+        largest_g = cuda.local.array(1, np.float64)
         x_scale, dy_scale = 1.0, 1.0
         again = True
         while again:
@@ -246,14 +259,21 @@ def measurer(plan: Plan) -> Any:
                 share_flag(flag, shared)
                 if flag[0] == zero:
                     if x_scalable:
-                        largest[0] = math.sqrt(eps)
-                        largest_x(x, lane, k, largest)
-                        x_scale = power(maximum(largest[0], maxima))
+                        extremes[0], extremes[1] = least_extreme, least_extreme
+                        extremes_of_x(x, lane, stop, k, extremes)
+                        extremes[0] = maximum(extremes[0], maxima)
+                        if centred or partial:
+                            extremes[1] = maximum(extremes[1], maxima)
+                        size, largest = np.float64(extremes[0]), np.float64(extremes[1 if centred or partial else 0])
+                        if centred:  # the differences have to be in range: half of the largest minus the smallest x
+                            size, largest = 0.5 * size + 0.5 * largest, max(size, largest, 0.0)
+                        x_scale = power(max(size, math.sqrt(eps)), largest)
                         rescale_x(x, work(x_scale))
                     if dy_scalable:
-                        largest[0] = 0.0
-                        largest_g(dy, weight, offset, largest)
-                        dy_scale = power(maximum(largest[0], maxima))
+                        extremes[0], largest_g[0] = zero, 0.0
+                        extremes_of_g(dy, weight, offset, extremes, largest_g)
+                        largest = np.float64(maximum(extremes[0], maxima))
+                        dy_scale = power(maximum_g(largest_g[0], maxima), largest)
                         rescale_dy(dy, work(dy_scale))
                     again = x_scale != 1.0 or dy_scale != 1.0
         moments[X_SCALE], moments[DY_SCALE] = x_scale, dy_scale
