@@ -110,7 +110,7 @@ def merger(plan: Plan, block: int) -> Any:
     """
     length, centred, backward = plan.length, plan.centred, plan.dy is not None
     add_up, add_up_x = adder(block, PAIRS, np.float64), adder(block, 1, np.float64)
-    share_mean, maximum, inverse_length = sharer(block, 2, 0), team_maximum(block, np.float64), 1.0 / length
+    share_mean, maximum, inverse_length = sharer(block, 2, 0), team_maximum(block), 1.0 / length
     store_pair = pair_storer(np.float64)
     far = FAR[plan.work]
 

@@ -43,8 +43,9 @@ PAIRS = 3  # the most that are summed at once
 _LEAST = {np.float32: 2.0**-80, np.float64: 2.0**-900}
 _MOST = {np.float32: 2.0**90, np.float64: 2.0**900}
 _MOST_SCALE = {np.float32: 120, np.float64: 1000}  # exponent
-_HIGHEST = {np.float32: 100, np.float64: 900}  # exponent after rescaling: sums and products with others are finite
-TARGET = 20  # the size of a rescaled row is about 2**20: the smallest, far below, still have all their digits
+_MOST_DY_SCALE = {np.float32: 40, np.float64: 500}  # exponent: beside small dy · weight a large dy must stay finite
+_FINITE_SUM = {np.float32: 100, np.float64: 900}  # exponent of numbers whose sum is finite, however many there are
+TARGET = 20  # the largest of a rescaled row is about 2**20: the smallest, far below, still have all their digits
 
 _LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
 
@@ -69,18 +70,17 @@ def inverse_of_power(value: Any) -> Any:
 
 @lru_cache
 def scale_for(work: Any) -> Any:
-    """power(size, largest): the power of two that brings a row with numbers of this size into range.
+    """power(largest, target, most): the power of two that brings a row with this largest magnitude to 2**target.
 
-    largest: the largest magnitude in the row, which must stay finite, however small the size, even zero.
+    At most 2**most, and as much for zeros; 1 for a row with infinity.
     """
-    most, highest = _MOST_SCALE[work], _HIGHEST[work]
+    least = -_MOST_SCALE[work]
 
     @inlined
-    def power(size: Any, largest: Any) -> Any:
-        if not (size <= _LARGEST_FLOAT64 and largest <= _LARGEST_FLOAT64):
+    def power(largest: Any, target: Any, most: Any) -> Any:
+        if not largest <= _LARGEST_FLOAT64:
             return 1.0
-        exponent = min(TARGET - exponent_of(size), highest - exponent_of(largest))
-        return power_of_two(min(max(exponent, -most), most))
+        return power_of_two(min(max(target - exponent_of(largest), least), most))
 
     return power
 
@@ -102,14 +102,17 @@ def measurer(plan: Plan) -> Any:
     pairs = (3 if centred else 2) if backward else 1
     add_up, add_up_x = adder(team, pairs, work), adder(team, 1, work)
     share_flag, share_mean = sharer(team, 1, FLAG), sharer(team, 2, MEAN)
-    maximum, maximum_g = team_maximum(team, work), team_maximum(team, np.float64)
+    maximum = team_maximum(team)
     power, store_pair = scale_for(work), pair_storer(work)
     # float16 cannot leave the range, and would not take the scale either
     x_scalable, dy_scalable = plan.x != "float16", backward and plan.dy != "float16"
     scalable = x_scalable or dy_scalable
     rescale_x, rescale_dy = rescaler(plan, plan.x), rescaler(plan, plan.dy or "float32")
     least, most = _LEAST[work], _MOST[work]
-    least_extreme = work(-math.inf if centred else 0.0)
+    most_scale, most_dy_scale = _MOST_SCALE[work], _MOST_DY_SCALE[work]
+    # one more where the sum of x itself can overflow
+    rounds = 2 if centred and (work is np.float64 or plan.x == "bfloat16") else 1
+    finite_sum = _FINITE_SUM[work]
     checked = not plan.full or plan.split
     per_element = 0 if plan.aligned else 1
     # A mean far from zero needs every digit of the sum. Half types have few digits themselves: the sum of a vector is
@@ -117,7 +120,7 @@ def measurer(plan: Plan) -> Any:
     wide = plan.exact
     part_type = np.float64 if wide else work
     add, total, tail_of_sum = sums_of(work)
-    zero, one, places = work(0), work(1), 2 * PAIRS
+    zero, one, two, places = work(0), work(1), work(2), 2 * PAIRS
 
     @inlined
     def add_x_element(e: Any, t: Any, x: Any, parts: Any) -> None:
@@ -186,35 +189,27 @@ def measurer(plan: Plan) -> Any:
             add(sums, j, pair_total(parts, j) if exact and work is np.float32 else parts[j], parts[j + 1])
 
     @inlined
-    def take_x(e: Any, t: Any, i: Any, x: Any, stop: Any, k: Any, extremes: Any) -> None:
-        value = x_again(x, 4 * t, e)
-        if centred:
-            if not checked or i + e * per_element < stop:
-                extremes[0], extremes[1] = max(extremes[0], value), max(extremes[1], -value)
-        else:
-            if not partial or i + e < k:
-                extremes[0] = max(extremes[0], abs(value))
-            if partial:
-                extremes[1] = max(extremes[1], abs(value))
+    def take_x(e: Any, t: Any, i: Any, x: Any, k: Any, largest: Any) -> None:
+        if not partial or i + e < k:
+            largest[0] = max(largest[0], abs(np.float64(x_again(x, 4 * t, e))))
 
     @inlined
-    def take_g(e: Any, t: Any, dy: Any, weight: Any, offset: Any, extremes: Any, largest_g: Any) -> None:
-        d = abs(dy_again(dy, t * dy_words, e))
-        extremes[0] = max(extremes[0], d)
-        largest_g[0] = max(largest_g[0], abs(weighed(np.float64(d), weight, t * weight_words, e, offset)))
+    def take_g(e: Any, t: Any, dy: Any, weight: Any, offset: Any, largest: Any) -> None:
+        d = np.float64(dy_again(dy, t * dy_words, e))
+        largest[0] = max(largest[0], abs(weighed(d, weight, t * weight_words, e, offset)))
 
     take_all_x, take_all_g = unrolled(take_x, lanes), unrolled(take_g, lanes)
 
     @inlined
-    def extremes_of_x_vector(t: Any, x: Any, lane: Any, stop: Any, k: Any, extremes: Any) -> None:
-        take_all_x(t, (t * team + lane) * lanes, x, stop, k, extremes)
+    def largest_x_of_vector(t: Any, x: Any, lane: Any, k: Any, largest: Any) -> None:
+        take_all_x(t, (t * team + lane) * lanes, x, k, largest)
 
     @inlined
-    def extremes_of_g_vector(t: Any, dy: Any, weight: Any, offset: Any, extremes: Any, largest_g: Any) -> None:
-        take_all_g(t, dy, weight, offset, extremes, largest_g)
+    def largest_g_of_vector(t: Any, dy: Any, weight: Any, offset: Any, largest: Any) -> None:
+        take_all_g(t, dy, weight, offset, largest)
 
     add_x, add_products = unrolled(add_vector_of_x, trips), unrolled(add_vector_of_products, trips)
-    extremes_of_x, extremes_of_g = unrolled(extremes_of_x_vector, trips), unrolled(extremes_of_g_vector, trips)
+    largest_x, largest_g = unrolled(largest_x_of_vector, trips), unrolled(largest_g_of_vector, trips)
 
     @inlined
     def measure(
@@ -224,10 +219,9 @@ def measurer(plan: Plan) -> Any:
         sums = cuda.local.array(places, np.float64)
         mean = cuda.local.array(2, work)
         flag = cuda.local.array(1, work)
-        extremes = cuda.local.array(2, work)
-        largest_g = cuda.local.array(1, np.float64)
+        largest = cuda.local.array(1, np.float64)
         x_scale, dy_scale = 1.0, 1.0
-        again = True
+        again, left = True, rounds
         while again:
             again = False
             moments[SUM], moments[SUM_TAIL], moments[G_SUM], moments[G_TAIL] = 0.0, 0.0, 0.0, 0.0
@@ -254,28 +248,25 @@ def measurer(plan: Plan) -> Any:
                     if centred:
                         moments[G_SUM], moments[G_TAIL] = sums[4], tail_of_sum(sums, 4)
                         ordinary = ordinary and abs(moments[G_SUM]) < most
-                flag[0] = one if ordinary else zero
-            if scalable and x_scale == 1.0 and dy_scale == 1.0:
+                flag[0] = zero if ordinary else one if least * k_row < squares < most * k_row else two
+            if scalable and left > 0:
+                left -= 1
                 share_flag(flag, shared)
-                if flag[0] == zero:
-                    if x_scalable:
-                        extremes[0], extremes[1] = least_extreme, least_extreme
-                        extremes_of_x(x, lane, stop, k, extremes)
-                        extremes[0] = maximum(extremes[0], maxima)
-                        if centred or partial:
-                            extremes[1] = maximum(extremes[1], maxima)
-                        size, largest = np.float64(extremes[0]), np.float64(extremes[1 if centred or partial else 0])
-                        if centred:  # the differences have to be in range: half of the largest minus the smallest x
-                            size, largest = 0.5 * size + 0.5 * largest, max(size, largest, 0.0)
-                        x_scale = power(max(size, math.sqrt(eps)), largest)
-                        rescale_x(x, work(x_scale))
-                    if dy_scalable:
-                        extremes[0], largest_g[0] = zero, 0.0
-                        extremes_of_g(dy, weight, offset, extremes, largest_g)
-                        largest = np.float64(maximum(extremes[0], maxima))
-                        dy_scale = power(maximum_g(largest_g[0], maxima), largest)
-                        rescale_dy(dy, work(dy_scale))
-                    again = x_scale != 1.0 or dy_scale != 1.0
+                if x_scalable and flag[0] == two:  # not for the products alone: it could lose eps in a constant row
+                    largest[0] = math.sqrt(eps) * x_scale
+                    largest_x(x, lane, k, largest)
+                    finite = not centred or abs(mean[0]) < math.inf
+                    scale = power(maximum(largest[0], maxima), TARGET if finite else finite_sum, most_scale)
+                    rescale_x(x, work(scale))
+                    x_scale *= scale
+                    again = scale != 1.0
+                if dy_scalable and flag[0] != zero and dy_scale == 1.0:
+                    largest[0] = 0.0
+                    largest_g(dy, weight, offset, largest)
+                    g = maximum(largest[0], maxima)
+                    dy_scale = power(g, TARGET, most_dy_scale) if g > 0.0 else 1.0
+                    rescale_dy(dy, work(dy_scale))
+                    again = again or dy_scale != 1.0
         moments[X_SCALE], moments[DY_SCALE] = x_scale, dy_scale
 
     return measure

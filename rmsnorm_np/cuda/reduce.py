@@ -113,8 +113,8 @@ def sharer(team: int, count: int, place: int) -> Any:
 
 
 @lru_cache
-def team_maximum(team: int, kind: Any) -> Any:
-    """maximum(value, maxima): the largest of the team's values of this type, in all its threads; NaN is passed over."""
+def team_maximum(team: int) -> Any:
+    """maximum(value, maxima): the largest of the team's values, in all its threads; NaN is passed over."""
     warps, levels = max(1, team // WARP), levels_of(min(team, WARP))
 
     @inlined
@@ -127,7 +127,7 @@ def team_maximum(team: int, kind: Any) -> Any:
                 maxima[cuda.threadIdx.x >> WARP_LEVELS] = value
             cuda.syncthreads()
             for warp in range(warps):
-                value = max(value, kind(maxima[warp]))
+                value = max(value, maxima[warp])
             cuda.syncthreads()
         return value
 
