@@ -3,7 +3,7 @@
 Read on in `launch` (how work is cut), `kernels` and `long_rows` (who takes which row), `moments` (what is summed over a
 row), `elements` (what becomes of it), `parameters` (dweight and dbias). Below: `rows` (a row in registers), `reduce`
 (sums over threads), `pairs` (numbers with twice the digits), `vector` (what a thread moves), `intrinsics`, `kernel`
-(what is launched), `arrays` and `copies` (what a caller has).
+(what is launched), `arguments`, `copies` and `arrays` (what a caller has).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import numba_cuda  # without it Numba has an older numba.cuda of its own, which 
 import numpy as np
 from numba import cuda
 
-from rmsnorm_np.cuda import arrays, kernels, launch, long_rows, parameters, vector
-from rmsnorm_np.cuda import arrays as arguments
+from rmsnorm_np.cuda import arguments, arrays, kernels, launch, long_rows, parameters, vector
 from rmsnorm_np.cuda.arrays import to_device, use_stream
 from rmsnorm_np.cuda.moments import MOMENTS, NUMBERS
 from rmsnorm_np.cuda.reduce import WARP

@@ -1,7 +1,4 @@
-"""Device arrays of any library, as the kernels take them: addresses of contiguous rows.
-
-Nothing here copies between host and device.
-"""
+"""Device arrays of any library: where they are, the stream that a call on them runs on, and memory for new ones."""
 
 from __future__ import annotations
 
@@ -16,8 +13,6 @@ import ml_dtypes
 import numpy as np
 from numba import cuda
 
-from rmsnorm_np import _arguments
-from rmsnorm_np.cuda.copies import copy
 from rmsnorm_np.cuda.vector import BYTES, STORED
 
 if TYPE_CHECKING:
@@ -140,7 +135,8 @@ def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...
     return tuple(math.prod(shape[i + 1 :]) * itemsize for i in range(len(shape)))
 
 
-def _is_contiguous(array: Seen) -> bool:
+def is_contiguous(array: Seen) -> bool:
+    """Whether it is in C order, without gaps."""
     expected = _contiguous_strides(array.shape, array.dtype.itemsize)
     return array.strides == expected or all(
         stride == wanted for size, stride, wanted in zip(array.shape, array.strides, expected, strict=True) if size != 1
@@ -149,14 +145,15 @@ def _is_contiguous(array: Seen) -> bool:
 
 def _bounds(array: Seen) -> tuple[int, int]:
     """First byte of the array's memory, and the one behind the last."""
-    if _is_contiguous(array):
+    if is_contiguous(array):
         return array.address, array.address + math.prod(array.shape) * array.dtype.itemsize
     spans = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
     first = array.address + sum(min(0, s) for s in spans)
     return first, array.address + sum(max(0, s) for s in spans) + array.dtype.itemsize
 
 
-def _overlaps(a: Seen, b: Seen) -> bool:
+def overlaps(a: Seen, b: Seen) -> bool:
+    """Whether the memory that the two arrays span has a byte in common."""
     if 0 in a.shape or 0 in b.shape:
         return False
     (a_first, a_stop), (b_first, b_stop) = _bounds(a), _bounds(b)
@@ -227,100 +224,3 @@ _ALIGNMENT = 256
 def are_aligned(n: int, lanes: int, addresses: tuple[int, ...]) -> bool:
     """Whether every vector of these contiguous arrays, in rows of n, begins at a multiple of its size."""
     return n % lanes == 0 and all(address % BYTES == 0 for address in addresses)
-
-
-class Geometry(NamedTuple):
-    """Rows in an array of some shape."""
-
-    axes: tuple[int, ...]
-    trailing: bool
-    order: tuple[int, ...]  # the axes that are not normalised over, then those that are
-    moved: tuple[int, ...]  # the shape in that order
-    rows: int
-    n: int
-    k: int
-
-
-def _geometry(shape: tuple[int, ...], axis: Any, p: Any) -> Geometry:
-    axes = _arguments.axes_of(axis, shape)
-    order = (*(i for i in range(len(shape)) if i not in axes), *axes)
-    n = math.prod(shape[i] for i in axes)
-    trailing, k = _arguments.are_trailing(axes, len(shape)), _arguments.elements_in_rms(n, p)
-    return Geometry(axes, trailing, order, tuple(shape[i] for i in order), math.prod(shape) // n, n, k)
-
-
-_remembered_geometry = lru_cache(maxsize=1024)(_geometry)
-
-
-def engine_arguments(
-    x: Any, dy: Any, weight: Any, bias: Any, eps: Any, p: Any, axis: Any, weight_offset: Any, out: Any
-) -> tuple[Any, ...]:
-    """As `_arguments.engine_arguments`, for device arrays; all errors but that of the dtype are those of the host.
-
-    The arrays of the result are `Seen`, and there is always one to write to.
-    """
-    source = seen("x", x)
-    gradient, weights, biases, target = (
-        None if array is None else seen(name, array)
-        for name, array in (("dy", dy), ("weight", weight), ("bias", bias), ("out", out))
-    )
-    stream = stream_for((source, gradient, weights, biases, target))
-    shape, dtype = source.shape, source.dtype
-    plain = type(axis) is int and type(p) is float  # True is 1 to a cache
-    axes, trailing, order, moved, rows, n, k = (_remembered_geometry if plain else _geometry)(shape, axis, p)
-    eps = _arguments.check_eps(eps)
-    weight_offset = _arguments.check_weight_offset(weight_offset, weight is not None)
-
-    def rows_of(array: Seen, lead: int) -> Seen:
-        if not _is_contiguous(array):
-            made = seen("", empty(array.shape, array.dtype, stream))
-            copy(array, made, capability_here(), stream)
-            array = made
-        itemsize = array.dtype.itemsize
-        # not `_replace`, which takes four times as long
-        return Seen(array.address, (lead, n), (n * itemsize, itemsize), array.dtype, array.stream, False, array.owner)
-
-    def permuted(array: Seen) -> Seen:
-        return array._replace(shape=moved, strides=tuple(array.strides[i] for i in order))
-
-    def parameter_of(name: str, array: Seen | None) -> Seen | None:
-        if array is None:
-            return None
-        return rows_of(array, math.prod(_arguments.parameter_lead(name, array.shape, shape, axes)))
-
-    x_rows = rows_of(source if trailing else permuted(source), rows)
-    if gradient is not None:
-        _arguments.check_dy_shape(gradient.shape, shape)
-        gradient = rows_of(gradient if trailing else permuted(gradient), rows)
-    weights, biases = parameter_of("weight", weights), parameter_of("bias", biases)
-
-    if target is not None:
-        if target.shape != shape:
-            raise ValueError(f"out has shape {target.shape}, expected x.shape {shape}")
-        if target.dtype != dtype:
-            raise TypeError(f"out has dtype {target.dtype}, expected {dtype}, the dtype of the result")
-        if target.read_only:
-            raise ValueError("out is read-only, expected a writable array")
-        others = [
-            a for a in (x_rows, gradient) if a is not None and not (a.address == target.address and a.dtype == dtype)
-        ]
-        others += [a for a in (weights, biases) if a is not None]
-        if trailing and _is_contiguous(target) and not any(_overlaps(target, a) for a in others):
-            return x_rows, gradient, weights, biases, k, eps, weight_offset, rows_of(target, rows), lambda _: out
-
-    made = empty(moved, dtype, stream)
-    result = seen("", made)
-
-    def restore(_: Any) -> Any:
-        if out is None and trailing:
-            return made
-        answer = out if out is not None else empty(shape, dtype, stream)
-        copy(result, permuted(seen("out", answer)), capability_here(), stream)
-        return answer
-
-    return x_rows, gradient, weights, biases, k, eps, weight_offset, rows_of(result, rows), restore
-
-
-def restore_parameter(gradient: Any, parameter: Any) -> Any:
-    """The gradient of a weight or bias: the engine has made it in the shape of that parameter."""
-    return gradient

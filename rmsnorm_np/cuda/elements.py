@@ -27,7 +27,7 @@ from rmsnorm_np.cuda.moments import (
     B,
     C,
 )
-from rmsnorm_np.cuda.pairs import lost_in_difference
+from rmsnorm_np.cuda.pairs import distance_pair, lost_in_difference
 from rmsnorm_np.cuda.rows import factor, factor_pair, weight_kept
 from rmsnorm_np.cuda.vector import decoder, encoder, inlined, reader, unrolled, words_of, writer
 
@@ -60,10 +60,9 @@ def standardiser_pair(plan: Plan) -> Any:
     def standardised_pair(value: Any, numbers: Any) -> Any:
         rstd, rstd_tail = numbers[RSTD], numbers[RSTD_TAIL]
         if centred:
-            distance = value - numbers[MEAN]
-            lost = numbers[MEAN_TAIL] - lost_in_difference(value, numbers[MEAN], distance)
+            distance, distance_tail = distance_pair(value, numbers[MEAN], numbers[MEAN_TAIL])
             head = product(distance, rstd)
-            tail = cuda.fma(distance, rstd, -head) + (distance * rstd_tail - lost * rstd)
+            tail = cuda.fma(distance, rstd, -head) + (distance * rstd_tail + distance_tail * rstd)
         else:
             head = product(value, rstd)
             tail = cuda.fma(value, rstd, -head) + value * rstd_tail

@@ -4,6 +4,7 @@ the numbers of each row, a third writes the pieces.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -27,19 +28,24 @@ from rmsnorm_np.cuda.moments import (
     SQUARES,
     SUM,
     SUM_TAIL,
+    TARGET,
     X_SCALE,
     X_TIMES,
+    exponent_of,
     finisher,
     inverse_of_power,
     measurer,
+    power_of_two,
 )
-from rmsnorm_np.cuda.pairs import add_to_pair, pair_tail, pair_total
+from rmsnorm_np.cuda.pairs import add_to_pair, pair_storer, pair_tail, pair_total, remainder
 from rmsnorm_np.cuda.parameters import clearer, partial_writer
 from rmsnorm_np.cuda.reduce import WARP, adder, leads, sharer, team_maximum
 from rmsnorm_np.cuda.rows import rescaler, row_reader, weight_kept, weight_reader
 from rmsnorm_np.cuda.vector import ITEMSIZE, inlined, unrolled, words_of
 
 PLACES = 2 * PAIRS
+
+FAR = {np.float32: 2.0**40, np.float64: 2.0**400}  # between the means of pieces: beyond, squares may leave the range
 
 
 @lru_cache
@@ -104,7 +110,17 @@ def merger(plan: Plan, block: int) -> Any:
     """
     length, centred, backward = plan.length, plan.centred, plan.dy is not None
     add_up, add_up_x = adder(block, PAIRS, np.float64), adder(block, 1, np.float64)
-    share_mean, maximum, inverse_length = sharer(block, 1, 0), team_maximum(block), 1.0 / length
+    share_mean, maximum, inverse_length = sharer(block, 2, 0), team_maximum(block), 1.0 / length
+    store_pair = pair_storer(np.float64)
+    far = FAR[plan.work]
+
+    @inlined
+    def distance_of(kept: Any, at: Any, scale: Any, p: Any, n: Any, inverse_last: Any, mean: Any) -> Any:
+        """The mean of piece p minus that of the row: the rest of a division, as two rounded means could cancel."""
+        count = min(length, n - p * length)
+        tail = kept[at + SUM_TAIL] * scale - mean[1] * count
+        rest = remainder(kept[at + SUM] * scale, tail, mean[0], count)
+        return rest * (inverse_length if count == length else inverse_last)
 
     @inlined
     def merge(
@@ -112,7 +128,7 @@ def merger(plan: Plan, block: int) -> Any:
         maxima: Any,
     ) -> None:  # fmt: skip
         sums = cuda.local.array(PLACES, np.float64)
-        mean = cuda.local.array(1, np.float64)
+        mean = cuda.local.array(2, np.float64)
         pieces = (n + length - 1) // length
         x_inverse, dy_inverse = 0.0, 0.0  # of the smallest scale, a power of two
         for p in range(cuda.threadIdx.x, pieces, block):
@@ -121,7 +137,6 @@ def merger(plan: Plan, block: int) -> Any:
             dy_inverse = max(dy_inverse, inverse_of_power(kept[at + DY_SCALE]))
         x_scale = inverse_of_power(maximum(x_inverse, maxima))
         dy_scale = inverse_of_power(maximum(dy_inverse, maxima)) if backward else 1.0
-        mean[0] = 0.0
         moments[SUM], moments[SUM_TAIL] = 0.0, 0.0
         if centred:
             sums[0], sums[1] = 0.0, 0.0
@@ -133,8 +148,20 @@ def merger(plan: Plan, block: int) -> Any:
             add_up_x(sums, scratch)
             if leads(block):
                 moments[SUM], moments[SUM_TAIL] = sums[0], sums[1]
-                mean[0] = pair_total(sums, 0) * inverse
+                store_pair(mean, 0, moments[SUM], moments[SUM_TAIL], n, inverse)
             share_mean(mean, shared)
+            farthest = 0.0
+            for p in range(cuda.threadIdx.x, pieces, block):
+                at = (first + p) * MOMENTS
+                scale = x_scale * inverse_of_power(kept[at + X_SCALE])
+                farthest = max(farthest, abs(distance_of(kept, at, scale, p, n, inverse_last, mean)))
+            farthest = maximum(farthest, maxima)
+            if far < farthest < math.inf:  # between pieces, each of which is in range
+                times = power_of_two(TARGET - exponent_of(farthest))
+                x_scale *= times
+                for j in range(2):
+                    moments[SUM + j] *= times
+                    mean[j] *= times
         for j in range(2 * PAIRS):
             sums[j] = 0.0
         for p in range(cuda.threadIdx.x, pieces, block):
@@ -143,10 +170,8 @@ def merger(plan: Plan, block: int) -> Any:
             add_to_pair(sums, 0, kept[at + SQUARES] * scale * scale)
             distance = 0.0
             if centred:
-                count = min(length, n - p * length)
-                inverse_count = inverse_length if count == length else inverse_last
-                distance = (kept[at + SUM] + kept[at + SUM_TAIL]) * inverse_count * scale - mean[0]
-                add_to_pair(sums, 0, distance * distance * count)
+                distance = distance_of(kept, at, scale, p, n, inverse_last, mean)
+                add_to_pair(sums, 0, distance * distance * min(length, n - p * length))
             if backward:
                 dy_times = dy_scale * inverse_of_power(kept[at + DY_SCALE])
                 add_to_pair(sums, 2, kept[at + PRODUCTS] * scale * dy_times)
@@ -180,7 +205,7 @@ def row_numbers(plan: Plan, block: int) -> Kernel:
         moments = cuda.local.array(MOMENTS, np.float64)
         numbers = cuda.local.array(NUMBERS, work)
         scratch = cuda.shared.array(scratch_shape, np.float64)
-        means = cuda.shared.array(1, np.float64)
+        means = cuda.shared.array(2, np.float64)
         maxima = cuda.shared.array(warps, np.float64)
         row = np.int64(cuda.blockIdx.x)
         merge(kept, row * ((n + length - 1) // length), n, inverse, inverse_last, moments, scratch, means, maxima)

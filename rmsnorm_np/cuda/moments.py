@@ -19,7 +19,7 @@ from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.pairs import (
     add_product_to_pair,
     add_to_pair,
-    lost_in_difference,
+    distance_pair,
     pair_storer,
     pair_total,
     sums_of,
@@ -43,7 +43,9 @@ PAIRS = 3  # the most that are summed at once
 _LEAST = {np.float32: 2.0**-80, np.float64: 2.0**-900}
 _MOST = {np.float32: 2.0**90, np.float64: 2.0**900}
 _MOST_SCALE = {np.float32: 120, np.float64: 1000}  # exponent
-_TARGET = 20  # the largest of a rescaled row is about 2**20: the smallest, far below, still have all their digits
+_MOST_DY_SCALE = {np.float32: 40, np.float64: 500}  # exponent: beside small dy · weight a large dy must stay finite
+_FINITE_SUM = {np.float32: 100, np.float64: 900}  # exponent of numbers whose sum is finite, however many there are
+TARGET = 20  # the largest of a rescaled row is about 2**20: the smallest, far below, still have all their digits
 
 _LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
 
@@ -68,15 +70,17 @@ def inverse_of_power(value: Any) -> Any:
 
 @lru_cache
 def scale_for(work: Any) -> Any:
-    """power(largest): the power of two that brings a row with this largest magnitude into range."""
-    most = _MOST_SCALE[work]
+    """power(largest, target, most): the power of two that brings a row with this largest magnitude to 2**target.
+
+    At most 2**most, and as much for zeros; 1 for a row with infinity.
+    """
+    least = -_MOST_SCALE[work]
 
     @inlined
-    def power(largest: Any) -> Any:
+    def power(largest: Any, target: Any, most: Any) -> Any:
         if not largest <= _LARGEST_FLOAT64:
             return 1.0
-        exponent = _TARGET - exponent_of(largest) if largest > 0.0 else most
-        return power_of_two(min(max(exponent, -most), most))
+        return power_of_two(min(max(target - exponent_of(largest), least), most))
 
     return power
 
@@ -98,12 +102,17 @@ def measurer(plan: Plan) -> Any:
     pairs = (3 if centred else 2) if backward else 1
     add_up, add_up_x = adder(team, pairs, work), adder(team, 1, work)
     share_flag, share_mean = sharer(team, 1, FLAG), sharer(team, 2, MEAN)
-    maximum, power, store_pair = team_maximum(team), scale_for(work), pair_storer(work)
+    maximum = team_maximum(team)
+    power, store_pair = scale_for(work), pair_storer(work)
     # float16 cannot leave the range, and would not take the scale either
     x_scalable, dy_scalable = plan.x != "float16", backward and plan.dy != "float16"
     scalable = x_scalable or dy_scalable
     rescale_x, rescale_dy = rescaler(plan, plan.x), rescaler(plan, plan.dy or "float32")
     least, most = _LEAST[work], _MOST[work]
+    most_scale, most_dy_scale = _MOST_SCALE[work], _MOST_DY_SCALE[work]
+    # one more where the sum of x itself can overflow
+    rounds = 2 if centred and (work is np.float64 or plan.x == "bfloat16") else 1
+    finite_sum = _FINITE_SUM[work]
     checked = not plan.full or plan.split
     per_element = 0 if plan.aligned else 1
     # A mean far from zero needs every digit of the sum. Half types have few digits themselves: the sum of a vector is
@@ -111,7 +120,7 @@ def measurer(plan: Plan) -> Any:
     wide = plan.exact
     part_type = np.float64 if wide else work
     add, total, tail_of_sum = sums_of(work)
-    zero, one, places = work(0), work(1), 2 * PAIRS
+    zero, one, two, places = work(0), work(1), work(2), 2 * PAIRS
 
     @inlined
     def add_x_element(e: Any, t: Any, x: Any, parts: Any) -> None:
@@ -152,9 +161,7 @@ def measurer(plan: Plan) -> Any:
     ) -> None:
         value, tail = x_element(x, 4 * t, e), zero
         if centred:
-            distance = value - mean[0]
-            tail = lost_in_difference(value, mean[0], distance) - mean[1]
-            value = distance
+            value, tail = distance_pair(value, mean[0], mean[1])
             if checked and i + e * per_element >= stop:
                 value, tail = zero, zero
         if not partial or i + e < k:
@@ -214,7 +221,7 @@ def measurer(plan: Plan) -> Any:
         flag = cuda.local.array(1, work)
         largest = cuda.local.array(1, np.float64)
         x_scale, dy_scale = 1.0, 1.0
-        again = True
+        again, left = True, rounds
         while again:
             again = False
             moments[SUM], moments[SUM_TAIL], moments[G_SUM], moments[G_TAIL] = 0.0, 0.0, 0.0, 0.0
@@ -241,21 +248,25 @@ def measurer(plan: Plan) -> Any:
                     if centred:
                         moments[G_SUM], moments[G_TAIL] = sums[4], tail_of_sum(sums, 4)
                         ordinary = ordinary and abs(moments[G_SUM]) < most
-                flag[0] = one if ordinary else zero
-            if scalable and x_scale == 1.0 and dy_scale == 1.0:
+                flag[0] = zero if ordinary else one if least * k_row < squares < most * k_row else two
+            if scalable and left > 0:
+                left -= 1
                 share_flag(flag, shared)
-                if flag[0] == zero:
-                    if x_scalable:
-                        largest[0] = math.sqrt(eps)
-                        largest_x(x, lane, k, largest)
-                        x_scale = power(maximum(largest[0], maxima))
-                        rescale_x(x, work(x_scale))
-                    if dy_scalable:
-                        largest[0] = 0.0
-                        largest_g(dy, weight, offset, largest)
-                        dy_scale = power(maximum(largest[0], maxima))
-                        rescale_dy(dy, work(dy_scale))
-                    again = x_scale != 1.0 or dy_scale != 1.0
+                if x_scalable and flag[0] == two:  # not for the products alone: it could lose eps in a constant row
+                    largest[0] = math.sqrt(eps) * x_scale
+                    largest_x(x, lane, k, largest)
+                    finite = not centred or abs(mean[0]) < math.inf
+                    scale = power(maximum(largest[0], maxima), TARGET if finite else finite_sum, most_scale)
+                    rescale_x(x, work(scale))
+                    x_scale *= scale
+                    again = scale != 1.0
+                if dy_scalable and flag[0] != zero and dy_scale == 1.0:
+                    largest[0] = 0.0
+                    largest_g(dy, weight, offset, largest)
+                    g = maximum(largest[0], maxima)
+                    dy_scale = power(g, TARGET, most_dy_scale) if g > 0.0 else 1.0
+                    rescale_dy(dy, work(dy_scale))
+                    again = again or dy_scale != 1.0
         moments[X_SCALE], moments[DY_SCALE] = x_scale, dy_scale
 
     return measure

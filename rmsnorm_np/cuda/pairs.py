@@ -41,6 +41,19 @@ def lost_in_difference(a: Any, b: Any, difference: Any) -> Any:
 
 
 @inlined
+def distance_pair(value: Any, mean: Any, mean_tail: Any) -> Any:
+    """value - (mean + mean_tail), as a pair whose head is the distance, rounded.
+
+    The head of value - mean alone will not do: it is zero in an element whose nearest neighbour is the mean. It is zero
+    or at least as large as what it lacks, because mean + mean_tail is rounded to mean; so Dekker's FastTwoSum is exact.
+    """
+    difference = value - mean
+    lost = lost_in_difference(value, mean, difference) - mean_tail
+    distance = difference + lost
+    return distance, lost - (distance - difference)
+
+
+@inlined
 def pair_total(sums: Any, j: int) -> Any:
     """The pair as a float64. A head of infinity leaves NaN in the tail, which must not hide it."""
     head = np.float64(sums[j])
@@ -102,23 +115,24 @@ def tail_of(work: Any) -> Any:
 def pair_storer(work: Any) -> Any:
     """store(pair, j, head, tail, count, inverse): (head + tail) / count, all float64, as a pair of the type inside.
 
-    The inverse of count comes from outside: a division of float64 is a call, and some 16 bytes were spilled around it.
+    pair[j] is the quotient rounded to that type; pair[j + 1] comes from the remainder, so it has all its digits however
+    small it is: next to the mean it is all of x - mean. The inverse of count comes from outside: a division of float64
+    is a call, and some 16 bytes were spilled around it.
     """
-    tail_or_zero = tail_of(work)
-    if work is np.float32:
+    tail_or_zero, wide = tail_of(work), work is np.float64
 
-        @inlined
-        def store(pair: Any, j: int, head: Any, tail: Any, count: Any, inverse: Any) -> None:
-            quotient = head * inverse  # a float64, it needs no tail
-            pair[j] = np.float32(quotient)
-            pair[j + 1] = tail_or_zero(quotient - np.float64(pair[j]))
-
-    else:
-
-        @inlined
-        def store(pair: Any, j: int, head: Any, tail: Any, count: Any, inverse: Any) -> None:
-            quotient = product(head, inverse)
-            pair[j] = quotient
-            pair[j + 1] = tail_or_zero((cuda.fma(-quotient, np.float64(count), head) + tail) * inverse)
+    @inlined
+    def store(pair: Any, j: int, head: Any, tail: Any, count: Any, inverse: Any) -> None:
+        quotient = product(head, inverse)
+        if wide:  # the roundings of inverse and product are some ULP, which the nearest float64 must not have
+            quotient += tail_or_zero(remainder(head, tail, quotient, count) * inverse)
+        pair[j] = work(quotient)
+        pair[j + 1] = tail_or_zero(remainder(head, tail, np.float64(pair[j]), count) * inverse)
 
     return store
+
+
+@inlined
+def remainder(head: Any, tail: Any, quotient: Any, count: Any) -> Any:
+    """head + tail - quotient · count, in float64: of a quotient that is nearly right, to the last bit but one."""
+    return cuda.fma(-quotient, np.float64(count), head) + tail

@@ -45,8 +45,12 @@ def exact_backward(op, dy, x, weight, bias, k, eps, offset):
 
 
 def _standardised(op, x, k, eps):
-    x = x.astype(np.longdouble)
-    centred = x - np.mean(x, axis=-1, keepdims=True) if op == "layer" else x
+    centred = x.astype(np.longdouble)
+    if op == "layer":
+        # The mean rounded to longdouble is not enough where x - mean cancels in float64. First the mean as x's dtype
+        # has it, which is subtracted exactly from x close to it; then the mean of what is left.
+        for dtype in (x.dtype, np.longdouble):
+            centred = centred - np.mean(centred, axis=-1, keepdims=True).astype(dtype)
     rstd = 1 / np.sqrt(np.sum(centred[:, :k] ** 2, axis=-1, keepdims=True) / k + np.longdouble(eps))
     return centred * rstd, rstd
 

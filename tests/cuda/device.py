@@ -11,7 +11,7 @@ if SIMULATED:
 
     simulated.install()  # before the engine asks Numba for what the simulator lacks
 
-from rmsnorm_np.cuda import arrays, launch  # noqa: E402
+from rmsnorm_np.cuda import arrays, copies, launch  # noqa: E402
 from rmsnorm_np.cuda.vector import STORED  # noqa: E402
 
 
@@ -38,7 +38,7 @@ def view_of(array, shape, strides, dtype):
 
 
 def fill(array, host):
-    arrays.copy(arrays.seen("host", to_device(host)), arrays.seen("array", array), arrays.capability_here(), 0)
+    copies.copy(arrays.seen("host", to_device(host)), arrays.seen("array", array), arrays.capability_here(), 0)
 
 
 def limit(**limits):

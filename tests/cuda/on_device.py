@@ -166,6 +166,76 @@ def test_ends_of_the_range(op, dtype, vectors, rng):
     check(op, x.astype(dtype), dy.astype(dtype), numbers(rng, (1, n), dtype), None, eps=0.0)
 
 
+NEXT_TO_THE_MEAN = {
+    # x - mean is less than half an ULP of x
+    "all but one": lambda n, dtype: np.where(np.arange(n) == 0, np.nextafter(dtype.type(3), dtype.type(4)), 3),
+    # x - mean is a few ULP of x
+    "some ULP": lambda n, dtype: 2**20 + np.arange(n) % 5 * np.spacing(dtype.type(2**20)),
+    "around 1e6": lambda n, dtype: 1e6 + np.random.default_rng(n).choice([-1, 0, 1], n),
+}
+
+
+@pytest.mark.parametrize("vectors", [2, 5, 40, 129])
+@pytest.mark.parametrize("kind", NEXT_TO_THE_MEAN)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_layer_norm_next_to_the_mean(dtype, kind, vectors, rng):
+    """x - mean cancels: what is left is as small as the rounding of the mean, in a row and between pieces of one."""
+    dtype = DTYPES[dtype]
+    n = vectors * 16 // dtype.itemsize - 1
+    x = NEXT_TO_THE_MEAN[kind](n, dtype).astype(dtype)[None]
+    check("layer", x, numbers(rng, (1, n), dtype), numbers(rng, (1, n), dtype), None, eps=0.0)
+
+
+def test_layer_norm_of_three_numbers():
+    x = np.array([[1e6, 1e6 + 0.0625, 1e6 + 0.0625]], np.float32)
+    y = to_host(rn.layer_norm(to_device(x), eps=0.0, backend="cuda"))
+    assert worst_ulp(y, np.longdouble([[-2, 1, 1]]) / np.sqrt(np.longdouble(2))) <= ULP["float32"]
+
+
+@pytest.mark.parametrize("vectors", [0, 4, 129])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_constant_rows(dtype, vectors, rng):
+    """y is bias; dx is (g - mean(g)) / sqrt(eps), 0 where all of g is the same: at every magnitude."""
+    dtype = DTYPES[dtype]
+    info = ml_dtypes.finfo(dtype)
+    n = vectors * 16 // dtype.itemsize or 1
+    magnitudes = [info.max, info.min, np.sqrt(np.longdouble(info.max)), 3, info.tiny, info.smallest_subnormal]
+    x = np.repeat(np.array(magnitudes, np.longdouble).astype(dtype)[:, None], n, axis=1)
+    weight, bias = numbers(rng, (1, n), dtype), numbers(rng, (1, n), dtype)
+    check("layer", x, numbers(rng, x.shape, dtype), weight, bias, eps=1e-5)
+    same = to_device(np.ones_like(x))
+    y = to_host(rn.layer_norm(to_device(x), bias=to_device(bias[0]), backend="cuda"))
+    assert (y == bias).all()
+    assert (to_host(rn.layer_norm_backward(same, to_device(x), backend="cuda").dx) == 0).all()
+
+
+@pytest.mark.parametrize("op", FORWARD)
+@pytest.mark.parametrize(("weight", "offset"), [([0.0], 0.0), ([-1.0], 1.0), ([0.0, 1.0, 1.0, 0.0], 0.0)])
+def test_weights_of_zero(op, weight, offset):
+    """All of dy · weight is zero or small, beside a dy that a scale for it would make infinite."""
+    dy = np.array([[300.0], [1.0], [0.0]] if len(weight) == 1 else [[1e25, 1e-30, 2e-30, 1.0]], np.float32)
+    x = np.repeat(np.arange(1, len(weight) + 1, dtype=np.float32)[None], len(dy), axis=0)
+    check(op, x, dy, np.array([weight], np.float32), None, offset=offset)
+
+
+@pytest.mark.parametrize("op", FORWARD)
+def test_weights_and_elements_of_zero_in_some_pieces(op, rng):
+    n = 129 * 4
+    x, dy, weight = numbers(rng, (2, n), np.float32), numbers(rng, (2, n), np.float32), numbers(rng, (1, n), np.float32)
+    x[0, 128:], x[0, :128], weight[0, 128:] = 0, x[0, :128] * np.float32(1e-30), 0
+    check(op, x, dy, weight, None, eps=0.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_pieces_far_from_each_other(dtype, rng):
+    """Each is constant, in range by itself; the squares of their distances are not."""
+    dtype = DTYPES[dtype]
+    n = 129 * 16 // dtype.itemsize
+    x = np.full((1, n), np.finfo(dtype).max, dtype)
+    x[0, n // 2 :] *= -1
+    check("layer", x, numbers(rng, (1, n), dtype), numbers(rng, (1, n), dtype), None)
+
+
 def test_second_try_looks_at_the_partial_rms_alone(rng):
     """The squares of its numbers vanish, but beside others that are 30 orders of magnitude larger."""
     x = numbers(rng, (2, 16), np.float32)
@@ -199,12 +269,18 @@ def test_infinity_outside_a_partial_rms(n, offset, rng):
     y = to_host(rn.rms_norm(*device[1:], **options, backend="cuda"))
     dx, dweight, _ = map(to_host, rn.rms_norm_backward(*device, **options, backend="cuda"))
     with np.errstate(invalid="ignore"):
-        exact = rn.reference.rms_norm_backward(*(a.astype(float) for a in arrays), **options)
-    np.testing.assert_allclose(y, rn.reference.rms_norm(x.astype(float), weight, **options), rtol=1e-6)
-    np.testing.assert_allclose(dx[:, n // 2 :], exact.dx[:, n // 2 :], rtol=1e-5)
-    np.testing.assert_allclose(dx[[0, 2]], exact.dx[[0, 2]], rtol=1e-4, atol=1e-6)
-    assert not np.isfinite(dx[1, : n // 2]).any()
-    np.testing.assert_allclose(dweight, exact.dweight, rtol=1e-4, atol=1e-6)
+        exact_y, magnitude_y = exact_forward("rms", x, weight[None], None, n // 2, 1e-6, offset)
+        exact_dx, magnitude_dx, sums, _ = exact_backward("rms", dy, x, weight[None], None, n // 2, 1e-6, offset)
+        assert worst_ulp(y, exact_y, magnitude_y) <= ULP["float32"]
+        finite = np.ones(dx.shape, bool)
+        finite[1, : n // 2] = False
+        magnitude_dx = np.where(np.isfinite(magnitude_dx), magnitude_dx, 0)  # where c has no part in dx, in its row
+        assert worst_ulp(dx[finite], exact_dx[finite], magnitude_dx[finite]) <= DX_ULP["float32"]
+        assert not np.isfinite(dx[1, : n // 2]).any()
+        infinite = np.arange(n) == n - 2
+        assert np.isinf(dweight[infinite]).all()
+        limit = parameter_tolerance(*sums, len(x), np.float32, np.float32)[0]
+        assert np.all(np.abs(dweight - sums[0][0])[~infinite] <= limit[~infinite])
 
 
 @pytest.mark.parametrize("n", [8, 264, 520])
@@ -255,11 +331,11 @@ def test_axes_and_layouts(rng):
         shape = [x.shape[i] for i in (axis if isinstance(axis, tuple) else (axis,))]
         weight = numbers(rng, shape, np.float64)
         y = to_host(rn.rms_norm(device, to_device(weight), axis=axis, backend="cuda"))
-        np.testing.assert_allclose(y, rn.reference.rms_norm(x, weight, axis=axis), rtol=1e-15)
+        assert worst_ulp(y, rn.reference.rms_norm(x, weight, axis=axis)) <= ULP["float64"] + 0.5  # it is rounded, too
     backwards = device[::-1, ::-1, ::-1]
-    np.testing.assert_allclose(
-        to_host(rn.layer_norm(backwards, backend="cuda")), rn.reference.layer_norm(x[::-1, ::-1, ::-1]), atol=1e-15
-    )
+    flat = x[::-1, ::-1, ::-1].reshape(12, 5)
+    y = to_host(rn.layer_norm(backwards, backend="cuda")).reshape(12, 5)
+    assert worst_ulp(y, *exact_forward("layer", flat, None, None, 5, 1e-6, 0.0)) <= ULP["float64"]
 
 
 def test_no_rows():
