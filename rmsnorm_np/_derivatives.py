@@ -35,10 +35,12 @@ _WINDOW = len(_CENTRAL)
 # Independent errors of y, in units of 1/h, are multiplied by the 2-norm of _CENTRAL · (1, 2, 4, 8) / √2.
 _NOISE_GAIN = 8.3
 # The roughness that is seen in a few steps is a sample: the largest error is some times that.
-_SAFETY = 4.0
+_SAFETY = 3.0
 # How many windows of smaller steps confirm one.
 _CONFIRMING = 6
-# An estimate with a larger relative error is not one that smaller steps can only make worse.
+# An estimate with a larger relative error is none: steps that are too large see noise, and none of the slope.
+_MEASURED = 0.4
+# One with a smaller error is what smaller steps can only make worse.
 _CONVERGED = 0.01 * _SAFETY
 # Halvings and doublings of the first step at most.
 _HALVINGS = 60
@@ -92,28 +94,52 @@ class Differences:
         y0 = line.y(0.0)
         self.line, self.y0, self.y_eps = line, widened(y0), eps(y0)
         self.moved = np.zeros(y0.shape, bool)  # the outputs that changed at any step
-        self.lowest_bit = _lowest_bit(self.y0)  # that any value of an output has set
+        self.smallest_change = np.full(y0.shape, np.inf)  # of each output, zero aside
         self.steps: list[float] = []
         self.quotients: list[tuple[float, float, float]] = []  # for each step: central, kink, size
         first = self._first_step()
         if first is not None:
+            self.smallest_step = first * max(2.0**-_HALVINGS, 2.0 * eps(line.x))
             self._measure(first)
             self._halve_until_confirmed()
             self._double_while_better()
+            for exponent in (4, 8):
+                self._change(2.0**exponent), self._change(-(2.0**exponent))
+
+    @property
+    def best(self) -> Estimate:
+        """The estimate with the smallest error."""
+        return self._best()[1]
+
+    @property
+    def finest(self) -> Estimate:
+        """The same, for outputs that are rounded by no more than their dtype demands, and never change by jumps."""
+        return min(self._estimates(jumps=False), key=lambda estimate: estimate.error, default=Estimate(np.nan, np.inf))
+
+    @property
+    def unit(self) -> float:
+        """The step that y answers to, at least 1."""
+        index, best = self._best()
+        return max(1.0, self.steps[index]) if self.steps and np.isfinite(best.error) else 1.0
 
     @property
     def size(self) -> float:
         """What a derivative along this line is at least compared with."""
-        return SMALLEST_SHARE * norm(self.line.terms(self.y0)[self.moved])
+        return self._least(self.unit)
 
-    @property
-    def best(self) -> Estimate:
-        """The estimate with the smallest error, if the lowest bit that an output ever has set is its rounding."""
-        return self._with_smallest_error(self._estimates(self.lowest_bit))[1]
+    def _least(self, step: float) -> float:
+        reached = self.moved & np.isfinite(self.y0)
+        return SMALLEST_SHARE * norm(self.line.terms(self.y0)[reached]) / max(1.0, step)
 
-    def all(self) -> list[Estimate]:
-        """The estimates at all steps, if outputs are rounded by no more than their dtype demands."""
-        return self._estimates() if self.steps else [Estimate(0.0, 0.0)]
+    def supports(self, value: float, slack: float) -> bool:
+        """Whether some smaller steps, with a small error, contradict the best estimate and give this value."""
+        best, size = self.best, self.size
+        return any(
+            error <= _CONVERGED * max(abs(other), abs(best.value), size)
+            and abs(other - best.value) > error + best.error
+            and abs(other - value) <= error + slack
+            for other, error in self._estimates(jumps=False)
+        )
 
     def exhaust(self) -> None:
         """Add all smaller steps at which y still changes by more than its rounding."""
@@ -122,114 +148,117 @@ class Differences:
 
     def _first_step(self) -> float | None:
         """One unit, or the next step that changes any output; None if none does."""
+        if not np.all(np.isfinite(self.y0)):
+            return 1.0
         for exponent in (0, -8, -16, -24, *range(16, 1024, 16)):
-            ends = [self.line.y(sign * 2.0**exponent) for sign in (1.0, -1.0)]
-            if not all(np.all(np.isfinite(widened(end))) for end in ends) and exponent > 0:
-                return None
-            if any(np.any(widened(end) != self.y0) for end in ends):
+            changes = [self._change(sign * 2.0**exponent) for sign in (1.0, -1.0)]
+            if any(np.any(change != 0.0) for change in changes):
                 return 2.0**exponent
         return None
+
+    def _change(self, step: float) -> Array:
+        """By how much each output changes: zero where nothing does, with no rounding of what stays."""
+        y = widened(self.line.y(step))
+        with np.errstate(all="ignore"):
+            change = np.where(y == self.y0, 0.0, y - self.y0)
+        self.moved |= change != 0.0
+        self.smallest_change = np.fmin(self.smallest_change, np.where(change != 0.0, np.abs(change), np.inf))
+        return change
 
     def _halve_until_confirmed(self) -> None:
         while self._can_halve():
             self._measure(self.steps[-1] / 2.0)
-            index, best = self._with_smallest_error(self._estimates(self.lowest_bit))
-            last = len(self.steps) - _WINDOW
-            if last - index >= _CONFIRMING and best.error <= _CONVERGED * max(self.quotients[index][2], self.size):
+            index, best = self._best()
+            confirmed = len(self.steps) - _WINDOW - index >= _CONFIRMING
+            if confirmed and best.error <= _CONVERGED * self._size_at(index):
                 return
 
     def _double_while_better(self) -> None:
-        while len(self.steps) <= 2 * _HALVINGS:
-            index, best = self._with_smallest_error(self._estimates(self.lowest_bit))
-            exact_enough = best.error <= 64.0 * self.y_eps * max(self.quotients[index][2], self.size)
+        for _ in range(_HALVINGS):
+            index, best = self._best()
+            exact_enough = best.error <= 64.0 * self.y_eps * self._size_at(index)
             if index >= 3 or exact_enough or not np.isfinite(self.quotients[0][2]):
                 return
             self._measure(self.steps[0] * 2.0)
 
     def _can_halve(self) -> bool:
-        if not self.steps or len(self.steps) > _HALVINGS or self.steps[-1] < 2.0 * eps(self.line.x):
+        if not self.steps or self.steps[-1] < self.smallest_step:
             return False
-        few = len(self.steps) < _WINDOW + 2
-        return few or not self.quotients[-1][2] * self.steps[-1] <= _NOISE_GAIN * self._noise()
+        # Two estimates more after the last step at which y changed by more than its rounding.
+        above = -_WINDOW - 2
+        few = len(self.steps) < -above
+        return few or not self.quotients[above][2] * self.steps[above] <= _NOISE_GAIN * self._noise()
 
     def _measure(self, step: float) -> None:
+        ahead, behind = self._change(step), self._change(-step)
         with np.errstate(all="ignore"):
-            ahead, behind = (widened(self.line.y(sign * step)) for sign in (1.0, -1.0))
-            for y in (ahead, behind):
-                self.moved |= y != self.y0
-                self.lowest_bit = np.minimum(self.lowest_bit, _lowest_bit(y))
-            # Differences of each output first: where nothing changes, nothing is rounded either.
-            ahead, behind = ahead - self.y0, behind - self.y0
             central, kink = self.line.terms(ahead - behind), self.line.terms(ahead + behind)
             found = float(np.sum(central)), float(np.sum(kink)), norm(central)
         index = len(self.steps) if not self.steps or step < self.steps[-1] else 0
         self.steps.insert(index, step)
         self.quotients.insert(index, tuple(figure / (2.0 * step) for figure in found))
 
-    def _estimates(self, rounding: Array | float = 0.0) -> list[Estimate]:
-        """An estimate for each four consecutive steps, the outputs being multiples of `rounding`."""
+    def _estimates(self, *, jumps: bool) -> list[Estimate]:
+        """An estimate for each four consecutive steps; `jumps` says whether outputs may be rounded to those they show."""
+        if not self.steps:
+            return [Estimate(0.0, 0.0)]
         if len(self.steps) < _WINDOW:
             return []
-        central, kink, _ = np.array(self.quotients).T
-        noise = self._noise(rounding)
+        central, kink, size = np.array(self.quotients).T
+        # Outputs that change with large steps, and not at all with smaller ones, change by jumps.
+        noise = self._noise(self.smallest_change if jumps and size[-1] == 0.0 else 0.0)
         with np.errstate(all="ignore"):
             values, kinks = np.correlate(central, _CENTRAL), np.correlate(kink, _KINK)
             found = []
             for i, value in enumerate(values):
                 finer = values[i + 1 :]
-                rough = np.abs(value - finer) * 2.0 ** -np.arange(1.0, 1.0 + len(finer))
+                rough = np.abs(value - finer) * 2.0 ** -np.arange(float(len(finer)))
                 error = np.inf
                 if len(finer) >= 2:
                     error = _SAFETY * np.max(rough) + abs(kinks[i]) + _NOISE_GAIN * noise / self.steps[i]
-                found.append(Estimate(float(value), float(error) if np.isfinite(error) else np.inf))
+                measured = error <= _MEASURED * self._size_at(i)
+                found.append(Estimate(float(value), float(error) if measured else np.inf))
         return found
 
-    def _noise(self, rounding: Array | float = 0.0) -> float:
+    def _size_at(self, index: int) -> float:
+        """What the terms of the derivative come to, at the index-th step."""
+        return max(self.quotients[index][2], self._least(self.steps[index]))
+
+    def _noise(self, jump: Array | float = 0.0) -> float:
         """How much of phi is rounding of the outputs that change."""
-        of_y = np.maximum(self.y_eps * np.abs(self.y0), rounding)
+        of_y = np.maximum(self.y_eps * np.abs(self.y0), jump)
         return norm(self.line.terms(of_y)[self.moved & np.isfinite(of_y)])
 
-    def _with_smallest_error(self, estimates: list[Estimate]) -> tuple[int, Estimate]:
-        numbered = enumerate(estimates)
-        return min(numbered, key=lambda item: item[1].error, default=(0, Estimate(np.nan, np.inf)))
+    def _best(self) -> tuple[int, Estimate]:
+        estimates = enumerate(self._estimates(jumps=True))
+        return min(estimates, key=lambda item: item[1].error, default=(0, Estimate(np.nan, np.inf)))
 
 
-def _lowest_bit(y: Array) -> Array:
-    """The value of the lowest bit set in each element: no smaller change of it has been seen. Inf for zero."""
-    mantissa, exponent = np.frexp(y.astype(np.float64))
-    with np.errstate(invalid="ignore"):
-        integer = np.ldexp(mantissa, 53).astype(np.int64)
-        bit = np.ldexp((integer & -integer).astype(np.float64), exponent - 53)
-    return np.where((y == 0.0) | ~np.isfinite(y), np.inf, bit)
-
-
-def choose(method: Literal["auto"] | Method, lines: Sequence[Line]) -> Method:
-    """The method that "auto" stands for, tried on `lines`."""
+def choose(method: Literal["auto"] | Method, lines: Sequence[Line]) -> tuple[Method, list[float]]:
+    """The method that "auto" stands for, tried on `lines`, and the step that y answers to along each."""
+    units = [1.0] * len(lines)
     if method == "finite-difference":
-        return method
+        return method, units
     try:
-        for line in lines:
-            _confirm_complex_step(line)
+        units = [_confirm_complex_step(line) for line in lines]
     except _refusals():
         if method == "complex-step":
             raise
-        return "finite-difference"
-    return "complex-step"
+        return "finite-difference", units
+    return "complex-step", units
 
 
-def _confirm_complex_step(line: Line) -> None:
+def _confirm_complex_step(line: Line) -> float:
     """Raise unless differences, of the same function in the same precision, give the complex step's derivative.
 
     A function that drops an imaginary part, or takes a modulus or conjugate of it, is found here. Differences that
     are off by more than 1 % themselves confirm nothing.
     """
     line = line.in_double()
-    step, size = complex_step(line)
+    step, _ = complex_step(line)
     differences = Differences(line)
-    size = max(abs(step.value), size, differences.size)
-    difference = differences.best
-    if difference.error > 0.01 * size:
-        difference = min(differences.all(), key=lambda estimate: estimate.error)
+    size = max(abs(step.value), differences.size)
+    difference = differences.best if differences.best.error <= 0.01 * size else differences.finest
     apart = abs(step.value - difference.value)
     if not (apart <= step.error + difference.error and difference.error <= 0.01 * size):
         raise NotConfirmedError(
@@ -237,6 +266,7 @@ def _confirm_complex_step(line: Line) -> None:
             f"{difference.value!r} with an error up to {difference.error:.1e}: expected the same. The function may "
             "not be analytic: abs, conj, real, maximum and casts are not"
         )
+    return differences.unit
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -238,12 +238,17 @@ def check_gradient(
         ]
         for position in claims
     }
-    method = choose(method, [scale[0] for scales in lines.values() for scale in scales])
+    method, units = choose(method, [scale[0] for scales in lines.values() for scale in scales])
+    of_scale = iter(units)
 
     parts = []
     for position, dx in claims.items():
         tolerance = max(eps(y), eps(point[position]), eps(dx)) ** 0.6 if rtol is None else rtol
-        findings = [_compare(line, dx, method, tolerance) for scale in lines[position] for line in scale]
+        findings = [
+            _compare(line, dx, method, unit, tolerance)
+            for scale, unit in zip(lines[position], of_scale, strict=False)
+            for line in scale
+        ]
         verdicts, errors, slacks = zip(*findings, strict=True)
         parts.append(InputReport(position, _worst(verdicts), max(errors), max(slacks), tolerance))
     report = GradientReport(tuple(parts), method)
@@ -261,35 +266,38 @@ class _Finding(NamedTuple):
     estimate_error: float
 
 
-def _compare(line: Line, dx: Array, method: Method, tolerance: float) -> _Finding:
+def _compare(line: Line, dx: Array, method: Method, unit: float, tolerance: float) -> _Finding:
     """Compare <dx, v> with the derivative along v."""
     with np.errstate(all="ignore"):
-        claimed = widened(dx) * line.v
+        claimed = np.where(line.v == 0.0, 0.0, widened(dx) * line.v)
     total, claimed_size = float(np.sum(claimed)), norm(claimed)
-
-    def found(estimate: Estimate, least: float) -> _Finding:
-        size = max(claimed_size, least) if np.isfinite(claimed_size) else 1.0
-        error, slack = abs(total - estimate.value) / (size or 1.0), estimate.error / (size or 1.0)
-        return _verdict(error if np.isfinite(error) else np.inf, slack, tolerance)
+    if claimed_size == 0.0 and np.any(widened(dx)[line.v != 0.0]):
+        return _Finding("inconclusive", 0.0, np.inf)  # every term is below the smallest number
+    if not np.isfinite(total) and not np.all(np.isfinite(widened(line.y(0.0)))):
+        return _Finding("inconclusive", np.inf, np.inf)  # where the function overflows, its gradient may
 
     if method == "complex-step":
-        return found(*complex_step(line))
+        estimate, least = complex_step(line)
+        return _finding(total, estimate, max(claimed_size, least / unit), tolerance)
     differences = Differences(line)
-    best = found(differences.best, differences.size)
-    if best.verdict == "wrong":
-        differences.exhaust()  # no step may support the gradient
-    others = [found(estimate, differences.size) for estimate in differences.all()]
-    supported = next((other for other in others if other.verdict == "right"), None)
-    if supported is None or best.verdict == "right":
-        return best
-    if best.verdict == "inconclusive":
-        return supported
-    # Two steps give different derivatives, each with a small error: what one of them calls wrong, the other does not.
-    return _Finding("inconclusive", best.error, best.error)
+    found = _finding(total, differences.best, max(claimed_size, differences.size), tolerance)
+    if found.verdict == "wrong":
+        differences.exhaust()
+        size = max(claimed_size, differences.size)
+        found = _finding(total, differences.best, size, tolerance)
+        if differences.supports(total, tolerance * size):
+            return _Finding("inconclusive", found.error, max(found.error, found.estimate_error))
+    if found.verdict == "inconclusive":
+        finest = _finding(total, differences.finest, max(claimed_size, differences.size), tolerance)
+        found = finest if finest.verdict == "right" else found
+    return found
 
 
-def _verdict(error: float, slack: float, tolerance: float) -> _Finding:
+def _finding(claimed: float, estimate: Estimate, size: float, tolerance: float) -> _Finding:
     """The true error lies within error ± slack: right if all of that is within the tolerance, wrong if none is."""
+    size = size if 0.0 < size < np.inf else 1.0
+    error, slack = abs(claimed - estimate.value) / size, estimate.error / size
+    error = error if np.isfinite(error) else np.inf
     verdict: Verdict = "inconclusive"
     if np.isfinite(slack):
         if error + slack <= tolerance:
