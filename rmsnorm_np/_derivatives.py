@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,14 +26,21 @@ SMALLEST_SHARE = 1e-3
 # The complex step, in units of x: its square is lost beside 1 even where the function changes within 1e-12 of a unit.
 _COMPLEX_STEP = 1e-20
 
-# Weights that extrapolate four quotients, of steps h, h/2, h/4, h/8, to a step of zero. Central differences have an
-# error in h², h⁴, h⁶ …; the difference of forward and backward quotients is one in h, h³, h⁵ …, and zero at the end
-# unless the function has a kink.
-_CENTRAL = np.array([-1.0, 84.0, -1344.0, 4096.0]) / 2835.0
-_KINK = np.array([-1.0, 42.0, -336.0, 512.0]) / 217.0
-_WINDOW = len(_CENTRAL)
-# Independent errors of y, in units of 1/h, are multiplied by the 2-norm of _CENTRAL · (1, 2, 4, 8) / √2.
-_NOISE_GAIN = 8.3
+# Each step of the ladder is this much of the one before. No power of two: numbers that are only scaled by powers of two
+# are rounded alike at all steps, and no two steps would show it.
+_RATIO = 0.55
+_WINDOW = 4
+
+
+def _weights(*orders: int) -> Array:
+    """Weights that extrapolate the quotients of four steps to zero, where the error has these powers of h."""
+    steps = _RATIO ** np.arange(_WINDOW)
+    conditions = [steps**order for order in (0, *orders)]
+    return np.linalg.solve(conditions, [1.0, 0.0, 0.0, 0.0])
+
+
+# Independent errors of y, in units of 1/h, are multiplied by the 2-norm of the weights over the steps, / √2.
+_NOISE_GAIN = 7.1
 # The roughness that is seen in a few steps is a sample: the largest error is some times that.
 _SAFETY = 3.0
 # How many windows of smaller steps confirm one.
@@ -42,8 +49,8 @@ _CONFIRMING = 6
 _MEASURED = 0.4
 # One with a smaller error is what smaller steps can only make worse.
 _CONVERGED = 0.01 * _SAFETY
-# Halvings and doublings of the first step at most.
-_HALVINGS = 60
+# Steps below the first, and above it, at most.
+_STEPS = 64
 
 
 class Estimate(NamedTuple):
@@ -83,7 +90,7 @@ def _complex_terms(line: Line) -> tuple[Array, Array]:
 
 
 class Differences:
-    """Extrapolated central differences along a line: an estimate for each of a ladder of steps, halved from the first.
+    """Extrapolated central differences along a line: an estimate for each of a ladder of shrinking steps.
 
     The first step is one unit. Smaller ones follow until an estimate is confirmed by those below it, and larger ones
     while they improve it. The error of an estimate is its largest disagreement with any that has smaller steps, scaled
@@ -99,10 +106,10 @@ class Differences:
         self.quotients: list[tuple[float, float, float]] = []  # for each step: central, kink, size
         first = self._first_step()
         if first is not None:
-            self.smallest_step = first * max(2.0**-_HALVINGS, 2.0 * eps(line.x))
+            self.smallest_step = first * max(_RATIO**_STEPS, 2.0 * eps(line.x))
             self._measure(first)
-            self._halve_until_confirmed()
-            self._double_while_better()
+            self._shrink_until_confirmed()
+            self._grow_while_better()
             for exponent in (4, 8):
                 self._change(2.0**exponent), self._change(-(2.0**exponent))
 
@@ -143,8 +150,8 @@ class Differences:
 
     def exhaust(self) -> None:
         """Add all smaller steps at which y still changes by more than its rounding."""
-        while self._can_halve():
-            self._measure(self.steps[-1] / 2.0)
+        while self._can_shrink():
+            self._measure(self.steps[-1] * _RATIO)
 
     def _first_step(self) -> float | None:
         """One unit, or the next step that changes any output; None if none does."""
@@ -153,35 +160,35 @@ class Differences:
         for exponent in (0, -8, -16, -24, *range(16, 1024, 16)):
             changes = [self._change(sign * 2.0**exponent) for sign in (1.0, -1.0)]
             if any(np.any(change != 0.0) for change in changes):
-                return 2.0**exponent
+                return float(2.0**exponent)
         return None
 
     def _change(self, step: float) -> Array:
         """By how much each output changes: zero where nothing does, with no rounding of what stays."""
         y = widened(self.line.y(step))
         with np.errstate(all="ignore"):
-            change = np.where(y == self.y0, 0.0, y - self.y0)
+            change: Array = np.where(y == self.y0, 0.0, y - self.y0)
         self.moved |= change != 0.0
         self.smallest_change = np.fmin(self.smallest_change, np.where(change != 0.0, np.abs(change), np.inf))
         return change
 
-    def _halve_until_confirmed(self) -> None:
-        while self._can_halve():
-            self._measure(self.steps[-1] / 2.0)
+    def _shrink_until_confirmed(self) -> None:
+        while self._can_shrink():
+            self._measure(self.steps[-1] * _RATIO)
             index, best = self._best()
             confirmed = len(self.steps) - _WINDOW - index >= _CONFIRMING
             if confirmed and best.error <= _CONVERGED * self._size_at(index):
                 return
 
-    def _double_while_better(self) -> None:
-        for _ in range(_HALVINGS):
+    def _grow_while_better(self) -> None:
+        for _ in range(_STEPS):
             index, best = self._best()
             exact_enough = best.error <= 64.0 * self.y_eps * self._size_at(index)
             if index >= 3 or exact_enough or not np.isfinite(self.quotients[0][2]):
                 return
-            self._measure(self.steps[0] * 2.0)
+            self._measure(self.steps[0] / _RATIO)
 
-    def _can_halve(self) -> bool:
+    def _can_shrink(self) -> bool:
         if not self.steps or self.steps[-1] < self.smallest_step:
             return False
         # Two estimates more after the last step at which y changed by more than its rounding.
@@ -193,13 +200,14 @@ class Differences:
         ahead, behind = self._change(step), self._change(-step)
         with np.errstate(all="ignore"):
             central, kink = self.line.terms(ahead - behind), self.line.terms(ahead + behind)
-            found = float(np.sum(central)), float(np.sum(kink)), norm(central)
+            scale = 2.0 * step
+            quotients = float(np.sum(central)) / scale, float(np.sum(kink)) / scale, norm(central) / scale
         index = len(self.steps) if not self.steps or step < self.steps[-1] else 0
         self.steps.insert(index, step)
-        self.quotients.insert(index, tuple(figure / (2.0 * step) for figure in found))
+        self.quotients.insert(index, quotients)
 
     def _estimates(self, *, jumps: bool) -> list[Estimate]:
-        """An estimate for each four consecutive steps; `jumps` says whether outputs may be rounded to those they show."""
+        """An estimate for each four consecutive steps; with `jumps`, outputs may be rounded to the jumps they show."""
         if not self.steps:
             return [Estimate(0.0, 0.0)]
         if len(self.steps) < _WINDOW:
@@ -207,12 +215,14 @@ class Differences:
         central, kink, size = np.array(self.quotients).T
         # Outputs that change with large steps, and not at all with smaller ones, change by jumps.
         noise = self._noise(self.smallest_change if jumps and size[-1] == 0.0 else 0.0)
+        # Central quotients have an error in h², h⁴, h⁶ …; half the difference of forward and backward ones is one in
+        # h, h³, h⁵ …, and tends to zero unless the function has a kink.
         with np.errstate(all="ignore"):
-            values, kinks = np.correlate(central, _CENTRAL), np.correlate(kink, _KINK)
+            values, kinks = np.correlate(central, _weights(2, 4, 6)), np.correlate(kink, _weights(1, 3, 5))
             found = []
             for i, value in enumerate(values):
                 finer = values[i + 1 :]
-                rough = np.abs(value - finer) * 2.0 ** -np.arange(float(len(finer)))
+                rough = np.abs(value - finer) * _RATIO ** np.arange(len(finer))
                 error = np.inf
                 if len(finer) >= 2:
                     error = _SAFETY * np.max(rough) + abs(kinks[i]) + _NOISE_GAIN * noise / self.steps[i]

@@ -79,7 +79,8 @@ def _scales(x: Array) -> Array:
     scales = np.where((magnitude > 0.0) & (magnitude < _OUTLIER * scales), magnitude, scales)
     scales = np.where(scales > 0.0, scales, scales[scales > 0.0].min(initial=1.0))
     # A step in subnormal numbers would be no multiple of v.
-    return np.maximum(scales * largest, np.finfo(x.dtype).tiny)
+    result: Array = np.maximum(scales * largest, np.finfo(x.dtype).tiny)
+    return result
 
 
 def _groups(scales: Array) -> list[Array]:

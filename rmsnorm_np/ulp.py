@@ -109,4 +109,6 @@ def _broadcast(name: str, value: npt.ArrayLike, shape: tuple[int, ...], dtype: n
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
-        raise ValueError(f"{name} has shape {array.shape}, expected one that broadcasts to that of got, {shape}") from None
+        raise ValueError(
+            f"{name} has shape {array.shape}, expected one that broadcasts to that of got, {shape}"
+        ) from None

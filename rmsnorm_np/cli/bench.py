@@ -10,10 +10,11 @@ import numpy as np
 from rich.console import Console
 
 from rmsnorm_np.cli import PEERS, console, device, peers
-from rmsnorm_np.cli.checks import Step, ulp_error
+from rmsnorm_np.cli.checks import Step
 from rmsnorm_np.cli.inputs import LAYER_NORM, RMS_NORM, Array, Norm, dtype_named
 from rmsnorm_np.cli.peers import Problem
 from rmsnorm_np.cli.timing import Call, Ratio, Timing, interleave, ratio
+from rmsnorm_np.ulp import ulp_error
 
 NORMS = (RMS_NORM, LAYER_NORM)
 ARRAYS_MOVED = {"forward": 2, "forward+backward": 5}  # x, y; then dy, x, dx
