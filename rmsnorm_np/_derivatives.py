@@ -62,8 +62,7 @@ class NotConfirmedError(ValueError):
     """Complex step and finite differences disagree."""
 
 
-def complex_step(line: Line) -> tuple[Estimate, float]:
-    """The derivative, and what it is at least compared with."""
+def complex_step(line: Line) -> Estimate:
     line = line.in_double()
     y, terms = _complex_terms(line)
     value = float(np.sum(terms))
@@ -73,8 +72,7 @@ def complex_step(line: Line) -> tuple[Estimate, float]:
     change = max(abs(float(np.sum(_complex_terms(line.at(x))[1])) - value) for x in nudges)
     # Nothing cancels on the way to the terms, so that 16 roundings of each is generous.
     error = 16.0 * eps(y.imag) * float(np.sum(np.abs(terms))) + _SAFETY * change
-    size = SMALLEST_SHARE * norm(line.terms(y.real)[terms != 0.0])
-    return Estimate(value, error if np.isfinite(error) else np.inf), size
+    return Estimate(value, error if np.isfinite(error) else np.inf)
 
 
 def _complex_terms(line: Line) -> tuple[Array, Array]:
@@ -104,6 +102,7 @@ class Differences:
         self.smallest_change = np.full(y0.shape, np.inf)  # of each output, zero aside
         self.steps: list[float] = []
         self.quotients: list[tuple[float, float, float]] = []  # for each step: central, kink, size
+        self.largest_step = 1.0  # that leaves y as it is
         first = self._first_step()
         if first is not None:
             self.smallest_step = first * max(_RATIO**_STEPS, 2.0 * eps(line.x))
@@ -158,9 +157,13 @@ class Differences:
         if not np.all(np.isfinite(self.y0)):
             return 1.0
         for exponent in (0, -8, -16, -24, *range(16, 1024, 16)):
-            changes = [self._change(sign * 2.0**exponent) for sign in (1.0, -1.0)]
-            if any(np.any(change != 0.0) for change in changes):
-                return float(2.0**exponent)
+            step = float(2.0**exponent)
+            changes = self._change(step), self._change(-step)
+            if exponent > 0 and not np.all(np.isfinite(changes)):
+                return None
+            if np.any(changes):
+                return step
+            self.largest_step = max(self.largest_step, step)
         return None
 
     def _change(self, step: float) -> Array:
@@ -184,7 +187,7 @@ class Differences:
         for _ in range(_STEPS):
             index, best = self._best()
             exact_enough = best.error <= 64.0 * self.y_eps * self._size_at(index)
-            if index >= 3 or exact_enough or not np.isfinite(self.quotients[0][2]):
+            if index >= _CONFIRMING or exact_enough or not np.isfinite(self.quotients[0][2]):
                 return
             self._measure(self.steps[0] / _RATIO)
 
@@ -201,7 +204,7 @@ class Differences:
         with np.errstate(all="ignore"):
             central, kink = self.line.terms(ahead - behind), self.line.terms(ahead + behind)
             scale = 2.0 * step
-            quotients = float(np.sum(central)) / scale, float(np.sum(kink)) / scale, norm(central) / scale
+            quotients = float(np.sum(central)) / scale, norm(kink) / scale, norm(central) / scale
         index = len(self.steps) if not self.steps or step < self.steps[-1] else 0
         self.steps.insert(index, step)
         self.quotients.insert(index, quotients)
@@ -209,23 +212,26 @@ class Differences:
     def _estimates(self, *, jumps: bool) -> list[Estimate]:
         """An estimate for each four consecutive steps; with `jumps`, outputs may be rounded to the jumps they show."""
         if not self.steps:
-            return [Estimate(0.0, 0.0)]
+            # No step changes y: a change below its rounding stays unseen.
+            unseen = self.y_eps * norm(self.line.terms(self.y0)) / self.largest_step
+            return [Estimate(0.0, _NOISE_GAIN * unseen)]
         if len(self.steps) < _WINDOW:
             return []
-        central, kink, size = np.array(self.quotients).T
+        central, one_sided, size = np.array(self.quotients).T
         # Outputs that change with large steps, and not at all with smaller ones, change by jumps.
         noise = self._noise(self.smallest_change if jumps and size[-1] == 0.0 else 0.0)
         # Central quotients have an error in h², h⁴, h⁶ …; half the difference of forward and backward ones is one in
         # h, h³, h⁵ …, and tends to zero unless the function has a kink.
         with np.errstate(all="ignore"):
-            values, kinks = np.correlate(central, _weights(2, 4, 6)), np.correlate(kink, _weights(1, 3, 5))
+            values, kinks = np.correlate(central, _weights(2, 4, 6)), np.correlate(one_sided, _weights(1, 3, 5))
             found = []
             for i, value in enumerate(values):
                 finer = values[i + 1 :]
                 rough = np.abs(value - finer) * _RATIO ** np.arange(len(finer))
                 error = np.inf
                 if len(finer) >= 2:
-                    error = _SAFETY * np.max(rough) + abs(kinks[i]) + _NOISE_GAIN * noise / self.steps[i]
+                    kink = np.max(np.abs(kinks[i : i + 3]))
+                    error = _SAFETY * (np.max(rough) + kink) + _NOISE_GAIN * noise / self.steps[i]
                 measured = error <= _MEASURED * self._size_at(i)
                 found.append(Estimate(float(value), float(error) if measured else np.inf))
         return found
@@ -245,17 +251,17 @@ class Differences:
 
 
 def choose(method: Literal["auto"] | Method, lines: Sequence[Line]) -> tuple[Method, list[float]]:
-    """The method that "auto" stands for, tried on `lines`, and the step that y answers to along each."""
-    units = [1.0] * len(lines)
+    """The method that "auto" stands for, tried on `lines`; for the complex step, what its results are compared with."""
+    sizes = [0.0] * len(lines)
     if method == "finite-difference":
-        return method, units
+        return method, sizes
     try:
-        units = [_confirm_complex_step(line) for line in lines]
+        sizes = [_confirm_complex_step(line) for line in lines]
     except _refusals():
         if method == "complex-step":
             raise
-        return "finite-difference", units
-    return "complex-step", units
+        return "finite-difference", sizes
+    return "complex-step", sizes
 
 
 def _confirm_complex_step(line: Line) -> float:
@@ -265,7 +271,7 @@ def _confirm_complex_step(line: Line) -> float:
     are off by more than 1 % themselves confirm nothing.
     """
     line = line.in_double()
-    step, _ = complex_step(line)
+    step = complex_step(line)
     differences = Differences(line)
     size = max(abs(step.value), differences.size)
     difference = differences.best if differences.best.error <= 0.01 * size else differences.finest
@@ -276,7 +282,7 @@ def _confirm_complex_step(line: Line) -> float:
             f"{difference.value!r} with an error up to {difference.error:.1e}: expected the same. The function may "
             "not be analytic: abs, conj, real, maximum and casts are not"
         )
-    return differences.unit
+    return differences.size
 
 
 def _refusals() -> tuple[type[Exception], ...]:

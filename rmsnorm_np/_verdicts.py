@@ -23,8 +23,8 @@ class Finding(NamedTuple):
     estimate_error: float
 
 
-def compare(line: Line, dx: Array, method: Method, unit: float, tolerance: float) -> Finding:
-    """Compare <dx, v> with the derivative along v."""
+def compare(line: Line, dx: Array, method: Method, least: float, tolerance: float) -> Finding:
+    """Compare <dx, v> with the derivative along v, relative to the terms of <dx, v>, or to `least` if larger."""
     with np.errstate(all="ignore"):
         claimed = np.where(line.v == 0.0, 0.0, widened(dx) * line.v)
     total, claimed_size = float(np.sum(claimed)), norm(claimed)
@@ -34,8 +34,7 @@ def compare(line: Line, dx: Array, method: Method, unit: float, tolerance: float
         return Finding("inconclusive", np.inf, np.inf)  # where the function overflows, its gradient may
 
     if method == "complex-step":
-        estimate, least = complex_step(line)
-        return _finding(total, estimate, max(claimed_size, least / unit), tolerance)
+        return _finding(total, complex_step(line), max(claimed_size, least), tolerance)
     differences = Differences(line)
     found = _finding(total, differences.best, max(claimed_size, differences.size), tolerance)
     if found.verdict == "wrong":

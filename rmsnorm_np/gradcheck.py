@@ -264,16 +264,16 @@ def check_gradient(
         ]
         for position in claims
     }
-    method, units = choose(method, [scale[0] for scales in lines.values() for scale in scales])
-    of_scale = iter(units)
+    method, sizes = choose(method, [scale[0] for scales in lines.values() for scale in scales])
+    sizes_of_scales = iter(sizes)
 
     parts = []
     for position, dx in claims.items():
         least_precise = max(y, point[position], dx, key=eps)
         tolerance = eps(least_precise) ** 0.6 if rtol is None else rtol
         findings = [
-            compare(line, dx, method, unit, tolerance)
-            for scale, unit in zip(lines[position], of_scale, strict=False)
+            compare(line, dx, method, size, tolerance)
+            for scale, size in zip(lines[position], sizes_of_scales, strict=False)
             for line in scale
         ]
         verdicts, errors, slacks = zip(*findings, strict=True)
