@@ -98,6 +98,7 @@ class Differences:
     def __init__(self, line: Line) -> None:
         y0 = line.y(0.0)
         self.line, self.y0, self.y_eps = line, widened(y0), eps(y0)
+        self.y_smallest = float(np.spacing(np.zeros((), y0.dtype)))  # subnormal numbers are rounded to multiples of it
         self.moved = np.zeros(y0.shape, bool)  # the outputs that changed at any step
         self.smallest_change = np.full(y0.shape, np.inf)  # of each output, zero aside
         self.steps: list[float] = []
@@ -242,7 +243,7 @@ class Differences:
 
     def _noise(self, jump: Array | float = 0.0) -> float:
         """How much of phi is rounding of the outputs that change."""
-        of_y = np.maximum(self.y_eps * np.abs(self.y0), jump)
+        of_y = np.maximum(np.maximum(self.y_eps * np.abs(self.y0), 2.0 * self.y_smallest), jump)
         return norm(self.line.terms(of_y)[self.moved & np.isfinite(of_y)])
 
     def _best(self) -> tuple[int, Estimate]:

@@ -52,7 +52,9 @@ def compare(line: Line, dx: Array, method: Method, least: float, tolerance: floa
 def _finding(claimed: float, estimate: Estimate, size: float, tolerance: float) -> Finding:
     """The true error lies within error ± slack: right if all of that is within the tolerance, wrong if none is."""
     size = size if 0.0 < size < np.inf else 1.0
-    error, slack = abs(claimed - estimate.value) / size, estimate.error / size
+    # Claim and estimate are sums of terms, each rounded to a multiple of the smallest number.
+    slack = (estimate.error + 16.0 * float(np.spacing(0.0))) / size
+    error = abs(claimed - estimate.value) / size
     error = error if np.isfinite(error) else np.inf
     verdict: Verdict = "inconclusive"
     if np.isfinite(slack):

@@ -437,15 +437,26 @@ def test_a_rough_function_with_a_gross_error_is_wrong(name):
 
 
 def test_the_complex_step_counts_what_cancels():
-    # mean(x²) - mean² leaves four digits of the variance: the two formulas differ by more than the tolerance.
-    x = 1e6 + problem()[0]
+    from rmsnorm_np._derivatives import complex_step
+    from rmsnorm_np._lines import Line
+
+    # mean(x²) - mean² leaves four digits of the variance, in y and in its derivative.
+    rng = np.random.default_rng(6)
+    x, v, dy = rng.normal(size=(3, 4, 7))
+    x += 1e6
 
     def norm(x):
-        return (x - np.mean(x, axis=-1, keepdims=True)) / np.sqrt(
-            np.mean(x * x, axis=-1, keepdims=True) - np.mean(x, axis=-1, keepdims=True) ** 2 + 1.0
-        )
+        mean = np.mean(x, axis=-1, keepdims=True)
+        return (x - mean) / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) - mean**2 + 1.0)
 
-    report = check_gradient(norm, lambda dy, x: reference.layer_norm_backward(dy, x, eps=1.0).dx, x)
+    exact = np.sum(reference.layer_norm_backward(dy, x, eps=1.0).dx * v)
+    value, error = complex_step(Line(norm, (x,), 0, v, dy))
+    assert 1e-9 < abs(value - exact) <= error
+
+
+def test_subnormal_outputs_are_rounded_to_the_smallest_number():
+    x = np.array([[1.3e296, 2.7e-19, 1.1e-18, 3e-17]])  # all outputs but the first are around 1e-314
+    report = check_gradient(reference.rms_norm, reference.rms_norm_backward, x, method="finite-difference")
     assert report.verdict != "wrong", report
 
 
