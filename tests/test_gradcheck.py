@@ -454,12 +454,6 @@ def test_the_complex_step_counts_what_cancels():
     assert 1e-9 < abs(value - exact) <= error
 
 
-def test_subnormal_outputs_are_rounded_to_the_smallest_number():
-    x = np.array([[1.3e296, 2.7e-19, 1.1e-18, 3e-17]])  # all outputs but the first are around 1e-314
-    report = check_gradient(reference.rms_norm, reference.rms_norm_backward, x, method="finite-difference")
-    assert report.verdict != "wrong", report
-
-
 def test_differences_agree_with_scipy_s():
     from scipy.differentiate import derivative
 
