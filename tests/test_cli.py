@@ -14,7 +14,6 @@ import types
 from dataclasses import replace
 from importlib import import_module
 
-import ml_dtypes
 import numba
 import numpy as np
 import pytest
@@ -154,22 +153,6 @@ def test_plain_numpy_computes_the_same_norms(norm, rng):
     small = [array.astype(np.float32) for array in (dy, x, weight)]
     results = plain.forward(norm, *small[1:], 1e-5), *plain.backward(norm, *small, 1e-5)
     assert {result.dtype for result in results} == {np.dtype(np.float32)}
-
-
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-@pytest.mark.parametrize("value", [1.0, 1.9375, 2.0, -96.0])  # the first, last and first number of a binade, a negative
-def test_ulp_error_counts_neighbours(dtype, value):
-    got = np.full(3, value, dtype)
-    got[1] = np.nextafter(got[1], np.array(np.inf, dtype))
-    exact = np.full(3, value)
-    # -96 moves towards zero, and the others away from it: all of these steps are one ULP of the binade of `value`
-    assert checks.ulp_error(got, exact) == 1.0
-    assert checks.ulp_error(got, exact, scale=4 * abs(value)) == 0.25
-    assert checks.ulp_error(got, exact, forgiven=1.0) == 0.0
-
-
-def test_ulp_error_of_subnormal_numbers():
-    assert checks.ulp_error(np.array([3e-45], np.float32), np.array([0.0])) == 2.0
 
 
 # Drawing
@@ -425,6 +408,7 @@ def test_a_reader_who_has_enough_is_no_failure(stage, form):
 
 INTERRUPTED = """
 import ctypes, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def interrupted(options):
     {interrupt}
     for _ in range(1000):

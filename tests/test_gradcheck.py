@@ -287,19 +287,190 @@ def test_the_estimate_is_no_worse_than_it_says(norm, dtype):
                 assert part.error <= part.estimate_error + rounding_of_the_gradient, report
 
 
-def test_rows_of_very_different_size_can_be_checked_by_differences():
-    # A step that suits the large rows throws the small ones about: only a much smaller one measures both.
+# Scales
+
+
+SCALES = [1e-300, 1e-16, 1e6, 1e16, 1e30, 1e300]
+
+
+def one_row_scaled(scale, shape=(3, 9)):
+    x = np.random.default_rng(3).normal(size=shape)
+    x[1] *= scale
+    return x
+
+
+@pytest.mark.parametrize("method", ["auto", "finite-difference"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("norm", "options"), [("rms_norm", {}), ("rms_norm", {"p": 0.4}), ("layer_norm", {})])
+def test_one_row_of_another_scale(norm, options, scale, method):
+    options = {"eps": 0.0} | options
+    function, backward = getattr(reference, norm), getattr(reference, f"{norm}_backward")
+    x = one_row_scaled(scale)
+    for wrong_row, verdict in ((None, "right"), (0, "wrong"), (1, "wrong")):
+
+        def gradient(dy, x, wrong_row=wrong_row):
+            dx = backward(dy, x, **options).dx
+            if wrong_row is not None:
+                dx[wrong_row] *= 1.001
+            return dx
+
+        report = check_gradient(lambda x: function(x, **options), gradient, x, method=method, directions=2)
+        assert report.verdict == verdict, (wrong_row, report)
+        if verdict == "right":
+            assert report.error <= report.estimate_error + 1e-15
+            assert report.estimate_error < 1e-11
+
+
+def softmax(x):
+    e = np.exp(x - np.max(x.real, axis=-1, keepdims=True))
+    return e / np.sum(e, axis=-1, keepdims=True)
+
+
+MATRIX = np.random.default_rng(4).normal(size=(9, 5))
+FUNCTIONS = {
+    "tanh": (np.tanh, lambda dy, x: dy * (1 - np.tanh(x) ** 2)),
+    "softmax": (softmax, lambda dy, x: softmax(x) * (dy - np.sum(dy * softmax(x), axis=-1, keepdims=True))),
+    "matmul": (lambda x: x @ MATRIX, lambda dy, x: dy @ MATRIX.T),
+    "square": (np.square, lambda dy, x: 2 * x * dy),
+    "log": (lambda x: np.log(x * x), lambda dy, x: 2 * dy / x),
+    "relu": (lambda x: x * (x.real > 0), lambda dy, x: dy * (x > 0)),
+    "shifted": (lambda x: 1 + x, lambda dy, x: dy.copy()),
+    "columns": (
+        lambda x: reference.rms_norm(x, axis=0),
+        lambda dy, x: reference.rms_norm_backward(dy, x, axis=0).dx,
+    ),
+}
+# Rows whose gradient is zero next to that of the others, or where only its rounding is left of it.
+FLAT = {("tanh", 1e16), ("softmax", 1e16), ("columns", 1e16), ("columns", 1e-16)}
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1e16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_user_s_function_of_rows_of_different_scales(name, scale):
+    function, backward = FUNCTIONS[name]
+    x = one_row_scaled(scale)
+    for method in ("auto", "finite-difference"):
+        report = check_gradient(function, backward, x, method=method, directions=2)
+        assert report.verdict == "right", report
+        for row in (0, 1):
+            if row == 1 and (name, scale) in FLAT:
+                continue
+            factor = np.ones((3, 1))
+            factor[row] = 1.001
+            report = check_gradient(
+                function, lambda dy, x, f=factor: f * backward(dy, x), x, method=method, directions=2
+            )
+            assert report.verdict == "wrong", (row, report)
+
+
+def test_a_column_and_an_element_of_another_scale():
+    # The gradient of the large elements cancels to nearly zero: what is left is its rounding, and no mistake.
+    for index in ((slice(None), 3), (1, 3)):
+        x = one_row_scaled(1.0)
+        x[index] *= 1e16
+        for method in ("auto", "finite-difference"):
+            assert check_gradient(reference.rms_norm, reference.rms_norm_backward, x, method=method, directions=3)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_a_ladder_of_scales(factor):
+    # Neighbouring rows overlap in the size of their elements.
     x = problem()[0] * np.array([[1e4], [1.0], [1e-2], [1.0]])
     options = {"eps": 0.0}
-    for factor, verdict in ((1.0, "right"), (1.001, "wrong")):
-        report = check_gradient(
-            lambda x: reference.rms_norm(x, **options),
-            lambda dy, x, f=factor: f * reference.rms_norm_backward(dy, x, **options).dx,
-            x,
-            method="finite-difference",
-            rtol=1e-6,
-        )
-        assert report.verdict == verdict, report
+    for row in range(4):
+
+        def gradient(dy, x, row=row):
+            dx = reference.rms_norm_backward(dy, x, **options).dx
+            dx[row] *= factor
+            return dx
+
+        report = check_gradient(lambda x: reference.rms_norm(x, **options), gradient, x, method="finite-difference")
+        assert report.verdict == ("right" if factor == 1.0 else "wrong"), report
+
+
+# Rounded, rough and kinked functions
+
+
+ROUGH = {
+    "variance of rounding errors": (
+        lambda x: reference.layer_norm((1e17 + x).astype(float), eps=0.0),
+        lambda dy, x: reference.layer_norm_backward(dy, x, eps=0.0).dx,
+    ),
+    "rounded to float16": (
+        lambda x: np.tanh(x).astype(np.float16) * np.float64(1.1),
+        lambda dy, x: 1.1 * dy * (1 - np.tanh(x) ** 2),
+    ),
+    "float32 inside": (
+        lambda x: rn.rms_norm(x.astype(np.float32), backend="reference").astype(np.float64),
+        lambda dy, x: reference.rms_norm_backward(dy, x).dx,
+    ),
+    "slope of zero": (np.round, lambda dy, x: np.zeros_like(x)),
+    "nothing but noise": (lambda x: np.sin(1e20 * x), lambda dy, x: 1e20 * dy * np.cos(1e20 * x)),
+    "fine structure": (lambda x: x + 1e-6 * np.sin(1e6 * x), lambda dy, x: dy * (1 + np.cos(1e6 * x))),
+    "kink": (lambda x: np.maximum(x, 0.0), lambda dy, x: dy * (x > 0)),
+}
+
+
+@pytest.mark.parametrize("name", ROUGH)
+def test_a_rough_function_is_never_wrong(name):
+    function, gradient = ROUGH[name]
+    x = np.random.default_rng(5).normal(size=(5, 9))
+    if name == "kink":
+        x[2, 3] = 0.0  # both 0 and 1 are slopes there
+    report = check_gradient(function, gradient, x, method="finite-difference")
+    assert report.verdict == "inconclusive", report
+    assert not report
+    assert "float64" not in str(report).splitlines()[-1]  # which it is
+
+
+def test_noise_that_larger_steps_average_out():
+    for function in (lambda x: (x + 1e16) - 1e16, lambda x: np.round(50 * x) / 50):
+        assert check_gradient(function, lambda dy, x: dy.copy(), problem()[0], method="finite-difference")
+
+
+@pytest.mark.parametrize("name", ["rounded to float16", "float32 inside"])
+def test_a_rough_function_with_a_gross_error_is_wrong(name):
+    function, gradient = ROUGH[name]
+    x = np.random.default_rng(5).normal(size=(5, 9))
+    report = check_gradient(function, lambda dy, x: 2 * gradient(dy, x), x, method="finite-difference")
+    assert report.verdict == "wrong", report
+
+
+def test_the_complex_step_counts_what_cancels():
+    from rmsnorm_np._derivatives import complex_step
+    from rmsnorm_np._lines import Line
+
+    # mean(x²) - mean² leaves four digits of the variance, in y and in its derivative.
+    rng = np.random.default_rng(6)
+    x, v, dy = rng.normal(size=(3, 4, 7))
+    x += 1e6
+
+    def norm(x):
+        mean = np.mean(x, axis=-1, keepdims=True)
+        return (x - mean) / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) - mean**2 + 1.0)
+
+    exact = np.sum(reference.layer_norm_backward(dy, x, eps=1.0).dx * v)
+    value, error = complex_step(Line(norm, (x,), 0, v, dy))
+    assert 1e-9 < abs(value - exact) <= error
+
+
+def test_differences_agree_with_scipy_s():
+    from scipy.differentiate import derivative
+
+    from rmsnorm_np._derivatives import Differences
+    from rmsnorm_np._lines import Line
+
+    rng = np.random.default_rng(6)
+    x, v, dy = rng.normal(size=(3, 4, 7))
+    for norm in (reference.rms_norm, reference.layer_norm):
+
+        def phi(t, norm=norm):
+            return np.array([np.sum(dy * norm(x + step * v)) for step in t.flat]).reshape(t.shape)
+
+        expected = derivative(phi, 0.0, initial_step=0.25, tolerances={"rtol": 1e-12}).df
+        best = Differences(Line(norm, (x,), 0, v, dy)).best
+        assert abs(best.value - expected) < 1e-10
+        assert best.error < 1e-10
 
 
 def test_a_domain_that_ends_near_x_gives_no_warning_and_a_verdict():
@@ -393,6 +564,22 @@ def test_a_scalar_loss_and_a_bare_gradient():
     assert report.ok, report
 
 
+def test_a_scalar_input_and_a_scalar_gradient():
+    for x in (0.3, np.float64(0.3), np.array(0.3)):
+        report = check_gradient(np.sin, lambda dy, x: np.float64(dy * np.cos(x)), x)
+        assert report.ok, report
+
+
+def test_a_function_of_a_list_of_arrays():
+    arrays = [np.random.default_rng(7).normal(size=n) for n in (2, 3, 4)]
+    report = check_gradient(
+        lambda *arrays: np.concatenate(arrays) ** 2,
+        lambda dy, *arrays: np.split(2 * dy * np.concatenate(arrays), [2, 5]),
+        *arrays,
+    )
+    assert verdicts(report) == ["right"] * 3, report
+
+
 def test_what_is_not_differentiated_is_handed_through():
     x, weight, _ = problem()
     report = check_gradient(
@@ -409,6 +596,16 @@ def test_what_is_not_differentiated_is_handed_through():
 
 
 # The report
+
+
+def test_a_report_is_true_only_if_the_gradient_is_right():
+    x = problem()[0]
+    for factor, rtol, verdict in ((1.0, None, "right"), (1.001, None, "wrong"), (1.0, 1e-16, "inconclusive")):
+        report = check_gradient(
+            reference.rms_norm, lambda dy, x, f=factor: f * reference.rms_norm_backward(dy, x).dx, x, rtol=rtol
+        )
+        assert report.verdict == verdict
+        assert bool(report) is (verdict == "right")
 
 
 def test_raise_on_error():
@@ -461,6 +658,12 @@ def test_the_seed_decides():
         ({"rtol": 0.0}, ValueError, "rtol is 0.0"),
         ({"rtol": float("nan")}, ValueError, "rtol is nan"),
         ({"function": lambda x: np.argmax(x)}, TypeError, "function returned int64, expected an array of floats"),
+        ({"function": lambda x: (x, x)}, TypeError, "function returned a tuple of 2, expected one array"),
+        ({"function": lambda x: [x]}, TypeError, "function returned a list of 1, expected one array"),
+        ({"gradient": lambda dy, x: dy.sum()}, ValueError, r"gradient of input 0 has shape \(\), expected .* \(4, 7\)"),
+        ({"gradient": lambda dy, x: 1.0}, ValueError, r"gradient of input 0 has shape \(\), expected .* \(4, 7\)"),
+        ({"gradient": lambda dy, x: {0: dy}}, TypeError, "gradient returned dict, expected an array for each input"),
+        ({"x": [np.ones(2), np.ones(3)]}, ValueError, "input 0 is a list of arrays of different shapes"),
         ({"gradient": lambda dy, x: ()}, ValueError, "gradient returned 0 values, expected one for each of 1 inputs"),
         ({"gradient": lambda dy, x: (dy, dy)}, ValueError, "gradient returned 2 values"),
         ({"gradient": lambda dy, x: (None,)}, ValueError, "every gradient is None"),

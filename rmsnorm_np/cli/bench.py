@@ -12,10 +12,11 @@ from rich.console import Console
 from rmsnorm_np import get_num_threads
 from rmsnorm_np.cli import console, device, limit, peers, plot
 from rmsnorm_np.cli.cases import ARRAYS_MOVED, LIMIT, OURS, OURS_INTO, Case, Entry
-from rmsnorm_np.cli.checks import Step, ulp_error
+from rmsnorm_np.cli.checks import Step
 from rmsnorm_np.cli.inputs import LAYER_NORM, RMS_NORM, Array, Norm, dtype_named
 from rmsnorm_np.cli.peers import PEERS, Problem
 from rmsnorm_np.cli.timing import Call, Timing, interleave, ratio
+from rmsnorm_np.ulp import ulp_error
 
 NORMS = (RMS_NORM, LAYER_NORM)
 EPS = 1e-6

@@ -14,6 +14,7 @@ import numpy as np
 
 from rmsnorm_np.cli import ahead, plain
 from rmsnorm_np.cli.inputs import LAYERS, NORMS, Activation, Array, Norm, activations, dtype_named
+from rmsnorm_np.ulp import ulp_error
 
 Step = Callable[[str], None]
 
@@ -167,7 +168,7 @@ def check_engine(norm: Norm, activation: Activation, dtype: np.dtype[Any]) -> Er
         norm.label,
         dtype.name,
         ulp_error(y, exact_y, forgiven=mean_error),
-        ulp_error(dx, exact_dx, np.maximum(np.abs(outer_term), np.abs(exact_dx - outer_term))),
+        ulp_error(dx, exact_dx, scale=np.maximum(np.abs(outer_term), np.abs(exact_dx - outer_term))),
         ulp_error(dweight, exact_dweight, forgiven=sum_error),
         BOUNDS[dtype.name],
     )
@@ -197,15 +198,6 @@ def check_naive(activation: Activation, dtype: np.dtype[Any]) -> Naive:
         y = plain.forward(NORMS[0], x, weight, activation.eps)
     kept = np.isfinite(y).all(axis=-1) & (y != 0).any(axis=-1)
     return Naive(dtype.name, int((~kept).sum()), len(x), ulp_error(y[kept], exact[kept]))
-
-
-def ulp_error(got: Array, exact: Array, scale: Array | float = 0.0, forgiven: Array | float = 0.0) -> float:
-    """The worst of |got − exact| − forgiven, in units in the last place of got's dtype at max(|exact|, scale)."""
-    eps, smallest = (float(np.spacing(number)) for number in np.array([1, 0], got.dtype))
-    _, exponent = np.frexp(np.maximum(np.maximum(np.abs(exact), scale), smallest))
-    unit = np.maximum(np.ldexp(eps, exponent - 1), smallest)
-    error = np.maximum(np.abs(got.astype(np.float64) - exact) - forgiven, 0.0)
-    return float(np.max(error / unit, initial=0.0))
 
 
 def compile_for(names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 import rmsnorm_np as rn
 from rmsnorm_np.cli import console, device, peers
 
-PACKAGES = ("numpy", "numba", "llvmlite", "scipy", "ml_dtypes", "rich")
+PACKAGES = ("numpy", "numba", "llvmlite", "ml_dtypes", "rich")
 # Those that the kernels gain from; --json has all.
 FEATURES = ("avx", "avx2", "avx512f", "avx512bf16", "avx512fp16", "f16c", "fma", "neon", "sse4.2", "sve")
 LABELS = {
