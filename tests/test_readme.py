@@ -17,10 +17,10 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_example_runs(capsys):
+def test_the_example_runs():
+    """Its last line asserts that a gradient is right."""
     (example,) = blocks("python")
     exec(compile(example, "README.md", "exec"), {})
-    assert "gradient right" in capsys.readouterr().out
 
 
 def test_ci_runs_each_command():
