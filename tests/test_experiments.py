@@ -1,0 +1,298 @@
+"""docs/experiments: every gradient against a numerical one, the fused norms against the separate operations."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+import attention
+import convolution
+import layers
+import norms
+import optim
+import recurrent
+from rmsnorm_np.gradcheck import check_gradient
+
+SEPARATE = [norms.Norm(kind, fused=False, p=0.3) for kind in norms.KINDS]
+PAPER_KINDS = [how for how in SEPARATE if how.kind in ("none", "layer", "rms", "prms", "batch")]
+by_kind = pytest.mark.parametrize("how", SEPARATE, ids=lambda how: how.kind)
+by_paper_kind = pytest.mark.parametrize("how", PAPER_KINDS, ids=lambda how: how.kind)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(3)
+
+
+def check(layer, backward, *inputs, method="complex-step", directions=3):
+    """`layer(*inputs)` gives (y, cache), `backward(dy, cache)` a gradient for each input, None where not checked."""
+    report = check_gradient(
+        lambda *inputs: layer(*inputs)[0],
+        lambda dy, *inputs: backward(dy, layer(*inputs)[1]),
+        *inputs,
+        method=method,
+        directions=directions,
+    )
+    assert report.ok, report
+
+
+def check_with_parameters(layer, backward, P, *inputs):
+    """The same for `layer(*inputs, P)` and a backward that ends in a dict of gradients; parameters are perturbed."""
+    rng = np.random.default_rng(5)
+    trained = {name: value + 0.1 * rng.normal(size=value.shape) for name, value in P.items() if "running" not in name}
+    running = {name: value.astype(float) for name, value in P.items() if "running" in name}
+
+    def forward(*arguments):
+        values = dict(zip(trained, arguments[len(inputs) :], strict=True))
+        return layer(*arguments[: len(inputs)], {**values, **running})
+
+    def gradients(dy, cache):
+        *dinputs, grads = backward(dy, cache)
+        assert grads.keys() == trained.keys()
+        return *dinputs, *(grads[name] for name in trained)
+
+    check(forward, gradients, *inputs, *trained.values(), directions=2)
+
+
+# Norms
+
+
+@by_kind
+@pytest.mark.parametrize("given", ["gain and bias", "neither"])
+def test_norm(how, given, rng):
+    a, g, b = rng.normal(size=(2, 3, 7)), rng.normal(size=7), rng.normal(size=7)
+    g = None if given == "neither" or how.kind in ("none", "weight") else g
+    b = None if given == "neither" else b
+    check(functools.partial(norms.norm, how), norms.norm_backward, a, g, b)
+
+
+@by_kind
+def test_channel_norm(how, rng):
+    a, g, b = rng.normal(size=(3, 4, 2, 5)), rng.normal(size=4), rng.normal(size=4)
+    g = g if how.kind in norms.GAINED else None
+    check(functools.partial(norms.channel_norm, how), norms.channel_norm_backward, a, g, b)
+
+
+def test_weight_norm(rng):
+    check(norms.weight_norm, norms.weight_norm_backward, rng.normal(size=(3, 2, 4)), rng.normal(size=3))
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "prms", "l2"])
+@pytest.mark.parametrize("given", ["gain and bias", "neither"])
+def test_the_kernels_and_the_separate_operations_agree(kind, given, rng):
+    a, dy = rng.normal(size=(2, 5, 40)).astype(np.float32)
+    g, b = rng.normal(size=(2, 40)).astype(np.float32)
+    g, b = (None, None) if given == "neither" else (g, b)
+    results = []
+    for fused in (True, False):
+        y, cache = norms.norm(norms.Norm(kind, fused, p=0.3), a, g, b)
+        results.append((y, *norms.norm_backward(dy, cache)))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype == np.float32
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_keeps_running_statistics_for_evaluation(rng):
+    a = rng.normal(3, 2, size=(50, 4))
+    running = np.stack([np.zeros(4), np.ones(4)])
+    for _ in range(400):
+        y, _ = norms.norm(norms.Norm("batch"), a, running=running)
+    np.testing.assert_allclose(running, [a.mean(0), a.var(0)], rtol=1e-6)
+    evaluated, _ = norms.norm(norms.Norm("batch", training=False), a[:1], running=running)
+    np.testing.assert_allclose(evaluated, y[:1], rtol=1e-5)
+
+
+# Layers
+
+
+def test_embedding(rng):
+    ids = np.array([[0, 2, 2], [4, 2, 0]])  # words that stand there more than once, and one that does not
+    check(lambda table: layers.embedding(ids, table), layers.embedding_backward, rng.normal(size=(5, 3)))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear(biased, rng):
+    b = rng.normal(size=4) if biased else None
+    check(layers.linear, layers.linear_backward, rng.normal(size=(2, 5, 3)), rng.normal(size=(3, 4)), b)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_dropout(rate, rng):
+    x = rng.normal(size=(4, 6))
+    check(lambda x: layers.dropout(x, rate, np.random.default_rng(0)), layers.dropout_backward, x)
+    assert layers.dropout(x, rate, None)[0] is x
+    kept = layers.dropout(np.ones(100_000, np.float32), 0.25, rng)[0]
+    assert set(np.unique(kept)) == {np.float32(0), np.float32(4 / 3)}
+    assert abs(kept.mean() - 1) < 0.01
+
+
+def test_leaky_relu(rng):
+    x = rng.uniform(0.5, 1.5, (3, 4)) * rng.choice([-1, 1], (3, 4))
+    check(lambda x: layers.leaky_relu(x, 0.1), layers.leaky_relu_backward, x)
+    assert layers.leaky_relu(np.array([-2.0, 3.0]), 0.1)[0].tolist() == [-0.2, 3.0]
+
+
+def test_softmax(rng):
+    mask = np.array([[True, True, False], [False, True, True]])
+    check(
+        lambda x: (layers.softmax(x, mask=mask),) * 2,
+        layers.softmax_backward,
+        rng.normal(size=(4, 2, 3)) * 30,
+    )
+    y = layers.softmax(np.array([[1000.0, 0.0], [1.0, 1.0]]), mask=np.array([[True, True], [True, False]]))
+    assert y.tolist() == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_softmax_cross_entropy(smoothing, rng):
+    logits, targets, weights = (
+        rng.normal(size=(2, 3, 5)),
+        rng.integers(5, size=(2, 3)),
+        np.array([[1, 1, 0], [1, 0, 1]]),
+    )
+
+    def layer(logits):
+        return layers.softmax_cross_entropy(logits, targets, weights, smoothing)
+
+    check(layer, layers.softmax_cross_entropy_backward, logits)
+    logp = np.log(layers.softmax(logits))
+    chosen = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
+    each = -(1 - smoothing) * chosen - smoothing * logp.mean(-1)
+    assert layer(logits)[0] == pytest.approx(np.sum(each * weights) / 4)
+
+
+# Attention
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_additive_attention(masked, rng):
+    P = attention.additive_attention_parameters(rng, state=3, memory=4, d=5)
+    mask = np.array([[True, True], [True, False], [False, True]]) if masked else None
+
+    def layer(s, h, P):
+        keys, cache_keys = attention.attention_keys(h, P)
+        (context, alpha), cache = attention.additive_attention(s, keys, h, P, mask)
+        return np.concatenate([context, alpha.T], axis=1), (cache, cache_keys)
+
+    def backward(dy, caches):
+        cache, cache_keys = caches
+        ds, dkeys, dh, grads = attention.additive_attention_backward(dy[:, :4], cache, dalpha=dy[:, 4:].T)
+        dh_keys, grads_keys = attention.attention_keys_backward(dkeys, cache_keys)
+        return ds, dh + dh_keys, {**grads, **grads_keys}
+
+    s, h = rng.normal(size=(2, 3)), rng.normal(size=(3, 2, 4))
+    check_with_parameters(layer, backward, P, s, h)
+    if masked:
+        h[1:, 0] = h[2, 0] = 7.0  # an unseen position has no influence
+        (_, alpha), _ = attention.additive_attention(s, attention.attention_keys(h, P)[0], h, P, mask)
+        assert np.all(alpha[~mask] == 0)
+        np.testing.assert_allclose(alpha.sum(0), 1)
+
+
+def test_multi_head_attention(rng):
+    P = attention.multi_head_attention_parameters(rng, 6)
+    mask = attention.padding_mask([4, 2], 4)
+    x, memory = rng.normal(size=(2, 3, 6)), rng.normal(size=(2, 4, 6))
+
+    def layer(x, memory, P):
+        return attention.multi_head_attention(x, memory, P, 2, mask)
+
+    check_with_parameters(layer, attention.multi_head_attention_backward, P, x, memory)
+    y, _ = layer(x, memory, P)
+    memory[1, 2:] += 5.0
+    np.testing.assert_array_equal(layer(x, memory, P)[0], y)
+
+
+def test_causal_attention_does_not_see_what_comes_after(rng):
+    P = attention.multi_head_attention_parameters(rng, 4)
+    x = rng.normal(size=(1, 5, 4))
+    y, _ = attention.multi_head_attention(x, x, P, 2, attention.causal_mask(5))
+    x[:, 3:] += 1.0
+    later, _ = attention.multi_head_attention(x, x, P, 2, attention.causal_mask(5))
+    np.testing.assert_array_equal(later[:, :3], y[:, :3])
+    assert np.all(later[:, 3:] != y[:, 3:])
+
+
+# Recurrent layers
+
+MASK = np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+
+
+@by_paper_kind
+@pytest.mark.parametrize("options", [{}, {"mask": MASK, "reverse": True}], ids=["forward", "masked reverse"])
+def test_gru(how, options, rng):
+    P = recurrent.gru_parameters(rng, 3, 4, how)
+    x, h0 = rng.normal(size=(4, 3, 3)), rng.normal(size=(3, 4))
+    check_with_parameters(lambda x, h0, P: recurrent.gru(x, h0, P, how, **options), recurrent.gru_backward, P, x, h0)
+
+
+@by_paper_kind
+@pytest.mark.parametrize("options", [{}, {"mask": MASK, "reverse": True}], ids=["forward", "masked reverse"])
+def test_lstm(how, options, rng):
+    P = recurrent.lstm_parameters(rng, 3, 4, how)
+    x = rng.normal(size=(4, 3, 3))
+    check_with_parameters(lambda x, P: recurrent.lstm(x, P, how, **options), recurrent.lstm_backward, P, x)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_padding_changes_no_state(reverse, rng):
+    how = norms.Norm("layer", fused=False)
+    x = rng.normal(size=(5, 2, 3))
+    lengths = np.array([5, 3])
+    mask = (np.arange(5)[:, None] < lengths).astype(float)
+    P, Q = recurrent.gru_parameters(rng, 3, 4, how), recurrent.lstm_parameters(rng, 3, 4, how)
+    for run in (
+        lambda x, mask: recurrent.gru(x, np.zeros((x.shape[1], 4)), P, how, mask, reverse)[0],
+        lambda x, mask: recurrent.lstm(x, Q, how, mask, reverse)[0],
+    ):
+        padded, alone = run(x, mask), run(x[:3, 1:], None)
+        np.testing.assert_allclose(padded[:3, 1:], alone, atol=1e-12)
+
+
+# Convolution and pooling
+
+
+@pytest.mark.parametrize(("size", "padding"), [(3, 1), (3, 0), (1, 0), (2, 1)])
+def test_conv2d(size, padding, rng):
+    x, W = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(4, 3, size, size))
+    check(lambda x, W: convolution.conv2d(x, W, padding), convolution.conv2d_backward, x, W)
+    padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    y, _ = convolution.conv2d(x, W, padding)
+    at = padded[1, :, 1 : 1 + size, 2 : 2 + size]
+    assert y[1, 3, 1, 2] == pytest.approx(np.sum(at * W[3]))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 2, 5, 7)])
+def test_pooling(shape, rng):
+    x = rng.permutation(np.arange(np.prod(shape), dtype=float)).reshape(shape)  # no two equal: no branch near
+    check(convolution.max_pool, convolution.max_pool_backward, x / 10, method="finite-difference")
+    check(convolution.average_pool, convolution.average_pool_backward, x)
+    assert convolution.max_pool(x)[0][0, 1, 0, 1] == x[0, 1, :2, 2:4].max()
+
+
+# Adam
+
+
+def test_adam_takes_steps_of_the_learning_rate_and_finds_the_minimum():
+    target = np.array([1.0, -2.0, 30.0])
+    P = {"w": np.zeros(3), "w.running": np.ones(2)}
+    state = optim.adam_state(P)
+    optim.adam(P, {"w": 2 * (P["w"] - target)}, state, 0.1)
+    np.testing.assert_allclose(P["w"], 0.1 * np.sign(target), rtol=1e-6)
+    for _ in range(3000):
+        optim.adam(P, {"w": 2 * (P["w"] - target)}, state, 0.05)
+    np.testing.assert_allclose(P["w"], target, atol=1e-3)
+    assert P["w.running"].tolist() == [1, 1]
+
+
+def test_clip():
+    grads = {"a": np.array([3.0]), "b": np.array([[0.0, 4.0]])}
+    assert optim.clip(grads, 6.0) == (grads, 5.0)
+    clipped, norm = optim.clip(grads, 1.0)
+    assert norm == 5.0
+    np.testing.assert_allclose(clipped["a"], 0.6)
+    np.testing.assert_allclose(clipped["b"], [[0.0, 0.8]])
