@@ -9,6 +9,7 @@ import pytest
 
 import attention
 import convolution
+import data
 import layers
 import norms
 import optim
@@ -296,3 +297,51 @@ def test_clip():
     assert norm == 5.0
     np.testing.assert_allclose(clipped["a"], 0.6)
     np.testing.assert_allclose(clipped["b"], [[0.0, 0.8]])
+
+
+# Data
+
+
+def test_the_data_are_there():
+    pairs = data.load_pairs()
+    assert [len(part) for part in pairs] == [19_190, 1000, 1000]
+    assert all(english and german for english, german in pairs.train)
+    assert len(data.load_verses()) == 37_473
+    assert data.load_emoji()["noto"].shape == (1641, 32, 32, 3)
+    assert data.load_fashion()["x"].shape == (10_000, 28, 28)
+
+
+def test_tokens():
+    text = 'Das E-Mail-Fenster (neu), „Feld“ und "Format - Absatz" und Kopf- oder -zeilen: 2,5 @ %…'
+    tokens = data.tokenize(text)
+    assert tokens[1:6] == ["E", "@-@", "Mail", "@-@", "Fenster"]
+    assert tokens[-10:] == ["Kopf", "@-", "oder", "-@", "zeilen", ":", "2,5", "@", "%", "…"]
+    assert data.detokenize(tokens) == text.replace(" %", "%")
+    sentences = [german for _, german in data.load_pairs().test]
+    restored = sum(data.detokenize(data.tokenize(sentence)) == sentence for sentence in sentences)
+    assert restored > 0.94 * len(sentences)
+
+
+def test_vocabulary():
+    vocabulary = data.Vocabulary.of([["b", "a"], ["a", "b", "c"], ["d", "d", "d"]], minimum=2)
+    assert vocabulary.words == (*data.SPECIAL, "d", "a", "b")
+    assert vocabulary.encode(["a", "c"]) == [5, data.UNKNOWN]
+    assert vocabulary.decode([data.START, 5, 6, data.END, 4]) == ["a", "b"]
+
+
+def test_batches_have_one_length_and_every_example_once(rng):
+    lengths, targets = rng.integers(3, 9, 500), rng.integers(3, 30, 500)
+    batches = data.batches_of_one_length(lengths, 16, rng, then_by=targets)
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    assert all(len(set(lengths[batch])) == 1 and len(batch) <= 16 for batch in batches)
+    again = data.batches_of_one_length(lengths, 16, rng, then_by=targets)
+    assert [batch.tolist() for batch in again] != [batch.tolist() for batch in batches]
+    padding = sum(targets[batch].max() * len(batch) for batch in batches) / targets.sum()
+    unsorted = data.batches_of_one_length(lengths, 16, rng)
+    assert padding < 1.2 < sum(targets[batch].max() * len(batch) for batch in unsorted) / targets.sum()
+
+
+def test_padded():
+    ids, mask = data.padded([[5, 6], [7]])
+    assert ids.tolist() == [[5, 7], [6, data.PAD]]
+    assert mask.tolist() == [[1, 1], [1, 0]]
