@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import numpy as np
 import pytest
@@ -345,3 +346,38 @@ def test_padded():
     ids, mask = data.padded([[5, 6], [7]])
     assert ids.tolist() == [[5, 7], [6, data.PAD]]
     assert mask.tolist() == [[1, 1], [1, 0]]
+
+
+# Models
+
+TRANSLATION = {"source_words": 9, "target_words": 8, "batch": 3, "example_length": 3}
+TINY = {"rnnsearch": {**TRANSLATION, "embedding": 3, "encoder": 2, "decoder": 4}}
+MODEL_KINDS = [("rnnsearch", kind) for kind in ("none", "layer", "rms", "prms", "l2")]
+
+
+@pytest.mark.parametrize(("name", "kind"), MODEL_KINDS)
+def test_gradient_of_a_whole_model(name, kind, rng):
+    model = importlib.import_module(name)
+    config = model.Config(**TINY[name], norm=norms.Norm(kind, fused=False, p=0.5), dropout=0.3)
+    P = {key: value.astype(float) for key, value in model.init(config, rng).items()}
+    P = {key: value + 0.1 * rng.normal(size=value.shape) for key, value in P.items()}
+    batch = model.example_batch(config, rng)
+    batch.weights[-1, 0] = 0.0  # padding
+
+    def loss_and_gradients(values):
+        named = dict(zip(P, values, strict=True))
+        return model.loss_and_gradients(named, batch, config, np.random.default_rng(0))
+
+    def gradient(dy, *values):
+        grads = loss_and_gradients(values)[1]
+        assert grads.keys() == P.keys()
+        return [dy * grads[key] for key in P]
+
+    report = check_gradient(
+        lambda *values: np.asarray(loss_and_gradients(values)[0]),
+        gradient,
+        *P.values(),
+        method="complex-step",
+        directions=1,
+    )
+    assert report.ok, [(key, part) for key, part in zip(P, report.inputs, strict=True) if part.verdict != "right"]
