@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
+import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,9 @@ import layers
 import norms
 import optim
 import recurrent
+import run
+import timing
+import training
 from rmsnorm_np.gradcheck import check_gradient
 
 SEPARATE = [norms.Norm(kind, fused=False, p=0.3) for kind in norms.KINDS]
@@ -247,11 +254,11 @@ def test_padding_changes_no_state(reverse, rng):
     lengths = np.array([5, 3])
     mask = (np.arange(5)[:, None] < lengths).astype(float)
     P, Q = recurrent.gru_parameters(rng, 3, 4, how), recurrent.lstm_parameters(rng, 3, 4, how)
-    for run in (
+    for layer in (
         lambda x, mask: recurrent.gru(x, np.zeros((x.shape[1], 4)), P, how, mask, reverse)[0],
         lambda x, mask: recurrent.lstm(x, Q, how, mask, reverse)[0],
     ):
-        padded, alone = run(x, mask), run(x[:3, 1:], None)
+        padded, alone = layer(x, mask), layer(x[:3, 1:], None)
         np.testing.assert_allclose(padded[:3, 1:], alone, atol=1e-12)
 
 
@@ -381,3 +388,163 @@ def test_gradient_of_a_whole_model(name, kind, rng):
         directions=1,
     )
     assert report.ok, [(key, part) for key, part in zip(P, report.inputs, strict=True) if part.verdict != "right"]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_model_learns_one_batch(name, rng):
+    model = importlib.import_module(name)
+    config = model.Config(**TINY[name], norm=norms.Norm("rms", fused=False), dropout=0.0, learning_rate=0.03)
+    P, batch = model.init(config, rng), model.example_batch(config, rng)
+    state, losses = optim.adam_state(P), []
+    for _ in range(60):
+        loss, size = training.train_step(model, P, state, batch, config, None)
+        losses.append(loss)
+        assert np.isfinite(size)
+    assert all(value.dtype == np.float32 for value in P.values())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_rnnsearch_translates_what_it_has_learnt(rng):
+    import rnnsearch
+    import translation
+
+    pairs = [("the big house", "das große Haus"), ("the house", "das Haus"), ("big and old", "groß - und alt")] * 2
+    tokens = [(data.tokenize(english), data.tokenize(german)) for english, german in pairs]
+    source, target = (data.Vocabulary.of((pair[side] for pair in tokens), 1) for side in (0, 1))
+    numbers = [(source.encode(s), target.encode(t)) for s, t in tokens]
+    loaded = translation.Data(
+        dict.fromkeys(("train", "validation", "test"), numbers),
+        dict.fromkeys(("train", "validation", "test"), pairs),
+        source,
+        target,
+    )
+    config = rnnsearch.Config(
+        norms.Norm("rms", fused=False), 8, 8, 8, len(source), len(target), batch=4, learning_rate=0.02, steps=80
+    )
+    run = training.train(rnnsearch, loaded, config, 0, Path("no checkpoint"))
+    assert [entry["translation"] for entry in run["translations"]] == [german for _, german in pairs]
+    assert run["test"]["bleu"] == pytest.approx(100)
+    assert run["test"]["loss"] < 0.1
+    assert [step for step, *_ in run["curve"]] == [20, 40, 60, 80]
+    assert list(run["hidden_to_hidden"]) == ["1", "2", "3", "4", "all"]
+
+
+# Runs: a model whose parameter walks to the mean of its batches
+
+
+class Walk:
+    METRIC = "distance"
+    NORMS = ("none", "layer", "rms")
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        norm: norms.Norm = norms.Norm("rms", fused=False)  # noqa: RUF009
+        steps: int = 50
+        evaluate_every: int = 20
+        clip: float | None = None
+
+    def __init__(self, stop_at=None):
+        self.stop_at = stop_at
+
+    def init(self, config, rng):
+        return {"w": rng.normal(size=3)}
+
+    def batches(self, loaded, config, rng):
+        yield from rng.permutation(loaded)
+
+    def example_batch(self, config, rng):
+        return rng.normal(size=3)
+
+    def learning_rate(self, config, step):
+        return 0.1 / step
+
+    def loss_and_gradients(self, P, batch, config, rng):
+        if batch is None or self.stop_at == 0:
+            raise KeyboardInterrupt
+        self.stop_at = None if self.stop_at is None else self.stop_at - 1
+        difference = P["w"] - batch + 0.01 * rng.normal(size=3)
+        return np.sum(difference**2), {"w": 2 * difference}, {}
+
+    def evaluate(self, P, loaded, config, name):
+        return {"distance": float(np.sum((P["w"] - loaded.mean(0)) ** 2))}
+
+    def report(self, P, loaded, config):
+        return {"w": P["w"].tolist()}
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch, rng):
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", -1.0)
+    loaded, checkpoint = rng.normal(size=(7, 3)), tmp_path / "unfinished" / "walk.npz"
+    whole = training.train(Walk(), loaded, Walk.Config(), 5, tmp_path / "another.npz")
+    with pytest.raises(KeyboardInterrupt):
+        training.train(Walk(stop_at=33), loaded, Walk.Config(), 5, checkpoint)
+    steps = []
+    again = training.train(Walk(), loaded, Walk.Config(), 5, checkpoint, lambda step, **_: steps.append(step))
+    assert steps == list(range(34, 51))
+    assert again["w"] == whole["w"]
+    assert [(step, loss) for step, _, loss in again["curve"]] == [(step, loss) for step, _, loss in whole["curve"]]
+    assert [entry["step"] for entry in again["history"]] == [20, 40, 50]
+    assert training.train(Walk(), loaded, Walk.Config(), 6, tmp_path / "third.npz")["w"] != whole["w"]
+
+
+def test_a_run_that_diverges_says_when_and_ends(tmp_path, rng):
+    model, loaded = Walk(), rng.normal(size=(7, 3))
+    loaded[3] = np.inf
+    run = training.train(model, loaded, Walk.Config(), 5, tmp_path / "no.npz")
+    assert 1 <= run["diverged"] <= 7
+    assert "test" not in run
+
+
+def test_time_is_measured_on_parameters_that_stay(rng):
+    model = Walk()
+    seen = []
+    original = model.loss_and_gradients
+    model.loss_and_gradients = lambda P, *rest: seen.append(P["w"].copy()) or original(P, *rest)
+    rows = timing.measure(model, Walk.Config(), 3, seed=1)
+    assert [(row["norm"], row["fused"]) for row in rows] == [
+        ("none", None),
+        ("layer", False),
+        ("layer", True),
+        ("rms", False),
+        ("rms", True),
+    ]
+    assert all(len(row["seconds"]) == 3 for row in rows)
+    np.testing.assert_array_equal(seen, [seen[0]] * 20)
+
+
+def test_savings_are_against_layer_norm_computed_in_the_same_way():
+    how = [norms.Norm(kind, fused) for kind in ("layer", "rms") for fused in (False, True)]
+    rows = timing.summary(how, [[9.0, 10.0, 20.0], [5.0], [8.0], [4.0]])
+    assert [row["saving"] for row in rows] == pytest.approx([0, 0, 0.2, 0.2])
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    walk = Walk()
+    walk.SIZES = {"small": Walk.Config(), "paper": Walk.Config(steps=500)}
+    walk.load = lambda config: (np.arange(12.0).reshape(4, 3), config)
+    monkeypatch.setitem(sys.modules, "rnnsearch", walk)
+    command = ["rnnsearch", "--norm", "prms", "--set", "p=0.5", "--steps", "30", "--results", str(tmp_path)]
+    assert run.main([*command, "--seed", "4"]) == 0
+    (stored,) = tmp_path.glob("*.json")
+    assert stored.name == "rnnsearch-small-prms-p=0.5-steps=30-seed4.json"
+    result = json.loads(stored.read_text())
+    assert result["config"]["norm"] == {"kind": "prms", "fused": False, "p": 0.5, "eps": 1e-6, "training": True}
+    assert (result["seed"], result["config"]["steps"], result["test"].keys()) == (4, 30, {"distance"})
+    assert result["versions"]["numpy"] == np.__version__
+    assert result["machine"]["cores"] >= 1
+
+    before = stored.read_bytes()
+    assert run.main([*command, "--seed", "4"]) == 0  # not again
+    assert "there already" in capsys.readouterr().out
+    assert stored.read_bytes() == before
+
+    walk.stop_at = 3
+    assert run.main([*command, "--seed", "5"]) == 130
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    walk.stop_at = None
+
+    assert run.main([*command[:1], "--time", "--steps", "2", "--results", str(tmp_path)]) == 0
+    timed = json.loads((tmp_path / "rnnsearch-small-time-steps=2-seed1.json").read_text())
+    assert [len(row["seconds"]) for row in timed["time"]] == [2] * 5
+    with pytest.raises(ValueError, match="setting is 'q', expected one of p, fused, norm, steps"):
+        run.main(["rnnsearch", "--set", "q=1", "--results", str(tmp_path)])

@@ -52,15 +52,26 @@ from recurrent import (
 )
 from translation import batches, example_batch, load  # part of every model's interface
 
-__all__ = ["EXPERIMENTS", "METRIC", "SIZES", "Config", "batches", "evaluate", "example_batch", "init", "learning_rate"]
+__all__ = [
+    "EXPERIMENTS",
+    "METRIC",
+    "NORMS",
+    "SIZES",
+    "Config",
+    "batches",
+    "evaluate",
+    "example_batch",
+    "init",
+    "learning_rate",
+]
 __all__ += ["load", "loss_and_gradients", "report"]
 
 METRIC = "bleu"
 NORMS = ("none", "layer", "rms", "prms", "l2")
 EXPERIMENTS = (
     *({"norm": kind} for kind in NORMS),
-    *({"norm": "prms", "p": p} for p in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)),
-    *({"norm": kind, "initial_mean": 0.2} for kind in ("none", "layer", "rms", "prms")),
+    *({"norm": "prms", "p": p / 10, "seeds": 1} for p in range(1, 10)),  # the paper's p sweep; 1.0 is RMSNorm
+    *({"norm": kind, "initial_mean": 0.2, "seeds": 1} for kind in ("none", "layer", "rms", "prms")),
 )
 RMS = Norm("rms")
 
