@@ -247,19 +247,30 @@ def test_lstm(how, options, rng):
     check_with_parameters(lambda x, P: recurrent.lstm(x, P, how, **options), recurrent.lstm_backward, P, x)
 
 
+def recurrent_layers(rng):
+    """A GRU and an LSTM of 3 inputs and 4 hidden units: functions (x, mask, reverse) -> states."""
+    how = norms.Norm("layer", fused=False)
+    P, Q = recurrent.gru_parameters(rng, 3, 4, how), recurrent.lstm_parameters(rng, 3, 4, how)
+    return (
+        lambda x, mask=None, reverse=False: recurrent.gru(x, np.full((x.shape[1], 4), 0.5), P, how, mask, reverse)[0],
+        lambda x, mask=None, reverse=False: recurrent.lstm(x, Q, how, mask, reverse)[0],
+    )
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_padding_changes_no_state(reverse, rng):
-    how = norms.Norm("layer", fused=False)
-    x = rng.normal(size=(5, 2, 3))
-    lengths = np.array([5, 3])
-    mask = (np.arange(5)[:, None] < lengths).astype(float)
-    P, Q = recurrent.gru_parameters(rng, 3, 4, how), recurrent.lstm_parameters(rng, 3, 4, how)
-    for layer in (
-        lambda x, mask: recurrent.gru(x, np.zeros((x.shape[1], 4)), P, how, mask, reverse)[0],
-        lambda x, mask: recurrent.lstm(x, Q, how, mask, reverse)[0],
-    ):
-        padded, alone = layer(x, mask), layer(x[:3, 1:], None)
+    x, mask = rng.normal(size=(5, 2, 3)), (np.arange(5)[:, None] < [5, 3]).astype(float)
+    for layer in recurrent_layers(rng):
+        padded, alone = layer(x, mask, reverse), layer(x[:3, 1:], None, reverse)
         np.testing.assert_allclose(padded[:3, 1:], alone, atol=1e-12)
+        if not reverse:
+            np.testing.assert_array_equal(padded[3:, 1], padded[[2, 2], 1])
+
+
+def test_reverse_runs_from_the_last_input_to_the_first(rng):
+    x = rng.normal(size=(5, 2, 3))
+    for layer in recurrent_layers(rng):
+        np.testing.assert_allclose(layer(x, reverse=True), layer(x[::-1])[::-1])
 
 
 # Convolution and pooling
@@ -487,6 +498,19 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch, rng):
     assert training.train(Walk(), loaded, Walk.Config(), 6, tmp_path / "third.npz")["w"] != whole["w"]
 
 
+def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+    loaded = np.arange(30)
+
+    def first(seed, epoch):
+        return [batch for batch, _ in zip(training.stream(Walk(), loaded, None, seed), range(60), strict=False)][
+            30 * epoch : 30 * epoch + 30
+        ]
+
+    assert sorted(first(1, 0)) == sorted(first(1, 1)) == loaded.tolist()
+    assert first(1, 0) == first(1, 0)
+    assert first(1, 0) != first(1, 1) != first(2, 1) != first(2, 0) != first(1, 0)
+
+
 def test_a_run_that_diverges_says_when_and_ends(tmp_path, rng):
     model, loaded = Walk(), rng.normal(size=(7, 3))
     loaded[3] = np.inf
@@ -548,3 +572,22 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert [len(row["seconds"]) for row in timed["time"]] == [2] * 5
     with pytest.raises(ValueError, match="setting is 'q', expected one of p, fused, norm, steps"):
         run.main(["rnnsearch", "--set", "q=1", "--results", str(tmp_path)])
+
+
+def test_all_makes_what_is_not_there_yet(tmp_path, monkeypatch, capsys):
+    walk = Walk()
+    walk.SIZES = {"small": Walk.Config(steps=3), "paper": Walk.Config(steps=3)}
+    walk.EXPERIMENTS = ({"norm": "rms"}, {"norm": "prms", "p": 0.5, "seeds": 1})
+    walk.load = lambda config: (np.arange(12.0).reshape(4, 3), config)
+    monkeypatch.setitem(sys.modules, "rnnsearch", walk)
+    monkeypatch.setattr(run, "MODELS", ("rnnsearch",))
+    trained = ["rms-seed1", "rms-seed2", "rms-seed3", "prms-p=0.5-seed1"]
+    names = ["small-time-seed1", "paper-time-seed1", *(f"small-{name}" for name in trained)]
+    walk.stop_at = None
+    assert run.main(["all", "--results", str(tmp_path)]) == 0
+    assert {path.stem for path in tmp_path.glob("*.json")} == {f"rnnsearch-{name}" for name in names}
+    (tmp_path / "rnnsearch-small-rms-seed2.json").unlink()
+    capsys.readouterr()
+    assert run.main(["all", "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("there already") == 5
+    assert (tmp_path / "rnnsearch-small-rms-seed2.json").exists()

@@ -126,12 +126,10 @@ def dropout_backward(dy, cache):
 
 
 def softmax(x, axis=-1, mask=None):
-    """exp(x)/Σ exp(x) along an axis; zero where the mask (broadcast to x) is False."""
+    """exp(x)/Σ exp(x) along an axis; zero where the mask is False (equal shares if it is True nowhere)."""
     if mask is not None:
         x = np.where(mask, x, x.dtype.type(-1e9))
     e = np.exp(x - x.real.max(axis=axis, keepdims=True))  # a constant shift: it cancels
-    if mask is not None:
-        e = e * mask
     return e / e.sum(axis=axis, keepdims=True)
 
 
