@@ -440,6 +440,27 @@ def test_rnnsearch_translates_what_it_has_learnt(rng):
     assert list(run["hidden_to_hidden"]) == ["1", "2", "3", "4", "all"]
 
 
+def test_the_statistics_of_table_5_are_of_the_decoders_states_without_padding(rng):
+    import rnnsearch
+    import translation
+
+    pairs = [([4, 5], [4, 5, 6, 7, 5]), ([6, 7], [5, 4, 6, 6])]
+    loaded = translation.Data({"validation": pairs}, {}, None, None)
+    config = rnnsearch.Config(norms.Norm("none"), 3, 2, 4, source_words=9, target_words=8, batch=2)
+    P = rnnsearch.init(config, rng)
+    together = rnnsearch.hidden_to_hidden(P, loaded, config)
+    alone = rnnsearch.hidden_to_hidden(P, loaded, dataclasses.replace(config, batch=1))
+    for name in together:
+        assert together[name] == pytest.approx(alone[name], rel=1e-4)
+
+    P["decoder.U_proposal"][:] = 0.0
+    source = np.array([[4, 5, data.END], [6, 7, data.END]]).T
+    first = rnnsearch.encode(P, source, config)[0][2]
+    values = np.concatenate([first @ P["decoder.U_gates"], np.zeros((2, 4))], axis=1)
+    expected = {"mean": values.mean(), "sd": values.std()}
+    assert rnnsearch.hidden_to_hidden(P, loaded, config)["1"] == pytest.approx(expected, rel=1e-4)
+
+
 # Runs: a model whose parameter walks to the mean of its batches
 
 
