@@ -369,7 +369,7 @@ def test_padded():
 # Models
 
 TRANSLATION = {"source_words": 9, "target_words": 8, "batch": 3, "example_length": 3}
-TINY = {"rnnsearch": {**TRANSLATION, "embedding": 3, "encoder": 2, "decoder": 4}}
+TINY = {"rnnsearch": {**TRANSLATION, "embedding": 3, "encoder": 2, "decoder": 4, "read": 5}}
 MODEL_KINDS = [("rnnsearch", kind) for kind in ("none", "layer", "rms", "prms", "l2")]
 
 
@@ -430,7 +430,7 @@ def test_rnnsearch_translates_what_it_has_learnt(rng):
         target,
     )
     config = rnnsearch.Config(
-        norms.Norm("rms", fused=False), 8, 8, 8, len(source), len(target), batch=4, learning_rate=0.02, steps=80
+        norms.Norm("rms", fused=False), 8, 8, 8, 8, len(source), len(target), batch=4, learning_rate=0.02, steps=80
     )
     run = training.train(rnnsearch, loaded, config, 0, Path("no checkpoint"))
     assert [entry["translation"] for entry in run["translations"]] == [german for _, german in pairs]
@@ -446,7 +446,7 @@ def test_the_statistics_of_table_5_are_of_the_decoders_states_without_padding(rn
 
     pairs = [([4, 5], [4, 5, 6, 7, 5]), ([6, 7], [5, 4, 6, 6])]
     loaded = translation.Data({"validation": pairs}, {}, None, None)
-    config = rnnsearch.Config(norms.Norm("none"), 3, 2, 4, source_words=9, target_words=8, batch=2)
+    config = rnnsearch.Config(norms.Norm("none"), 3, 2, 4, 5, source_words=9, target_words=8, batch=2)
     P = rnnsearch.init(config, rng)
     together = rnnsearch.hidden_to_hidden(P, loaded, config)
     alone = rnnsearch.hidden_to_hidden(P, loaded, dataclasses.replace(config, batch=1))

@@ -84,6 +84,7 @@ class Config:
     embedding: int = 512
     encoder: int = 1024  # hidden units in each direction
     decoder: int = 1024
+    read: int = 512  # units between the decoder and the words
     source_words: int = 32_000
     target_words: int = 32_000
     minimum: int = 1  # how often a word must stand in the training data to be in the vocabulary
@@ -103,7 +104,9 @@ SIZES = {
         embedding=128,
         encoder=128,
         decoder=256,
+        read=256,
         minimum=3,
+        example_length=12,
         dropout=0.2,
         learning_rate=1e-3,
         steps=2_400,
@@ -118,18 +121,19 @@ SIZES = {
 def init(config, rng):
     """All parameters, float32, in one dict."""
     m, e, d, how = config.embedding, config.encoder, config.decoder, config.norm
+    limit = config.read**-0.5  # larger than Glorot's, which is small as there are many words: quicker at the start
     P = {
-        "source.table": rng.normal(0, m**-0.5, (config.source_words, m)).astype(np.float32),
-        "target.table": rng.normal(0, m**-0.5, (config.target_words, m)).astype(np.float32),
+        "source.table": rng.normal(size=(config.source_words, m)).astype(np.float32),
+        "target.table": rng.normal(size=(config.target_words, m)).astype(np.float32),
         **whole("forward", gru_parameters(rng, m, e, how)),
         **whole("backward", gru_parameters(rng, m, e, how)),
         "first.W": glorot(rng, e, d),
         "first.b": np.zeros(d, np.float32),
         **whole("attention", additive_attention_parameters(rng, d, 2 * e, d)),
         **whole("decoder", gru_parameters(rng, m + 2 * e, d, how)),
-        "read.W": glorot(rng, d + m + 2 * e, m),
-        "read.b": np.zeros(m, np.float32),
-        "out.W": glorot(rng, m, config.target_words),
+        "read.W": glorot(rng, d + m + 2 * e, config.read),
+        "read.b": np.zeros(config.read, np.float32),
+        "out.W": rng.uniform(-limit, limit, (config.read, config.target_words)).astype(np.float32),
         "out.b": np.zeros(config.target_words, np.float32),
     }
     for name in P:
@@ -214,9 +218,9 @@ def decode(P, previous, encoded, config, rng=None):
 
 def read_out(P, x, config, rng=None):
     """Logits (..., V) from [s_t; y_{t−1}; c_t] (..., d + m + 2e)."""
-    a, cache_read = linear(x, P["read.W"], P["read.b"])  # (..., m)
-    t = np.tanh(a)  # (..., m)
-    dropped, cache_dropout = dropout(t, config.dropout, rng)  # (..., m)
+    a, cache_read = linear(x, P["read.W"], P["read.b"])  # (..., read)
+    t = np.tanh(a)  # (..., read)
+    dropped, cache_dropout = dropout(t, config.dropout, rng)  # (..., read)
     logits, cache_out = linear(dropped, P["out.W"], P["out.b"])  # (..., V)
     return logits, (cache_read, t, cache_dropout, cache_out)
 
@@ -224,8 +228,8 @@ def read_out(P, x, config, rng=None):
 def read_out_backward(dlogits, cache):
     """(dx (..., d + m + 2e), grads) from dlogits (..., V)."""
     cache_read, t, cache_dropout, cache_out = cache
-    ddropped, dW_out, db_out = linear_backward(dlogits, cache_out)  # (..., m)
-    da = tanh_backward(dropout_backward(ddropped, cache_dropout), t)  # (..., m)
+    ddropped, dW_out, db_out = linear_backward(dlogits, cache_out)  # (..., read)
+    da = tanh_backward(dropout_backward(ddropped, cache_dropout), t)  # (..., read)
     dx, dW, db = linear_backward(da, cache_read)  # (..., d + m + 2e)
     return dx, {"out.W": dW_out, "out.b": db_out, "read.W": dW, "read.b": db}
 
