@@ -1,6 +1,21 @@
 """One training run of one model: it can be stopped at any time and goes on where it was, with the same numbers.
 
 Everything random in step k is drawn from (seed, k), so a checkpoint is the parameters, Adam's moments and the step.
+
+A model is a module with
+
+    Config             frozen dataclass; at least norm, steps, evaluate_every, clip
+    SIZES              {"small": Config, "paper": Config}
+    METRIC, NORMS      what `evaluate` is judged by; the kinds of norm that the paper has for this model
+    EXPERIMENTS        the runs to store, [{"norm": …, any other setting: …, "seeds": how many if not three}]
+    load(config)                   -> (data, config with what depends on the data)
+    init(config, rng)              -> parameters, a flat dict; "….running" are statistics without a gradient
+    batches(data, config, rng)     -> the training batches of one epoch
+    example_batch(config, rng)     -> a batch of the config's sizes without data, for time and tests
+    learning_rate(config, step)    -> of step 1, 2, …
+    loss_and_gradients(parameters, batch, config, rng)  -> (loss, gradients, statistics); rng None: no dropout
+    evaluate(parameters, data, config, "validation" or "test")  -> {METRIC: …, …}
+    report(parameters, data, config)                    -> a dict of what else the result stores
 """
 
 from __future__ import annotations
