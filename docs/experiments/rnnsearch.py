@@ -108,7 +108,7 @@ SIZES = {
         minimum=3,
         example_length=12,
         dropout=0.2,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         steps=2_400,
         evaluate_every=240,
     ),
