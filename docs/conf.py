@@ -27,7 +27,7 @@ extensions = [
     "mathml",
     "notebooks",
 ]
-exclude_patterns = ["examples", "measurements", "_*"]
+exclude_patterns = ["examples", "experiments", "measurements", "_*"]
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", ".*")]  # numpydoc's types are prose
 suppress_warnings = ["mystnb.unknown_mime_type"]

@@ -1,0 +1,122 @@
+"""Additive attention (Bahdanau) and multi-head attention (Vaswani), with gradients by hand.
+
+A mask is boolean, True where a position may be attended to.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from layers import glorot, linear, linear_backward, softmax, softmax_backward, tanh_backward
+
+# Additive attention: score of position j for the state s: vᵀ tanh(W s + U h_j)
+
+
+def additive_attention_parameters(rng, state, memory, d):
+    """W (state, d), U (memory, d), b (d,), v (d,)."""
+    v = glorot(rng, d, 1)[:, 0]
+    return {"W": glorot(rng, state, d), "U": glorot(rng, memory, d), "b": np.zeros(d, np.float32), "v": v}
+
+
+def attention_keys(h, P):
+    """U h + b of every position, once a sentence: h (S, B, memory) -> (S, B, d)."""
+    return linear(h, P["U"], P["b"])
+
+
+def attention_keys_backward(dkeys, cache):
+    """(dh, {U, b}) from dkeys (S, B, d)."""
+    dh, dU, db = linear_backward(dkeys, cache)
+    return dh, {"U": dU, "b": db}
+
+
+def additive_attention(s, keys, h, P, mask=None):
+    """What the states s (B, state) read from the memory h (S, B, memory), its keys (S, B, d), mask (S, B).
+
+    Returns ((context (B, memory), weights α (S, B)), cache).
+    """
+    query = s @ P["W"]  # (B, d)
+    t = np.tanh(keys + query)  # (S, B, d)
+    scores = t @ P["v"]  # (S, B)
+    alpha = softmax(scores, axis=0, mask=mask)  # (S, B)
+    context = np.einsum("sb,sbm->bm", alpha, h)  # (B, memory)
+    return (context, alpha), (s, t, h, alpha, P)
+
+
+def additive_attention_backward(dcontext, cache, dalpha=None):
+    """(ds, dkeys, dh, {W, v}) from dcontext (B, memory) and, where α itself is used, dalpha (S, B)."""
+    s, t, h, alpha, P = cache
+    dweights = np.einsum("bm,sbm->sb", dcontext, h)  # (S, B)
+    if dalpha is not None:
+        dweights = dweights + dalpha
+    dh = alpha[:, :, None] * dcontext  # (S, B, memory)
+    dscores = softmax_backward(dweights, alpha, axis=0)  # (S, B)
+    dv = np.einsum("sb,sbd->d", dscores, t)  # (d,)
+    dkeys = tanh_backward(dscores[:, :, None] * P["v"], t)  # (S, B, d)
+    dquery = dkeys.sum(axis=0)  # (B, d)
+    return dquery @ P["W"].T, dkeys, dh, {"W": s.T @ dquery, "v": dv}
+
+
+# Multi-head attention: softmax(Q Kᵀ/√(d/heads)) V in each of the heads
+
+
+def multi_head_attention_parameters(rng, d):
+    """W_q, W_k, W_v, W_o, each (d, d)."""
+    return {f"W_{name}": glorot(rng, d, d) for name in "qkvo"}
+
+
+def multi_head_attention(x, memory, P, heads, mask=None):
+    """Queries from x (B, T, d), keys and values from memory (B, S, d): (B, T, d).
+
+    `mask` broadcasts to (B, heads, T, S): `padding_mask(lengths, S)`, `causal_mask(T)`, or both with &.
+    """
+    (q, cache_q), (k, cache_k), (v, cache_v) = (
+        linear(x, P["W_q"]),  # (B, T, d)
+        linear(memory, P["W_k"]),  # (B, S, d)
+        linear(memory, P["W_v"]),  # (B, S, d)
+    )
+    q, k, v = _split(q, heads), _split(k, heads), _split(v, heads)  # (B, heads, T, d/heads), (B, heads, S, d/heads)
+    scale = 1 / math.sqrt(q.shape[-1])
+    alpha = softmax(q @ k.swapaxes(-1, -2) * scale, mask=mask)  # (B, heads, T, S)
+    read = _join(alpha @ v)  # (B, T, d)
+    y, cache_o = linear(read, P["W_o"])  # (B, T, d)
+    return y, (q, k, v, alpha, scale, cache_q, cache_k, cache_v, cache_o)
+
+
+def multi_head_attention_backward(dy, cache):
+    """(dx, dmemory, {W_q, W_k, W_v, W_o}); for self-attention the gradient of x is dx + dmemory."""
+    q, k, v, alpha, scale, cache_q, cache_k, cache_v, cache_o = cache
+    dread, dW_o, _ = linear_backward(dy, cache_o)  # (B, T, d)
+    dread = _split(dread, q.shape[1])  # (B, heads, T, d/heads)
+    dalpha = dread @ v.swapaxes(-1, -2)  # (B, heads, T, S)
+    dv = alpha.swapaxes(-1, -2) @ dread  # (B, heads, S, d/heads)
+    dscores = softmax_backward(dalpha, alpha) * scale  # (B, heads, T, S)
+    dq = dscores @ k  # (B, heads, T, d/heads)
+    dk = dscores.swapaxes(-1, -2) @ q  # (B, heads, S, d/heads)
+    dx, dW_q, _ = linear_backward(_join(dq), cache_q)
+    dmemory_k, dW_k, _ = linear_backward(_join(dk), cache_k)
+    dmemory_v, dW_v, _ = linear_backward(_join(dv), cache_v)
+    return dx, dmemory_k + dmemory_v, {"W_q": dW_q, "W_k": dW_k, "W_v": dW_v, "W_o": dW_o}
+
+
+def _split(x, heads):
+    """(B, T, d) -> (B, heads, T, d/heads)."""
+    B, T, d = x.shape
+    return x.reshape(B, T, heads, d // heads).transpose(0, 2, 1, 3)
+
+
+def _join(x):
+    """(B, heads, T, d/heads) -> (B, T, d)."""
+    B, heads, T, n = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B, T, heads * n)
+
+
+def padding_mask(lengths, S):
+    """True at the first lengths[i] of S positions of sample i: (B, 1, 1, S)."""
+    return (np.arange(S) < np.asarray(lengths)[:, None])[:, None, None, :]
+
+
+def causal_mask(T):
+    """True where a position sees another: itself and those before. (T, T)."""
+    return np.tri(T, dtype=bool)
