@@ -36,17 +36,17 @@ RANKS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and settings; the defaults are the paper's."""
+    """Sizes and settings; the defaults are the paper's, but for the three that vary the training data."""
 
     norm: Norm = RMS
     embedding: int = 300
     hidden: int = 1024
     image: int = 4096  # features
     words: int = 10_000
-    minimum: int = 1  # how often a word must stand in the training data to be in the vocabulary
     margin: float = 0.05
     shift: int = 2  # pixels: training images are moved by at most as much
-    colour: float = 0.3  # and each colour channel of each is made stronger or weaker by at most this share
+    colour: float = 0.3  # each colour channel of each is made stronger or weaker by at most this share
+    word_dropout: float = 0.2  # share of the words of training captions that become UNKNOWN
     batch: int = 128
     example_length: int = 11  # words of a caption where time is measured
     learning_rate: float = 1e-3
@@ -114,7 +114,7 @@ def load(config):
         for group, count in SHOWN.items():
             parts[name][group] = chosen = order[start : start + size]
             shown[chosen], start = count, start + size
-    vocabulary = data.Vocabulary.of([texts[i] for i in np.flatnonzero(shown)], config.minimum)
+    vocabulary = data.Vocabulary.of([texts[i] for i in np.flatnonzero(shown)], minimum=1)
     captions = [vocabulary.encode(words) for words in texts]
     sized = replace(config, words=len(vocabulary), image=int(np.prod(images.shape[2:])))
     return Data(captions, emoji["label"].tolist(), images, shown, parts), sized
@@ -129,7 +129,9 @@ def batches(loaded, config, rng):
     for start in range(0, len(order), config.batch):
         chosen = order[start : start + config.batch]
         images = loaded.images[rng.integers(loaded.shown[chosen]), chosen]  # (B, 32, 32, 3)
-        yield make_batch(loaded, chosen, varied(pixels(images), config, rng))
+        batch = make_batch(loaded, chosen, varied(pixels(images), config, rng))
+        dropped = (batch.mask > 0) & (rng.random(batch.mask.shape) < config.word_dropout)  # (T, B)
+        yield batch._replace(words=np.where(dropped, data.UNKNOWN, batch.words))
 
 
 def make_batch(loaded, chosen, images):
@@ -227,7 +229,8 @@ def order_violations(c, i):
 def order_violations_backward(dE, cache):
     """(dc (C, d), di (I, d)) from dE (C, I). Pairs where it is zero, the more the better the model, cost no time."""
     c, i = cache
-    dc, di = np.zeros_like(c), np.zeros_like(i)  # (C, d), (I, d)
+    dtype = np.result_type(dE, c, i)
+    dc, di = np.zeros(c.shape, dtype), np.zeros(i.shape, dtype)  # (C, d), (I, d)
     for k, caption in enumerate(c):
         pairs = np.flatnonzero(dE[k])
         excess = np.maximum(caption - i[pairs], 0)  # (pairs, d)
@@ -269,7 +272,7 @@ def loss_and_gradients(P, batch, config, rng=None):
 
 
 def violations(P, loaded, config, chosen):
-    """E (n, n) of the captions and pictures of the chosen emoji, for each artist whose pictures of them are held out."""
+    """E (n, n) of the captions and pictures of the chosen emoji, for each artist whose pictures are held out."""
     for artist in range(loaded.shown[chosen[0]], len(ARTISTS)):
         batch = make_batch(loaded, chosen, pixels(loaded.images[artist, chosen]))
         c, _ = embed_captions(P, batch.words, batch.mask, config)  # (n, d)
