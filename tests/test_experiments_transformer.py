@@ -15,7 +15,13 @@ import norms
 import training
 import transformer
 import translation
-from attention import causal_mask, keys_and_values, keys_and_values_backward
+from attention import (
+    causal_mask,
+    keys_and_values,
+    keys_and_values_backward,
+    multi_head_attention,
+    multi_head_attention_parameters,
+)
 from rmsnorm_np.gradcheck import check_gradient
 
 RMS = norms.Norm("rms", fused=False)
@@ -55,9 +61,24 @@ def test_positions(rng):
     np.testing.assert_allclose(x, np.sqrt(6) * table[[[1, 2], [3, 3]]] + expected)
 
 
+def test_attention_in_each_head(rng):
+    P = multi_head_attention_parameters(rng, 6)
+    x, memory = rng.normal(size=(3, 6)), rng.normal(size=(4, 6))  # one sentence
+    q, k, v = x @ P["W_q"], memory @ P["W_k"], memory @ P["W_v"]
+    read = []
+    for head in (slice(0, 3), slice(3, 6)):
+        e = np.exp(q[:, head] @ k[:, head].T / np.sqrt(3))
+        read.append(e / e.sum(axis=1, keepdims=True) @ v[:, head])
+    y, _ = multi_head_attention(x[None], memory[None], P, heads=2)
+    np.testing.assert_allclose(y[0], np.concatenate(read, axis=1) @ P["W_o"])
+
+
 def test_gradient_of_feed_forward(rng):
     P = layers.part(transformer.layer_parameters(rng, TINY, []), "ffn")
-    check_with_parameters(transformer.feed_forward, transformer.feed_forward_backward, P, rng.normal(size=(2, 3, 6)))
+    x = rng.normal(size=(2, 3, 6))
+    check_with_parameters(transformer.feed_forward, transformer.feed_forward_backward, P, x)
+    y, _ = transformer.feed_forward(x, {**P, "b_1": np.full(5, 0.5), "b_2": np.full(6, 0.2)})
+    np.testing.assert_allclose(y, np.maximum(0, x @ P["W_1"] + 0.5) @ P["W_2"] + 0.2)
 
 
 def test_gradient_of_a_residual_sum(rng):
@@ -181,6 +202,22 @@ def test_translation_with_kept_keys_is_that_of_all_steps_at_once(rng):
     logits, _ = transformer.decode(P, previous.T, transformer.encode(P, source.T, TINY)[0], TINY)  # (B, T, V)
     logits[..., [data.PAD, data.START, data.UNKNOWN]] = -np.inf
     np.testing.assert_array_equal(logits.argmax(axis=-1).T, words)
+
+
+def test_greedy_translation_takes_words_until_all_sentences_have_ended():
+    best = np.array([[4, 5], [data.END, 6], [7, data.END], [4, 4]])  # (T, B)
+    seen = []
+
+    def step(word, t):
+        seen.append(word.tolist())
+        logits = np.zeros((2, 8))
+        logits[:, [data.PAD, data.START, data.UNKNOWN]] = 2.0  # the most probable, but no words
+        logits[range(2), best[t]] = 1.0
+        return logits, t + 1
+
+    assert translation.greedy(step, 0, 2, longest=10).tolist() == best[:3].tolist()
+    assert seen == [[data.START] * 2, *best[:2].tolist()]
+    assert translation.greedy(step, 0, 2, longest=2).tolist() == best[:2].tolist()
 
 
 def test_it_translates_what_it_has_learnt():
