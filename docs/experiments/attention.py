@@ -71,22 +71,49 @@ def multi_head_attention(x, memory, P, heads, mask=None):
 
     `mask` broadcasts to (B, heads, T, S): `padding_mask(lengths, S)`, `causal_mask(T)`, or both with &.
     """
-    (q, cache_q), (k, cache_k), (v, cache_v) = (
-        linear(x, P["W_q"]),  # (B, T, d)
-        linear(memory, P["W_k"]),  # (B, S, d)
-        linear(memory, P["W_v"]),  # (B, S, d)
-    )
-    q, k, v = _split(q, heads), _split(k, heads), _split(v, heads)  # (B, heads, T, d/heads), (B, heads, S, d/heads)
+    kv, cache_kv = keys_and_values(memory, P, heads)
+    y, cache = attend(x, kv, P, mask)  # (B, T, d)
+    return y, (cache, cache_kv)
+
+
+def multi_head_attention_backward(dy, caches):
+    """(dx, dmemory, {W_q, W_k, W_v, W_o}); for self-attention the gradient of x is dx + dmemory."""
+    cache, cache_kv = caches
+    dx, dkv, grads = attend_backward(dy, cache)  # (B, T, d)
+    dmemory, grads_kv = keys_and_values_backward(dkv, cache_kv)  # (B, S, d)
+    return dx, dmemory, {**grads, **grads_kv}
+
+
+def keys_and_values(memory, P, heads):
+    """(k, v), each (B, heads, S, d/heads), of memory (B, S, d): its part that needs no query."""
+    k, cache_k = linear(memory, P["W_k"])  # (B, S, d)
+    v, cache_v = linear(memory, P["W_v"])  # (B, S, d)
+    return (_split(k, heads), _split(v, heads)), (cache_k, cache_v)
+
+
+def keys_and_values_backward(dkv, caches):
+    """(dmemory, {W_k, W_v}) from (dk, dv), each (B, heads, S, d/heads)."""
+    (dk, dv), (cache_k, cache_v) = dkv, caches
+    dmemory_k, dW_k, _ = linear_backward(_join(dk), cache_k)  # (B, S, d)
+    dmemory_v, dW_v, _ = linear_backward(_join(dv), cache_v)  # (B, S, d)
+    return dmemory_k + dmemory_v, {"W_k": dW_k, "W_v": dW_v}
+
+
+def attend(x, kv, P, mask=None):
+    """Queries from x (B, T, d), keys and values as they are: (B, T, d)."""
+    k, v = kv  # (B, heads, S, d/heads)
+    q, cache_q = linear(x, P["W_q"])  # (B, T, d)
+    q = _split(q, k.shape[1])  # (B, heads, T, d/heads)
     scale = 1 / math.sqrt(q.shape[-1])
     alpha = softmax(q @ k.swapaxes(-1, -2) * scale, mask=mask)  # (B, heads, T, S)
     read = _join(alpha @ v)  # (B, T, d)
     y, cache_o = linear(read, P["W_o"])  # (B, T, d)
-    return y, (q, k, v, alpha, scale, cache_q, cache_k, cache_v, cache_o)
+    return y, (q, k, v, alpha, scale, cache_q, cache_o)
 
 
-def multi_head_attention_backward(dy, cache):
-    """(dx, dmemory, {W_q, W_k, W_v, W_o}); for self-attention the gradient of x is dx + dmemory."""
-    q, k, v, alpha, scale, cache_q, cache_k, cache_v, cache_o = cache
+def attend_backward(dy, cache):
+    """(dx, (dk, dv), {W_q, W_o}) from dy (B, T, d)."""
+    q, k, v, alpha, scale, cache_q, cache_o = cache
     dread, dW_o, _ = linear_backward(dy, cache_o)  # (B, T, d)
     dread = _split(dread, q.shape[1])  # (B, heads, T, d/heads)
     dalpha = dread @ v.swapaxes(-1, -2)  # (B, heads, T, S)
@@ -94,10 +121,8 @@ def multi_head_attention_backward(dy, cache):
     dscores = softmax_backward(dalpha, alpha) * scale  # (B, heads, T, S)
     dq = dscores @ k  # (B, heads, T, d/heads)
     dk = dscores.swapaxes(-1, -2) @ q  # (B, heads, S, d/heads)
-    dx, dW_q, _ = linear_backward(_join(dq), cache_q)
-    dmemory_k, dW_k, _ = linear_backward(_join(dk), cache_k)
-    dmemory_v, dW_v, _ = linear_backward(_join(dv), cache_v)
-    return dx, dmemory_k + dmemory_v, {"W_q": dW_q, "W_k": dW_k, "W_v": dW_v, "W_o": dW_o}
+    dx, dW_q, _ = linear_backward(_join(dq), cache_q)  # (B, T, d)
+    return dx, (dk, dv), {"W_q": dW_q, "W_o": dW_o}
 
 
 def _split(x, heads):

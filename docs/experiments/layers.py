@@ -65,15 +65,20 @@ def embedding_backward(dy, cache):
 
 def linear(x, W, b=None):
     """y = x W + b for x (..., m), W (m, d), b (d,): (..., d)."""
-    y = x @ W  # (..., d)
+    y = (_rows(x) @ W).reshape(*x.shape[:-1], W.shape[1])  # (..., d): of more than two axes NumPy makes many products
     return (y if b is None else y + b), (x, W, b is not None)
 
 
 def linear_backward(dy, cache):
     """(dx, dW, db) from dy (..., d); db is None without a bias."""
     x, W, biased = cache
-    rows, drows = x.reshape(-1, W.shape[0]), dy.reshape(-1, W.shape[1])  # (rows, m), (rows, d)
-    return dy @ W.T, rows.T @ drows, (drows.sum(axis=0) if biased else None)
+    rows, drows = _rows(x), _rows(dy)  # (rows, m), (rows, d)
+    return (drows @ W.T).reshape(x.shape), rows.T @ drows, (drows.sum(axis=0) if biased else None)
+
+
+def _rows(x):
+    """(..., m) -> (rows, m)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 # Activations. The backward functions take what the forward one returned, which is all they need.

@@ -23,7 +23,6 @@ from attention import (
     attention_keys,
     attention_keys_backward,
 )
-from data import END, PAD, START, UNKNOWN
 from layers import (
     add,
     dropout,
@@ -280,17 +279,14 @@ def translate(P, source, config, longest):
     """The most probable word at every step, greedily: source (S, B) -> numbers (T, B), with T at most `longest`."""
     h, keys, s = encode(P, source, config)[0]
     decoder, attention = part(P, "decoder"), part(P, "attention")
-    word = np.full(source.shape[1], START)  # (B,)
-    words, ended = [], np.zeros(source.shape[1], bool)  # (B,)
-    while len(words) < longest and not ended.all():
+
+    def step(word, s):
         y = P["target.table"][word]  # (B, m)
         (s, context), _ = decoder_step(y, s, (h, keys), decoder, attention, config.norm)  # (B, d), (B, 2e)
         logits, _ = read_out(P, np.concatenate([s, y, context], axis=1), config)  # (B, V)
-        logits[:, [PAD, START, UNKNOWN]] = -np.inf  # no words of a translation
-        word = logits.argmax(axis=1)  # (B,)
-        words.append(word)
-        ended |= word == END
-    return np.stack(words)
+        return logits, s
+
+    return translation.greedy(step, s, source.shape[1], longest)
 
 
 def evaluate(P, loaded, config, name):

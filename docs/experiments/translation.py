@@ -72,6 +72,22 @@ def example_batch(config, rng):
     return make_batch(rng.integers(len(data.SPECIAL), words, shape).tolist())
 
 
+def greedy(step, state, B, longest):
+    """The most probable word at every step, for B sentences at once: numbers (T, B), with T at most `longest`.
+
+    `step(word, state)`, from the words before (B,) and whatever the model keeps, gives (logits (B, V), state).
+    """
+    word = np.full(B, data.START)  # (B,)
+    words, ended = [], np.zeros(B, bool)  # (B,)
+    while len(words) < longest and not ended.all():
+        logits, state = step(word, state)  # (B, V)
+        logits[:, [data.PAD, data.START, data.UNKNOWN]] = -np.inf  # no words of a translation
+        word = logits.argmax(axis=1)  # (B,)
+        words.append(word)
+        ended |= word == data.END
+    return np.stack(words)
+
+
 def evaluate(P, loaded, config, name, loss, translate):
     """{"loss": mean cross-entropy of a target word, "bleu"} of the part `name`.
 
