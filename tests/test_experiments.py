@@ -277,7 +277,9 @@ def test_reverse_runs_from_the_last_input_to_the_first(rng):
 
 
 @pytest.mark.parametrize(("size", "padding"), [(3, 1), (3, 0), (1, 0), (2, 1)])
-def test_conv2d(size, padding, rng):
+@pytest.mark.parametrize("block", [1, 2**20])
+def test_conv2d(size, padding, block, rng, monkeypatch):
+    monkeypatch.setattr(convolution, "BLOCK", block)  # one sample after the other, or all at once
     x, W = rng.normal(size=(3, 2, 4, 5)), rng.normal(size=(4, 3, size, size))
     check(lambda x, W: convolution.conv2d(x, W, padding), convolution.conv2d_backward, x, W)
     padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))

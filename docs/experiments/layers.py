@@ -97,7 +97,7 @@ def tanh_backward(dy, y):
 def leaky_relu(x, slope=0.0):
     """x where positive, slope · x elsewhere; ReLU for slope 0. Returns (y, cache)."""
     number = x.real.dtype.type
-    factor = np.where(x.real > 0, number(1), number(slope))  # (...)
+    factor = (x.real > 0) * number(1 - slope) + number(slope)  # (...): 1 or slope
     return x * factor, factor
 
 
