@@ -294,6 +294,8 @@ def test_pooling(shape, rng):
     check(convolution.max_pool, convolution.max_pool_backward, x / 10, method="finite-difference")
     check(convolution.average_pool, convolution.average_pool_backward, x)
     assert convolution.max_pool(x)[0][0, 1, 0, 1] == x[0, 1, :2, 2:4].max()
+    y, cache = convolution.max_pool(np.zeros((1, 1, 2, 2)))  # four equal ones: the gradient goes to the first
+    assert convolution.max_pool_backward(y + 1, cache).tolist() == [[[[1, 0], [0, 0]]]]
 
 
 # Adam

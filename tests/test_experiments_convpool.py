@@ -147,9 +147,10 @@ def test_noise_and_dropout_are_for_training_alone(rng):
     P, (x, _) = convpool.init(config, rng), convpool.example_batch(config, rng)
     quiet = dataclasses.replace(config, noise=0.0, dropout=0.0)
     expected = convpool.forward(P, x, config)[0]
-    np.testing.assert_array_equal(convpool.forward(P, x, quiet, rng)[0], expected)
+    np.testing.assert_allclose(convpool.forward(P, x, quiet, rng)[0], expected, rtol=1e-4, atol=1e-5)
     for changed in ({"noise": 0.15}, {"dropout": 0.5}):
-        assert np.any(convpool.forward(P, x, dataclasses.replace(quiet, **changed), rng)[0] != expected)
+        logits, _ = convpool.forward(P, x, dataclasses.replace(quiet, **changed), rng)
+        assert np.abs(logits - expected).max() > 1e-2 * np.abs(expected).max()
 
 
 def test_evaluation_uses_batch_norms_running_statistics_and_leaves_them(rng):
