@@ -79,7 +79,7 @@ def test_norm(how, given, rng):
 
 @by_kind
 def test_channel_norm(how, rng):
-    a, g, b = rng.normal(size=(3, 4, 2, 5)), rng.normal(size=4), rng.normal(size=4)
+    a, g, b = rng.normal(size=(4, 3, 2, 5)), rng.normal(size=4), rng.normal(size=4)
     g = g if how.kind in norms.GAINED else None
     check(functools.partial(norms.channel_norm, how), norms.channel_norm_backward, a, g, b)
 
@@ -277,13 +277,15 @@ def test_reverse_runs_from_the_last_input_to_the_first(rng):
 
 
 @pytest.mark.parametrize(("size", "padding"), [(3, 1), (3, 0), (1, 0), (2, 1)])
-def test_conv2d(size, padding, rng):
-    x, W = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(4, 3, size, size))
+@pytest.mark.parametrize("block", [1, 2**20])
+def test_conv2d(size, padding, block, rng, monkeypatch):
+    monkeypatch.setattr(convolution, "BLOCK", block)  # one sample after the other, or all at once
+    x, W = rng.normal(size=(3, 2, 4, 5)), rng.normal(size=(4, 3, size, size))
     check(lambda x, W: convolution.conv2d(x, W, padding), convolution.conv2d_backward, x, W)
     padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     y, _ = convolution.conv2d(x, W, padding)
-    at = padded[1, :, 1 : 1 + size, 2 : 2 + size]
-    assert y[1, 3, 1, 2] == pytest.approx(np.sum(at * W[3]))
+    at = padded[:, 1, 1 : 1 + size, 2 : 2 + size]
+    assert y[3, 1, 1, 2] == pytest.approx(np.sum(at * W[3]))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 2, 5, 7)])
@@ -292,6 +294,8 @@ def test_pooling(shape, rng):
     check(convolution.max_pool, convolution.max_pool_backward, x / 10, method="finite-difference")
     check(convolution.average_pool, convolution.average_pool_backward, x)
     assert convolution.max_pool(x)[0][0, 1, 0, 1] == x[0, 1, :2, 2:4].max()
+    y, cache = convolution.max_pool(np.zeros((1, 1, 2, 2)))  # four equal ones: the gradient goes to the first
+    assert convolution.max_pool_backward(y + 1, cache).tolist() == [[[[1, 0], [0, 0]]]]
 
 
 # Adam

@@ -1,90 +1,100 @@
 """Convolution by im2col and pooling, with gradients by hand.
 
-Images are (N, C, H, W): samples, channels, height, width.
+Images are (C, N, H, W): channels, samples, height, width. With the channels first, the convolution of many samples is
+one matrix product whose result is an image again, without a transposition.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+BLOCK = 2**20  # numbers in the columns of one block of samples: 4 MB of float32 stay in a cache, 60 MB do not
 
 
 def conv2d(x, W, padding=0):
-    """Correlate x (N, C, H, W) with W (D, C, h, w), zeros around the image: (N, D, H', W'), H' = H + 2 padding − h + 1.
+    """Correlate x (C, N, H, W) with W (D, C, h, w), zeros around the image: (D, N, H', W'), H' = H + 2 padding − h + 1.
 
-    im2col: column j of sample i holds the C·h·w pixels that output pixel j sees, so the convolution is one product a
-    sample, and its result has the right layout at once. A bias belongs to the norm that follows. Returns (y, cache).
+    im2col: a column holds the C·h·w pixels that one output pixel sees, so that a convolution is a product. A bias
+    belongs to the norm that follows. Returns (y, cache).
     """
     D, _, h, w = W.shape
-    columns = _im2col(x, h, w, padding)  # (N, C·h·w, H'·W')
-    y = W.reshape(D, -1) @ columns  # (D, C·h·w) · (N, C·h·w, H'W') -> (N, D, H'W')
-    out_h, out_w = x.shape[2] + 2 * padding - h + 1, x.shape[3] + 2 * padding - w + 1
-    return y.reshape(len(x), D, out_h, out_w), (columns, x.shape, W, padding)
+    _, N, height, width = x.shape
+    shape = (D, N, height + 2 * padding - h + 1, width + 2 * padding - w + 1)
+    y = np.empty(shape, np.result_type(x, W))
+    for block in _blocks(y, W):
+        columns = _im2col(x[:, block], h, w, padding)  # (C·h·w, nH'W') for the n samples of the block
+        y[:, block] = (W.reshape(D, -1) @ columns).reshape(D, -1, *shape[2:])  # (D, n, H', W')
+    return y, (x, W, padding)
 
 
 def conv2d_backward(dy, cache, need_dx=True):
-    """(dx, dW) from dy (N, D, H', W'); dx is None if it is not needed, as for the first layer."""
-    columns, shape, W, padding = cache
+    """(dx, dW) from dy (D, N, H', W'); dx is None if it is not needed, as for the first layer.
+
+    dx is a convolution too: x at p reaches y at q through W at p − q, and the correlation of dy brings it back with W
+    turned by 180° and its two channel axes exchanged. The padding must be smaller than h and w.
+    """
+    x, W, padding = cache
     D, _, h, w = W.shape
-    dy = dy.reshape(len(dy), D, -1)  # (N, D, H'W')
-    dW = np.sum(dy @ columns.swapaxes(1, 2), axis=0).reshape(W.shape)  # Σ over N of (D, C·h·w)
+    dW = 0
+    for block in _blocks(dy, W):
+        columns = _im2col(x[:, block], h, w, padding)  # (C·h·w, nH'W')
+        dW = dW + dy[:, block].reshape(D, -1) @ columns.T  # (D, nH'W') · (nH'W', C·h·w)
+    dW = dW.reshape(W.shape)  # (D, C, h, w)
     if not need_dx:
         return None, dW
-    dcolumns = W.reshape(D, -1).T @ dy  # (N, C·h·w, H'W')
-    return _col2im(dcolumns, shape, h, w, padding), dW
+    turned = W[:, :, ::-1, ::-1].swapaxes(0, 1)  # (C, D, h, w)
+    dx, _ = conv2d(dy, turned, h - 1 - padding)  # (C, N, H, W)
+    return dx, dW
+
+
+def _blocks(y, W):
+    """Slices of the N samples of y (D, N, H', W'): as many in each as give columns of `BLOCK` numbers, at least one."""
+    N, pixels = y.shape[1], y.shape[2] * y.shape[3]
+    n = max(1, BLOCK // (W[0].size * pixels))  # a sample has C·h·w · H'W' numbers in its columns
+    return [slice(i, i + n) for i in range(0, N, n)]
 
 
 def _im2col(x, h, w, padding):
-    """(N, C, H, W) -> (N, C·h·w, H'·W')."""
+    """(C, n, H, W) -> (C·h·w, n·H'·W')."""
+    C = x.shape[0]
     if (h, w, padding) == (1, 1, 0):
-        return x.reshape(*x.shape[:2], -1)
+        return x.reshape(C, -1)
     x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
-    N, C, H, W = x.shape
-    columns = np.empty((N, C, h, w, H - h + 1, W - w + 1), x.dtype)
-    for i in range(h):
-        for j in range(w):
-            columns[:, :, i, j] = x[:, :, i : i + H - h + 1, j : j + W - w + 1]  # (N, C, H', W')
-    return columns.reshape(N, C * h * w, -1)
-
-
-def _col2im(columns, shape, h, w, padding):
-    """The transpose of `_im2col`: each pixel gets the sum of what was taken from it. -> (N, C, H, W)."""
-    if (h, w, padding) == (1, 1, 0):
-        return columns.reshape(shape)
-    N, C, H, W = shape
-    out_h, out_w = H + 2 * padding - h + 1, W + 2 * padding - w + 1
-    columns = columns.reshape(N, C, h, w, out_h, out_w)
-    x = np.zeros((N, C, H + 2 * padding, W + 2 * padding), columns.dtype)
-    for i in range(h):
-        for j in range(w):
-            x[:, :, i : i + out_h, j : j + out_w] += columns[:, :, i, j]  # (N, C, H', W')
-    return x[:, :, padding : padding + H, padding : padding + W]
+    windows = sliding_window_view(x, (h, w), axis=(2, 3))  # (C, n, H', W', h, w), not copied
+    return windows.transpose(0, 4, 5, 1, 2, 3).reshape(C * h * w, -1)
 
 
 def max_pool(x):
-    """The largest of each 2 × 2 block: (N, C, H, W) -> (N, C, H//2, W//2), without an odd row or column at the end."""
-    N, C, H, W = x.shape
-    blocks = x[:, :, : H // 2 * 2, : W // 2 * 2].reshape(N, C, H // 2, 2, W // 2, 2)
-    blocks = blocks.transpose(0, 1, 2, 4, 3, 5).reshape(N, C, H // 2, W // 2, 4)
-    chosen = blocks.real.argmax(axis=-1)[..., None]  # (N, C, H//2, W//2, 1): the first of equal ones
-    return np.take_along_axis(blocks, chosen, axis=-1)[..., 0], (chosen, x.shape)
+    """The largest of each 2 × 2 block: (C, N, H, W) -> (C, N, H//2, W//2), without an odd row or column at the end."""
+    y, *others = _corners(x)  # four of (C, N, H//2, W//2)
+    for corner in others:
+        y = np.maximum(y, corner)
+    return y, (x, y)
 
 
 def max_pool_backward(dy, cache):
-    """dx (N, C, H, W): dy where the largest stood, zero elsewhere."""
-    chosen, (N, C, H, W) = cache
-    blocks = np.zeros((*dy.shape, 4), dy.dtype)  # (N, C, H//2, W//2, 4)
-    np.put_along_axis(blocks, chosen, dy[..., None], axis=-1)
-    blocks = blocks.reshape(*dy.shape, 2, 2).transpose(0, 1, 2, 4, 3, 5)  # (N, C, H//2, 2, W//2, 2)
-    dx = np.zeros((N, C, H, W), dy.dtype)
-    dx[:, :, : H // 2 * 2, : W // 2 * 2] = blocks.reshape(N, C, H // 2 * 2, W // 2 * 2)
+    """dx (C, N, H, W): dy where the largest stood (the first of equal ones), zero elsewhere."""
+    x, y = cache
+    dx, left = np.zeros(x.shape, dy.dtype), np.ones(y.shape, bool)
+    for corner, dcorner in zip(_corners(x), _corners(dx), strict=True):  # (C, N, H//2, W//2)
+        largest = (corner == y) & left
+        np.multiply(dy, largest, out=dcorner)
+        left &= ~largest
     return dx
 
 
+def _corners(x):
+    """Views of the upper left, upper right, lower left and lower right pixels of all 2 × 2 blocks of x (C, N, H, W)."""
+    H, W = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    return [x[:, :, i:H:2, j:W:2] for i in (0, 1) for j in (0, 1)]
+
+
 def average_pool(x):
-    """The mean over height and width: (N, C, H, W) -> (N, C)."""
-    return x.mean(axis=(2, 3)), x.shape
+    """The mean over height and width, one row a sample: (C, N, H, W) -> (N, C)."""
+    return x.mean(axis=(2, 3)).T, x.shape
 
 
 def average_pool_backward(dy, shape):
-    """dx (N, C, H, W) from dy (N, C)."""
-    return np.broadcast_to(dy[:, :, None, None] / (shape[2] * shape[3]), shape)
+    """dx (C, N, H, W) from dy (N, C)."""
+    return np.broadcast_to(dy.T[:, :, None, None] / (shape[2] * shape[3]), shape)

@@ -101,7 +101,8 @@ def tanh_backward(dy, y):
 
 def leaky_relu(x, slope=0.0):
     """x where positive, slope · x elsewhere; ReLU for slope 0. Returns (y, cache)."""
-    factor = np.where(x.real > 0, 1, slope).astype(x.real.dtype)  # (...)
+    number = x.real.dtype.type
+    factor = (x.real > 0) * number(1 - slope) + number(slope)  # (...): 1 or slope
     return x * factor, factor
 
 

@@ -208,29 +208,34 @@ def weight_norm_backward(dW, cache):
 
 
 def channel_norm(how, a, g=None, b=None, running=None):
-    """`norm` for a (N, C, H, W) with g and b (C,): over H, W; BatchNorm over N, H, W. Returns (y, cache)."""
-    N, C, H, W = a.shape
+    """`norm` for a (C, N, H, W) with g and b (C,): over H, W; BatchNorm over N, H, W. Returns (y, cache)."""
+    C, N, H, W = a.shape
     if how.kind == "batch":
-        y, cache = norm(how, a.transpose(0, 2, 3, 1), g, b, running)  # (N, H, W, C)
-        return y.transpose(0, 3, 1, 2), (cache, None, None)
-    ahat, cache = norm(how, a.reshape(N, C, H * W))  # (N, C, HW)
-    ahat = ahat.reshape(a.shape)  # (N, C, H, W)
-    y = ahat if g is None or how.kind not in GAINED else ahat * g[:, None, None]  # (N, C, H, W) * (C, 1, 1)
-    return (y if b is None else y + b[:, None, None]), (cache, (ahat, how.kind in GAINED and g is not None, g), b)
+        y, cache = norm(how, a.reshape(C, N * H * W).T, g, b, running)  # (NHW, C), a view
+        return y.T.reshape(a.shape), (cache, None, None)
+    ahat, cache = norm(how, a.reshape(C, N, H * W))  # (C, N, HW)
+    ahat = ahat.reshape(a.shape)  # (C, N, H, W)
+    y = ahat if g is None or how.kind not in GAINED else ahat * _by_channel(g)  # (C, N, H, W) * (C, 1, 1, 1)
+    return (y if b is None else y + _by_channel(b)), (cache, (ahat, how.kind in GAINED and g is not None, g), b)
 
 
 def channel_norm_backward(dy, cache):
-    """Gradients of `channel_norm` from dy (N, C, H, W)."""
+    """Gradients of `channel_norm` from dy (C, N, H, W)."""
     inner, saved, b = cache
+    C, N, H, W = dy.shape
     if saved is None:
-        da, dg, db = norm_backward(dy.transpose(0, 2, 3, 1), inner)
-        return NormGrads(da.transpose(0, 3, 1, 2), dg, db)
+        da, dg, db = norm_backward(dy.reshape(C, N * H * W).T, inner)  # (NHW, C)
+        return NormGrads(da.T.reshape(dy.shape), dg, db)
     ahat, gained, g = saved
-    N, C, H, W = dy.shape
-    db = None if b is None else dy.sum(axis=(0, 2, 3))  # (C,)
-    dg = np.sum(dy * ahat, axis=(0, 2, 3)) if gained else None  # (C,)
-    dahat = dy * g[:, None, None] if gained else dy  # (N, C, H, W)
-    return NormGrads(norm_backward(dahat.reshape(N, C, H * W), inner).da.reshape(dy.shape), dg, db)
+    db = None if b is None else dy.sum(axis=(1, 2, 3))  # (C,)
+    dg = np.sum(dy * ahat, axis=(1, 2, 3)) if gained else None  # (C,)
+    dahat = dy * _by_channel(g) if gained else dy  # (C, N, H, W)
+    return NormGrads(norm_backward(dahat.reshape(C, N, H * W), inner).da.reshape(dy.shape), dg, db)
+
+
+def _by_channel(parameter):
+    """(C,) -> (C, 1, 1, 1)."""
+    return parameter[:, None, None, None]
 
 
 # Parameters of a norm, under its name in a layer's dict
