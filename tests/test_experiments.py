@@ -374,7 +374,6 @@ def test_padded():
 
 TRANSLATION = {"source_words": 9, "target_words": 8, "batch": 3, "example_length": 3}
 TINY = {"rnnsearch": {**TRANSLATION, "embedding": 3, "encoder": 2, "decoder": 4, "read": 5}}
-TINY = {"rnnsearch": {**TRANSLATION, "embedding": 3, "encoder": 2, "decoder": 4}}
 TINY["transformer"] = {**TRANSLATION, "layers": 1, "d": 6, "ffn": 5, "heads": 2, "warmup": 10, "smoothing": 0.0}
 MODEL_KINDS = [("rnnsearch", kind) for kind in ("none", "layer", "rms", "prms", "l2")]
 
