@@ -23,8 +23,17 @@ ENTITIES = BLANK + 1  # the number of @entity0; the words follow after the last 
 BLOCK = 200  # verses; a block is in one part of the data as a whole, with its passages
 
 
+class Cloze(NamedTuple):
+    """A question as lists of tokens."""
+
+    passage: list
+    question: list  # the verse as it is, without a blank
+    answer: str
+    names: list  # those of passage and question, in the order of their first mention
+
+
 class Example(NamedTuple):
-    """Numbers of words; the example's own names are markers 0, 1, … in the order of their first mention."""
+    """The same as numbers; the names are the markers 0, 1, … in the order of the list above."""
 
     passage: np.ndarray  # (S,)
     question: np.ndarray  # (Q,)
@@ -32,10 +41,10 @@ class Example(NamedTuple):
 
 
 class Data(NamedTuple):
-    """{"train", "validation", "test"} of lists of examples, and what the numbers stand for."""
+    """{"train", "validation", "test"} of lists of examples, and what they stand for."""
 
     parts: dict
-    names: dict  # the same, each example's names in the order of their markers
+    texts: dict  # the same as lists of Cloze
     vocabulary: data.Vocabulary
 
 
@@ -70,17 +79,18 @@ def names_in(verses):
 
 
 def questions(verses, names, config, rng):
-    """(passage, question, name) for each verse that allows one: lists of tokens; which of its names is random."""
+    """A Cloze for each verse that allows one; which of its names is blanked is random."""
     for i in range(config.verses, len(verses)):
         passage = [token for verse in verses[i - config.verses : i] for token in verse]
         known = names.intersection(passage)
         possible = [token for token in dict.fromkeys(verses[i]) if token in known]
         if len(known) >= config.names and possible:
-            yield passage, verses[i], possible[rng.integers(len(possible))]
+            answer = possible[rng.integers(len(possible))]
+            yield Cloze(passage, verses[i], answer, [t for t in dict.fromkeys(passage + verses[i]) if t in names])
 
 
 def load(config):
-    """(Data, the config with the number of words). One in ten blocks each is for validation and for test."""
+    """(Data, the config with the sizes of the vocabulary). One in ten blocks is for validation, one in ten for test."""
     rng = np.random.default_rng(0)  # the same data in every run
     verses = [words_of(verse) for verse in data.load_verses()]
     names = names_in(verses)
@@ -88,39 +98,25 @@ def load(config):
     blocks = [blocks[i] for i in rng.permutation(len(blocks))]
     tenth = len(blocks) // 10
     cut = {"train": blocks[2 * tenth :], "validation": blocks[tenth : 2 * tenth], "test": blocks[:tenth]}
-    found = {
-        name: [example for block in part for example in questions(block, names, config, rng)]
-        for name, part in cut.items()
+    texts = {
+        name: [text for block in part for text in questions(block, names, config, rng)] for name, part in cut.items()
     }
-    used = {
-        name: [
-            [token for token in dict.fromkeys(passage + question) if token in names] for passage, question, _ in part
-        ]
-        for name, part in found.items()
-    }
-    markers = max(len(listed) for part in used.values() for listed in part)
-    frequent = data.Vocabulary.of(
-        ([t for t in verse if t not in names] for b in cut["train"] for verse in b), config.minimum
-    )
-    vocabulary = data.Vocabulary(
-        ["<blank>", *(f"@entity{i}" for i in range(markers)), *frequent.words[len(data.SPECIAL) :]]
-    )
-    parts = {
-        name: [encode(*example, listed, vocabulary) for example, listed in zip(part, used[name], strict=True)]
-        for name, part in found.items()
-    }
-    return Data(parts, used, vocabulary), replace(config, markers=markers, words=len(vocabulary))
+
+    markers = max(len(text.names) for part in texts.values() for text in part)
+    others = [[token for token in verse if token not in names] for block in cut["train"] for verse in block]
+    frequent = data.Vocabulary.of(others, config.minimum).words[len(data.SPECIAL) :]
+    vocabulary = data.Vocabulary(["<blank>", *(f"@entity{i}" for i in range(markers)), *frequent])
+    parts = {name: [encode(text, vocabulary) for text in part] for name, part in texts.items()}
+    return Data(parts, texts, vocabulary), replace(config, markers=markers, words=len(vocabulary))
 
 
-def encode(passage, question, answer, names, vocabulary):
-    """An Example of the tokens; names become the markers 0, 1, … in the order of the list `names`."""
-    marker = {name: ENTITIES + i for i, name in enumerate(names)}
-    blanked = {**marker, answer: BLANK}
-    return Example(
-        np.array([marker.get(token) or vocabulary.numbers.get(token, data.UNKNOWN) for token in passage]),
-        np.array([blanked.get(token) or vocabulary.numbers.get(token, data.UNKNOWN) for token in question]),
-        marker[answer],
-    )
+def encode(text, vocabulary):
+    """The Example of a Cloze."""
+    marker = {name: ENTITIES + i for i, name in enumerate(text.names)}
+    passage = [marker.get(token) or vocabulary.numbers.get(token, data.UNKNOWN) for token in text.passage]
+    blanked = {**marker, text.answer: BLANK}
+    question = [blanked.get(token) or vocabulary.numbers.get(token, data.UNKNOWN) for token in text.question]
+    return Example(np.array(passage), np.array(question), marker[text.answer])
 
 
 # From examples to batches
@@ -177,7 +173,7 @@ def example_batch(config, rng):
     examples = []
     for _ in range(config.batch):
         passage, question = text(config.example_length, 0.1), text(config.example_question, 0.05)
-        passage[-1] = question[0] = ENTITIES  # at least one name
+        passage[:2] = ENTITIES, ENTITIES + 1  # at least two names
         question[-1] = BLANK
         examples.append(Example(passage, question, ENTITIES))
     return make_batch(examples, config, rng)

@@ -24,6 +24,7 @@ from attention import (
     attention_keys_backward,
 )
 from cloze import ENTITIES, batches, example_batch, load  # part of every model's interface
+from data import detokenize
 from layers import (
     add,
     dropout,
@@ -206,12 +207,12 @@ def loss_and_gradients(P, batch, config, rng=None):
     return loss, grads, {"examples": len(batch.answer)}
 
 
-def answer(P, batch, config):
+def predict(P, batch, config):
     """(p of every marker (B, markers), loss), without dropout, BatchNorm with its running statistics."""
     s, _ = scores(P, batch, config, config.norm._replace(training=False))  # (S, B)
     loss, _ = attention_sum_loss(s, batch.entities, batch.passage == batch.answer)
     share = softmax(s, axis=0, mask=batch.entities)  # (S, B)
-    time, row = np.nonzero(batch.entities)
+    time, row = np.nonzero(batch.entities)  # (mentions,), (mentions,)
     p = np.zeros((s.shape[1], config.markers), s.dtype)  # (B, markers)
     np.add.at(p, (row, batch.passage[time, row] - ENTITIES), share[time, row])
     return p, loss
@@ -221,12 +222,28 @@ def evaluate(P, loaded, config, name):
     """{"loss", "accuracy"} of one part of the data: "validation" or "test"."""
     loss, right, examples = 0.0, 0, loaded.parts[name]
     for _, batch in cloze.fixed_batches(examples, config):
-        p, mean = answer(P, batch, config)
+        p, mean = predict(P, batch, config)
         loss += float(mean) * len(p)
-        right += int(np.sum(p.argmax(axis=1) == batch.answer - ENTITIES))
+        right += int(np.sum(ENTITIES + p.argmax(axis=1) == batch.answer))
     return {"loss": loss / len(examples), "accuracy": right / len(examples)}
 
 
 def report(P, loaded, config):
-    """What the stored result has beside the metrics: how far one gets without reading."""
-    return {"baselines": cloze.baselines(loaded.parts["test"], config)}
+    """What the stored result has beside the metrics: how far one gets without reading, and ten answers."""
+    return {"baselines": cloze.baselines(loaded.parts["test"], config), "answers": answers(P, loaded, config)}
+
+
+def answers(P, loaded, config, count=10):
+    """The first test questions: [{"question", "answer", "prediction"}, …], as text."""
+    found, texts = {}, loaded.texts["test"][:count]
+    for chosen, batch in cloze.fixed_batches(loaded.parts["test"][:count], config):
+        p, _ = predict(P, batch, config)
+        for row, i in enumerate(chosen):
+            place = np.argmax(batch.passage[:, row] == ENTITIES + p[row].argmax())  # the first with that marker
+            blanked = ["_____" if token == texts[i].answer else token for token in texts[i].question]
+            found[i] = {
+                "question": detokenize(blanked),
+                "answer": texts[i].answer,
+                "prediction": texts[i].passage[place],
+            }
+    return [found[i] for i in range(len(texts))]
