@@ -215,7 +215,9 @@ def test_the_reader_learns_what_is_said_of_whom(rng):
     assert run["test"]["loss"] < 0.3
     assert run["baselines"]["chance"] == 0.25
     assert sum(entry["answer"] == entry["prediction"] for entry in run["answers"]) >= 9
-    assert [entry["question"] for entry in run["answers"]] == [f"{text.question[0]} _____" for text in texts[:10]]
+    assert [entry["question"] for entry in run["answers"]] == [
+        f"{texts[i].question[0]} _____" for i in (0, 5, 10, 15, 20, 26, 31, 36, 41, 47)
+    ]
 
 
 def test_every_kind_takes_a_step_in_float32(rng):
@@ -238,6 +240,7 @@ def test_words_and_names():
     assert cloze.words_of("David’s son didn’t go to Beth-el.") == [
         *("David", "’s", "son", "didn’t", "go", "to", "Beth", "@-@", "el", ".")
     ]
+    assert cloze.text_of(["David", "’s", "son", "."]) == "David’s son."
     verses = [text.split() for text in ["so Saul and Give", "to Saul and Give . Then", "with Saul , Give . Then"]]
     verses += [["give"], ["so", "I", "I", "I"], ["so", "Ann", "Ann"], ["said", ":", "Then"]]
     assert cloze.names_in(verses) == {"Saul"}

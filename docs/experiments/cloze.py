@@ -67,6 +67,11 @@ def words_of(verse):
     return [part for token in data.tokenize(verse) for part in re.split(r"(?=’s$)", token) if part]
 
 
+def text_of(words):
+    """The opposite of `words_of`."""
+    return data.detokenize(words).replace(" ’s", "’s")
+
+
 def names_in(verses):
     """Words with a capital within a sentence at least 3 times, and seldom in lower case. Verses are lists of tokens."""
     capital, lower = Counter(), Counter()

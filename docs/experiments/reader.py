@@ -24,7 +24,6 @@ from attention import (
     attention_keys_backward,
 )
 from cloze import ENTITIES, batches, example_batch, load  # part of every model's interface
-from data import detokenize
 from layers import (
     add,
     dropout,
@@ -234,16 +233,18 @@ def report(P, loaded, config):
 
 
 def answers(P, loaded, config, count=10):
-    """The first test questions: [{"question", "answer", "prediction"}, …], as text."""
-    found, texts = {}, loaded.texts["test"][:count]
-    for chosen, batch in cloze.fixed_batches(loaded.parts["test"][:count], config):
+    """Test questions from all over the part: [{"question", "answer", "prediction"}, …], as text."""
+    places = np.linspace(0, len(loaded.texts["test"]) - 1, count).astype(int)
+    examples, texts = ([of[i] for i in places] for of in (loaded.parts["test"], loaded.texts["test"]))
+    found = {}
+    for chosen, batch in cloze.fixed_batches(examples, config):
         p, _ = predict(P, batch, config)
         for row, i in enumerate(chosen):
             place = np.argmax(batch.passage[:, row] == ENTITIES + p[row].argmax())  # the first with that marker
             blanked = ["_____" if token == texts[i].answer else token for token in texts[i].question]
             found[i] = {
-                "question": detokenize(blanked),
+                "question": cloze.text_of(blanked),
                 "answer": texts[i].answer,
                 "prediction": texts[i].passage[place],
             }
-    return [found[i] for i in range(len(texts))]
+    return [found[i] for i in range(count)]
