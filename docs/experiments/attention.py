@@ -31,31 +31,42 @@ def attention_keys_backward(dkeys, cache):
     return dh, {"U": dU, "b": db}
 
 
+def additive_scores(s, keys, P):
+    """Scores (S, B) of the positions with these keys (S, B, d) for the states s (B, state). Returns (scores, cache)."""
+    query = s @ P["W"]  # (B, d)
+    t = np.tanh(keys + query)  # (S, B, d)
+    return t @ P["v"], (s, t, P)
+
+
+def additive_scores_backward(dscores, cache):
+    """(ds, dkeys, {W, v}) from dscores (S, B)."""
+    s, t, P = cache
+    dv = np.einsum("sb,sbd->d", dscores, t)  # (d,)
+    dkeys = tanh_backward(dscores[:, :, None] * P["v"], t)  # (S, B, d)
+    dquery = dkeys.sum(axis=0)  # (B, d)
+    return dquery @ P["W"].T, dkeys, {"W": s.T @ dquery, "v": dv}
+
+
 def additive_attention(s, keys, h, P, mask=None):
     """What the states s (B, state) read from the memory h (S, B, memory), its keys (S, B, d), mask (S, B).
 
     Returns ((context (B, memory), weights α (S, B)), cache).
     """
-    query = s @ P["W"]  # (B, d)
-    t = np.tanh(keys + query)  # (S, B, d)
-    scores = t @ P["v"]  # (S, B)
+    scores, cache_scores = additive_scores(s, keys, P)  # (S, B)
     alpha = softmax(scores, axis=0, mask=mask)  # (S, B)
     context = np.einsum("sb,sbm->bm", alpha, h)  # (B, memory)
-    return (context, alpha), (s, t, h, alpha, P)
+    return (context, alpha), (h, alpha, cache_scores)
 
 
 def additive_attention_backward(dcontext, cache, dalpha=None):
     """(ds, dkeys, dh, {W, v}) from dcontext (B, memory) and, where α itself is used, dalpha (S, B)."""
-    s, t, h, alpha, P = cache
+    h, alpha, cache_scores = cache
     dweights = np.einsum("bm,sbm->sb", dcontext, h)  # (S, B)
     if dalpha is not None:
         dweights = dweights + dalpha
     dh = alpha[:, :, None] * dcontext  # (S, B, memory)
-    dscores = softmax_backward(dweights, alpha, axis=0)  # (S, B)
-    dv = np.einsum("sb,sbd->d", dscores, t)  # (d,)
-    dkeys = tanh_backward(dscores[:, :, None] * P["v"], t)  # (S, B, d)
-    dquery = dkeys.sum(axis=0)  # (B, d)
-    return dquery @ P["W"].T, dkeys, dh, {"W": s.T @ dquery, "v": dv}
+    ds, dkeys, grads = additive_scores_backward(softmax_backward(dweights, alpha, axis=0), cache_scores)
+    return ds, dkeys, dh, grads
 
 
 # Multi-head attention: softmax(Q Kᵀ/√(d/heads)) V in each of the heads

@@ -151,9 +151,15 @@ def gru_backward(dstates, cache):
 #     c' = σ(f) ⊙ c + σ(i) ⊙ tanh(u)
 #     h' = σ(o) ⊙ tanh(norm(c'))
 
+STEPS_WITH_STATISTICS = 50  # the later steps share the last statistics of BatchNorm
+
 
 def lstm_parameters(rng, m, d, how, gain=1.0, forget_bias=1.0):
-    """Of an LSTM with m inputs and d hidden units. `gain`: the initial g, for BatchNorm often 0.1."""
+    """Of an LSTM with m inputs and d hidden units. `gain`: the initial g, for BatchNorm often 0.1.
+
+    BatchNorm has running statistics of its own for each of the first steps, because the states need some to settle in
+    (Cooijmans et al.): "h.running" (steps, 2, 4d) and "c.running" (steps, 2, d).
+    """
     P = {
         "W": glorot(rng, m, 4 * d),
         "U": orthogonal(rng, d, 4 * d),
@@ -162,7 +168,18 @@ def lstm_parameters(rng, m, d, how, gain=1.0, forget_bias=1.0):
         **norm_parameters(how, "c", d, bias=how.kind not in ("none", "weight"), gain=gain),
     }
     P["x.b"][d : 2 * d] = forget_bias
+    for name in _running(P):
+        P[name] = np.stack([P[name]] * STEPS_WITH_STATISTICS)  # (steps, 2, n)
     return P
+
+
+def lstm_at_step(P, step):
+    """The parameters as `lstm_step` needs them: BatchNorm's running statistics are those of this step, or the last."""
+    return {**P, **{name: P[name][min(step, len(P[name]) - 1)] for name in _running(P)}}  # (2, n) each
+
+
+def _running(P):
+    return [name for name in ("h.running", "c.running") if name in P]
 
 
 def lstm_step(x_sum, h, c, P, how, mask=None):
@@ -209,8 +226,8 @@ def lstm(x, P, how, mask=None, reverse=False):
     times = range(T)[::-1] if reverse else range(T)
     h = c = np.zeros((B, d), x_sum.dtype)
     states, caches = {}, {}
-    for t in times:
-        (h, c), caches[t] = lstm_step(x_sum[t], h, c, P, how, None if mask is None else mask[t])
+    for step, t in enumerate(times):
+        (h, c), caches[t] = lstm_step(x_sum[t], h, c, lstm_at_step(P, step), how, None if mask is None else mask[t])
         states[t] = h
     return np.stack([states[t] for t in range(T)]), (x, P, cache_x, caches, times)
 

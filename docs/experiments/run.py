@@ -146,7 +146,9 @@ def show_result(result: dict[str, Any], out: Console) -> None:
             out.print(f"diverged at step {result['diverged']}")
             return
         out.print("test:", ", ".join(f"{name} {value:.4g}" for name, value in result["test"].items()))
-        for entry in result.get("translations", []):
+        if "baselines" in result:
+            out.print("baselines:", ", ".join(f"{name} {value:.4g}" for name, value in result["baselines"].items()))
+        for entry in [*result.get("translations", []), *result.get("answers", [])]:
             out.print("", *(f"{name:12} {text}" for name, text in entry.items()), sep="\n")
         return
     table = Table("norm", "computed by", "s a step", "quartiles", "saved against LayerNorm")
