@@ -5,7 +5,7 @@
 >>> rn.rms_norm(np.array([[3.0, 4.0]]), eps=0.0)
 array([[0.84852814, 1.13137085]])
 
-`rmsnorm_np.reference` has the same functions in readable NumPy: the text to read and the oracle to test with.
+`rmsnorm_np.reference` has the same functions in plain NumPy: readable source and test oracle.
 """
 
 from __future__ import annotations

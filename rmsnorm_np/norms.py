@@ -27,7 +27,7 @@ def rms_norm(
 ) -> Array:
     """Divide each row of x by its root mean square: RMSNorm, and pRMSNorm for ``p < 1``.
 
-    A row is what lies along `axis`; all rows are normalised independently.
+    A row consists of the elements along `axis`; all rows are normalised independently.
 
     Parameters
     ----------
@@ -69,8 +69,8 @@ def rms_norm(
     TypeError
         If an array is complex, extended precision, of objects, strings or records, masked, a ``numpy.matrix`` or
         None, or a PyTorch tensor on the CPU of bfloat16 or that requires grad (the error says how to convert it);
-        if `out` is no ndarray or has another dtype than y; if `axis` is no int; if a number is none; if x does not
-        lie where `backend` computes.
+        if `out` is no ndarray or has another dtype than y; if `axis` is no int; if `eps`, `p` or `weight_offset` is no
+        number; if x does not lie where `backend` computes.
     ValueError
         If x has no axis, or no element along `axis`; if `axis` is out of range, empty or names an axis twice; if the
         shape of `weight`, `bias` or `out` does not fit; if `eps`, `p` or `weight_offset` is out of range, or
@@ -146,7 +146,7 @@ def rms_norm_backward(
     out: Array | None = None,
     backend: str | None = None,
 ) -> RMSNormGrads:
-    """Gradients of a loss by x, weight and bias of `rms_norm`, from its gradient by y.
+    """Gradients of a loss with respect to x, weight and bias of `rms_norm`, from the gradient with respect to y.
 
     Nothing but x is kept from the forward pass: the root mean square is computed again.
 
@@ -293,7 +293,7 @@ def layer_norm_backward(
     out: Array | None = None,
     backend: str | None = None,
 ) -> LayerNormGrads:
-    """Gradients of a loss by x, weight and bias of `layer_norm`, from its gradient by y.
+    """Gradients of a loss with respect to x, weight and bias of `layer_norm`, from the gradient with respect to y.
 
     Parameters
     ----------

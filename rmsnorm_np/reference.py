@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm in plain NumPy: the text to read, and the oracle that the engines are tested against.
+"""RMSNorm and LayerNorm in plain NumPy: readable source, and the oracle that the engines are tested against.
 
 The names are those of the derivation. Of a row x with n elements, k of them in the RMS::
 
@@ -13,7 +13,7 @@ and backward, with g = dy · (weight_offset + weight), the gradient of the loss 
     both        dweight = sum(dy · xhat), dbias = sum(dy), over all rows that share the parameter
 
 The sum in RMSNorm's c runs over all n elements, as each of them was divided by the same RMS; the correction
-reaches the first k only, as no other element had a part in it. These are eq. 4 and eq. 9 of Zhang and Sennrich,
+reaches the first k only, because only those elements enter the RMS. These are eq. 4 and eq. 9 of Zhang and Sennrich,
 "Root Mean Square Layer Normalization", NeurIPS 2019, with eps inside the root.
 
 Every function computes in a wider type than it is given and rounds once, at the end: float16, bfloat16 and float32
@@ -21,7 +21,7 @@ in float64; float64 in `numpy.longdouble`, which has 64 bits of precision and a 
 and macOS on ARM longdouble is float64 under another name: there float64 is computed as it is, with its rounding
 errors, and a row whose squares leave the range of float64 gives zeros or infinities.
 
-Complex arrays are welcome here, as in no engine: no formula takes a modulus or a conjugate, so that each is the
+Complex arrays are accepted here, as in no engine: no formula takes a modulus or a conjugate, so that each is the
 analytic continuation of the real one, and a complex step gives its derivative to full precision.
 """
 

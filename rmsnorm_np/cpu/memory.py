@@ -119,7 +119,7 @@ def limit() -> int:
 
 
 def set_limit(limit: int) -> int:
-    """Keep at most `limit` bytes of unused memory, 0 for none, and give back what is more; returns the limit before."""
+    """Keep at most `limit` bytes of unused memory, 0 for none, and free the rest; returns the limit before."""
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise ValueError(f"limit is {limit!r}, expected a number of bytes >= 0")
     before, _pool.limit = _pool.limit, limit
