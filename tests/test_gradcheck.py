@@ -138,6 +138,7 @@ def test_a_gradient_off_by_a_thousandth_is_rejected(method, dtype, position, fac
     assert 5e-4 < report.inputs[position].error < 4e-3
 
 
+@pytest.mark.engine  # seconds of plain NumPy: not each time
 @pytest.mark.parametrize("element", list(np.ndindex(4, 7)), ids=str)
 def test_one_element_off_by_a_thousandth_is_rejected(element):
     factor = np.ones((4, 7))
@@ -272,6 +273,7 @@ def test_rounded_outputs_are_inconclusive_below_their_rounding():
         assert report.verdict == "inconclusive", report
 
 
+@pytest.mark.engine  # seconds of plain NumPy: not each time
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 def test_the_estimate_is_no_worse_than_it_says(norm, dtype):
@@ -299,6 +301,7 @@ def one_row_scaled(scale, shape=(3, 9)):
     return x
 
 
+@pytest.mark.engine  # seconds of plain NumPy: not each time
 @pytest.mark.parametrize("method", ["auto", "finite-difference"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("norm", "options"), [("rms_norm", {}), ("rms_norm", {"p": 0.4}), ("layer_norm", {})])
@@ -344,6 +347,7 @@ FUNCTIONS = {
 FLAT = {("tanh", 1e16), ("softmax", 1e16), ("columns", 1e16), ("columns", 1e-16)}
 
 
+@pytest.mark.engine  # seconds of plain NumPy: not each time
 @pytest.mark.parametrize("scale", [1e-16, 1e16])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_user_s_function_of_rows_of_different_scales(name, scale):
@@ -411,6 +415,7 @@ ROUGH = {
 }
 
 
+@pytest.mark.engine  # seconds of plain NumPy: not each time
 @pytest.mark.parametrize("name", ROUGH)
 def test_a_rough_function_is_never_wrong(name):
     function, gradient = ROUGH[name]
