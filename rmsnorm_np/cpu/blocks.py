@@ -66,7 +66,7 @@ def is_ordinary(total: Any, k: int, eps: float, bound: Any) -> Any:
 
 @optional("centred", lambda total, x, start, n, centred, bound: True)
 def is_ordinary_deviation(total: Any, x: Any, start: int, n: int, centred: Any, bound: Any) -> Any:
-    """Whether x - mean is so large that its second part is no subnormal number, or zero for all x."""
+    """Whether x - mean is large enough to be held in pairs without subnormal parts, or zero for all x."""
     if bound is None or rounded(total) > 1.0 / bound:
         return True
     return is_constant(x, start, n)
