@@ -45,8 +45,8 @@ def forward_precision(centred: Any) -> Any:
 
 # LayerNorm's mean is a number that the dtype of x can hold, and the rest. One float64 for both would make elements
 # next to it wrong: by 2.4 ULP in float32 where x is 1e6 ± 1, by thousands in float64. But x - mean[0] is exact there,
-# and x - mean[0] - mean[1] is right. Squares are taken of x - mean[0], and their sum is corrected once a row: mean[0] is
-# as near to the mean as any x, so the correction is at most half of the sum.
+# and x - mean[0] - mean[1] is right. Squares are taken of x - mean[0], and their sum is corrected once a row:
+# mean[0] is as near to the mean as any x, so the correction is at most half of the sum.
 
 
 @optional("mean", lambda lanes, mean: lanes)
