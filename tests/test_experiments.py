@@ -313,6 +313,11 @@ def test_adam_takes_steps_of_the_learning_rate_and_finds_the_minimum():
     assert P["w.running"].tolist() == [1, 1]
 
 
+def test_the_learning_rate_falls_from_its_start_to_the_end():
+    assert [optim.falling(step, 8, 0.5) for step in range(1, 9)] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert [optim.falling(step, 8, 1.0) for step in range(1, 9)] == [1] * 8
+
+
 def test_clip():
     grads = {"a": np.array([3.0]), "b": np.array([[0.0, 4.0]])}
     assert optim.clip(grads, 6.0) == (grads, 5.0)

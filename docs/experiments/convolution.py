@@ -62,7 +62,10 @@ def _im2col(x, h, w, padding):
         return x.reshape(C, -1)
     x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     windows = sliding_window_view(x, (h, w), axis=(2, 3))  # (C, n, H', W', h, w), not copied
-    return windows.transpose(0, 4, 5, 1, 2, 3).reshape(C * h * w, -1)
+    columns = np.empty((C, h, w, *windows.shape[1:4]), x.dtype)  # (C, h, w, n, H', W')
+    for i, j in np.ndindex(h, w):
+        columns[:, i, j] = windows[..., i, j]
+    return columns.reshape(C * h * w, -1)
 
 
 def max_pool(x):

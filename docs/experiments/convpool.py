@@ -46,6 +46,7 @@ from norms import (
     weight_norm,
     weight_norm_backward,
 )
+from optim import falling
 
 METRIC = "error"
 NORMS = ("none", "layer", "rms", "prms", "batch", "weight")
@@ -75,7 +76,7 @@ class Config:
 
 SIZES = {
     "paper": Config(),
-    "small": Config(channels=1, image=28, width=24, steps=1_800, evaluate_every=90),  # 20 epochs
+    "small": Config(channels=1, image=28, width=24, steps=1_080, evaluate_every=90),  # 12 epochs
 }
 
 
@@ -131,8 +132,7 @@ def init(config, rng):
 
 def learning_rate(config, step):
     """Constant, then falling linearly to zero at the end."""
-    left = 1 - (step - 1) / config.steps
-    return config.learning_rate * min(1.0, left / (1 - config.decay_from))
+    return config.learning_rate * falling(step, config.steps, config.decay_from)
 
 
 # Layers

@@ -65,18 +65,23 @@ def embedding_backward(dy, cache):
 
 def linear(x, W, b=None):
     """y = x W + b for x (..., m), W (m, d), b (d,): (..., d)."""
-    y = (_rows(x) @ W).reshape(*x.shape[:-1], W.shape[1])  # (..., d): of more than two axes NumPy makes many products
+    y = product(x, W)  # (..., d)
     return (y if b is None else y + b), (x, W, b is not None)
 
 
 def linear_backward(dy, cache):
     """(dx, dW, db) from dy (..., d); db is None without a bias."""
     x, W, biased = cache
-    rows, drows = _rows(x), _rows(dy)  # (rows, m), (rows, d)
-    return (drows @ W.T).reshape(x.shape), rows.T @ drows, (drows.sum(axis=0) if biased else None)
+    drows = rows(dy)  # (rows, d)
+    return product(dy, W.T), rows(x).T @ drows, (drows.sum(axis=0) if biased else None)
 
 
-def _rows(x):
+def product(x, W):
+    """x W for x (..., m), W (m, d): (..., d). Of an x with more than two axes NumPy would make many small products."""
+    return (rows(x) @ W).reshape(*x.shape[:-1], W.shape[1])
+
+
+def rows(x):
     """(..., m) -> (rows, m)."""
     return x.reshape(-1, x.shape[-1])
 

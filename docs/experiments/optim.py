@@ -1,4 +1,4 @@
-"""Adam (Kingma and Ba) and clipping of the gradient's norm."""
+"""Adam (Kingma and Ba), its learning rate's fall, and clipping of the gradient's norm."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def adam(parameters, grads, state, learning_rate, beta1=0.9, beta2=0.999, eps=1e
         root *= 1 / math.sqrt(correction2)
         root += eps
         parameters[name] -= (learning_rate / correction1) * m / root
+
+
+def falling(step, steps, start):
+    """Factor of the learning rate in step 1, 2, …: 1 for the share `start` of the steps, then linearly to zero."""
+    left = 1 - (step - 1) / steps  # 1, …, 1/steps
+    return min(1.0, left / max(1 - start, 1 / steps))
 
 
 def clip(grads, limit):

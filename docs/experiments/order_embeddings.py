@@ -57,7 +57,7 @@ class Config:
 
 SIZES = {
     "paper": Config(),
-    "small": Config(embedding=100, hidden=256, steps=800, evaluate_every=40),  # 80 epochs, each picture in about 40
+    "small": Config(embedding=100, hidden=256, steps=400, evaluate_every=40),  # 40 epochs, each picture in about 20
 }
 
 

@@ -35,6 +35,7 @@ from layers import (
     whole,
 )
 from norms import Norm
+from optim import falling
 from recurrent import lstm, lstm_backward, lstm_parameters
 
 __all__ = [
@@ -76,6 +77,7 @@ class Config:
     example_length: int = 250  # words of passage and question where time is measured
     example_question: int = 30
     learning_rate: float = 8e-5
+    decay_from: float = 1.0  # share of the steps after which the learning rate falls linearly, to zero
     clip: float | None = 10.0
     steps: int = 100_000
     evaluate_every: int = 5_000
@@ -88,9 +90,10 @@ SIZES = {
         hidden=96,
         minimum=3,
         dropout=0.2,
-        learning_rate=1e-3,
-        steps=1_600,
-        evaluate_every=160,
+        learning_rate=3e-3,
+        decay_from=0.5,
+        steps=600,
+        evaluate_every=100,
     ),
 }
 
@@ -117,8 +120,8 @@ def init(config, rng):
 
 
 def learning_rate(config, step):
-    """The same for every step."""
-    return config.learning_rate
+    """Constant, then falling linearly to zero if `decay_from` is below 1."""
+    return config.learning_rate * falling(step, config.steps, config.decay_from)
 
 
 # The model

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from layers import add, glorot, orthogonal, sigmoid, sigmoid_backward, tanh_backward
+from layers import add, glorot, orthogonal, product, rows, sigmoid, sigmoid_backward, tanh_backward
 from norms import named_norm, named_norm_backward, norm_parameters
 
 # GRU (Cho et al.)
@@ -35,8 +35,8 @@ def gru_parameters(rng, m, d, how):
 
 def gru_input(x, P, how):
     """What the inputs x (..., m) add to gates and proposal: ((..., 2d), (..., d)), cache."""
-    gates, cache_gates = named_norm(how, x @ P["W_gates"], P, "x_gates")  # (..., 2d)
-    proposal, cache_proposal = named_norm(how, x @ P["W_proposal"], P, "x_proposal")  # (..., d)
+    gates, cache_gates = named_norm(how, product(x, P["W_gates"]), P, "x_gates")  # (..., 2d)
+    proposal, cache_proposal = named_norm(how, product(x, P["W_proposal"]), P, "x_proposal")  # (..., d)
     return (gates, proposal), (x, P, cache_gates, cache_proposal)
 
 
@@ -53,7 +53,7 @@ def gru_input_backward(dgates, dproposal, cache):
     x, P, cache_gates, cache_proposal = cache
     da_gates, grads_gates = named_norm_backward(dgates, cache_gates, "x_gates")  # (..., 2d)
     da_proposal, grads_proposal = named_norm_backward(dproposal, cache_proposal, "x_proposal")  # (..., d)
-    dx = da_gates @ P["W_gates"].T + da_proposal @ P["W_proposal"].T  # (..., m)
+    dx = product(da_gates, P["W_gates"].T) + product(da_proposal, P["W_proposal"].T)  # (..., m)
     return GRUInputGrads(dx, (x, da_gates, da_proposal), {**grads_gates, **grads_proposal})
 
 
@@ -108,8 +108,8 @@ def gru_gradients(inputs, steps):
 
     dW = Σ_t x_tᵀ da_t, dU = Σ_t h_tᵀ da_t: one product for all steps is quicker than one a step.
     """
-    x, a_gates, a_proposal = (_rows(arrays) for arrays in zip(*(part.for_w for part in inputs), strict=True))
-    h, b_gates, rh, b_proposal = (_rows(arrays) for arrays in zip(*(step.for_u for step in steps), strict=True))
+    x, a_gates, a_proposal = (_stacked(arrays) for arrays in zip(*(part.for_w for part in inputs), strict=True))
+    h, b_gates, rh, b_proposal = (_stacked(arrays) for arrays in zip(*(step.for_u for step in steps), strict=True))
     grads = {
         "W_gates": x.T @ a_gates,  # (m, 2d)
         "W_proposal": x.T @ a_proposal,  # (m, d)
@@ -127,7 +127,7 @@ def gru(x, h0, P, how, mask=None, reverse=False):
     times = range(len(x))[::-1] if reverse else range(len(x))
     states, caches, h = {}, {}, h0
     for t in times:
-        h, caches[t] = gru_step(x_gates[t], x_proposal[t], h, P, how, None if mask is None else mask[t])
+        h, caches[t] = gru_step(x_gates[t], x_proposal[t], h, P, how, _mask_at(mask, t))
         states[t] = h
     return np.stack([states[t] for t in range(len(x))]), (cache_input, caches, times)
 
@@ -221,13 +221,13 @@ def lstm_step_backward(dnew_h, dnew_c, cache):
 def lstm(x, P, how, mask=None, reverse=False):
     """States h (T, B, d) for inputs x (T, B, m), from h = c = 0; `reverse` runs from the last to the first."""
     T, B, _ = x.shape
-    x_sum, cache_x = named_norm(how, x @ P["W"], P, "x")  # (T, B, 4d)
+    x_sum, cache_x = named_norm(how, product(x, P["W"]), P, "x")  # (T, B, 4d)
     d = x_sum.shape[-1] // 4
     times = range(T)[::-1] if reverse else range(T)
     h = c = np.zeros((B, d), x_sum.dtype)
     states, caches = {}, {}
     for step, t in enumerate(times):
-        (h, c), caches[t] = lstm_step(x_sum[t], h, c, lstm_at_step(P, step), how, None if mask is None else mask[t])
+        (h, c), caches[t] = lstm_step(x_sum[t], h, c, lstm_at_step(P, step), how, _mask_at(mask, t))
         states[t] = h
     return np.stack([states[t] for t in range(T)]), (x, P, cache_x, caches, times)
 
@@ -241,11 +241,16 @@ def lstm_backward(dstates, cache):
     for t in reversed(times):
         dx_sum[t], dh, dc, da[t], step = lstm_step_backward(dstates[t] + dh, dc, caches[t])
         add(grads, step)
-    before = _rows([caches[t][0] for t in range(T)])  # (T·B, d): h before each step
+    before = _stacked([caches[t][0] for t in range(T)])  # (T·B, d): h before each step
     dWx, grads_x = named_norm_backward(dx_sum, cache_x, "x")  # (T, B, 4d)
-    return dWx @ P["W"].T, {**grads, **grads_x, "U": before.T @ _rows([da]), "W": _rows([x]).T @ _rows([dWx])}
+    return product(dWx, P["W"].T), {**grads, **grads_x, "U": before.T @ rows(da), "W": rows(x).T @ rows(dWx)}
 
 
-def _rows(arrays):
+def _mask_at(mask, t):
+    """The mask (B,) of one step, or None where it would change nothing, which saves six operations."""
+    return None if mask is None or mask[t].all() else mask[t]
+
+
+def _stacked(arrays):
     """Arrays (..., m) as the rows of one: (rows, m)."""
-    return np.concatenate([array.reshape(-1, array.shape[-1]) for array in arrays])
+    return np.concatenate([rows(array) for array in arrays])
