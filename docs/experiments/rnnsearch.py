@@ -140,10 +140,15 @@ def init(config, rng):
         "out.W": rng.uniform(-limit, limit, (config.read, config.target_words)).astype(np.float32),
         "out.b": np.zeros(config.target_words, np.float32),
     }
-    for name in P:
-        if name.split(".")[0] in ("forward", "backward", "decoder") and name.split(".")[1][:2] in ("W_", "U_"):
-            P[name] += np.float32(config.initial_mean)
+    for name in filter(is_normalised, P):
+        P[name] += np.float32(config.initial_mean)
     return P
+
+
+def is_normalised(name):
+    """Whether a parameter is one of the GRUs' weights W and U, whose products are normalised."""
+    layer, parameter, *_ = name.split(".")
+    return layer in ("forward", "backward", "decoder") and parameter[:2] in ("W_", "U_")
 
 
 def learning_rate(config, step):

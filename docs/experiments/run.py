@@ -3,6 +3,7 @@
     python docs/experiments/run.py rnnsearch --norm rms           trains, then tests
     python docs/experiments/run.py rnnsearch --set p=0.5 --seed 2
     python docs/experiments/run.py rnnsearch --time --size paper  seconds per step with each norm
+    python docs/experiments/run.py equation10                     a training run that shows equation 10
     python docs/experiments/run.py all                            every stored result that is not there yet
 
 A run can be stopped (Ctrl-C) and goes on where it was. A result that is there already is not made again.
@@ -28,11 +29,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+import equation10
 import rmsnorm_np as rn
 from norms import KINDS, Norm
 from timing import measure
 from training import train
 
+EQUATION10 = "equation10"  # not a model: RNNSearch in a run of its own kind
 MODELS = ("rnnsearch", "transformer", "reader", "order_embeddings", "convpool")
 RESULTS = Path(__file__).with_name("results")
 SEEDS = 3
@@ -73,6 +76,7 @@ def configure(model: Any, job: Job) -> Any:
 
 def all_jobs() -> Iterator[Job]:
     """Every stored result: the models' EXPERIMENTS with three seeds (or their own "seeds"), and both sizes' time."""
+    yield Job(EQUATION10)
     for name in MODELS:
         model = importlib.import_module(name)
         for size in ("small", "paper"):
@@ -85,7 +89,7 @@ def all_jobs() -> Iterator[Job]:
 
 def run(job: Job, progress: Progress, folder: Path) -> dict[str, Any]:
     """Make one result and store it."""
-    model = importlib.import_module(job.model)
+    model = importlib.import_module("rnnsearch" if job.model == EQUATION10 else job.model)
     config = configure(model, job)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     if job.time:
@@ -93,6 +97,10 @@ def run(job: Job, progress: Progress, folder: Path) -> dict[str, Any]:
         variants = sum(1 if kind in ("none", "batch", "weight") else 2 for kind in model.NORMS)
         task = progress.add_task(job.name, total=variants * (rounds + 1), loss="", quality="")
         found = {"time": measure(model, config, rounds, job.seed, lambda: progress.advance(task))}
+    elif job.model == EQUATION10:
+        steps = config.steps if "steps" in dict(job.settings) else equation10.STEPS
+        task = progress.add_task(job.name, total=len(equation10.CASES) * steps, loss="", quality="")
+        found = {"curves": equation10.measure(config, job.seed, steps, lambda: progress.advance(task))}
     else:
         task = progress.add_task(job.name, total=config.steps, loss="", quality="")
         loaded, config = model.load(config)
@@ -116,7 +124,7 @@ def run(job: Job, progress: Progress, folder: Path) -> dict[str, Any]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{job.name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not job.time:
+    if "curve" in found:
         checkpoint.unlink(missing_ok=True)
     return result
 
@@ -141,6 +149,12 @@ def versions() -> dict[str, str]:
 
 def show_result(result: dict[str, Any], out: Console) -> None:
     """Print the figures of one result."""
+    if "curves" in result:
+        table = Table("norm", "initial weights", "their learning rate", "last loss")
+        for row in result["curves"]:
+            table.add_row(row["norm"], f"{row['delta']} W", f"{row['factor']} η", f"{row['losses'][-1]:.6f}")
+        out.print(table)
+        return
     if "time" not in result:
         if result["diverged"] is not None:
             out.print(f"diverged at step {result['diverged']}")
@@ -175,7 +189,7 @@ def setting(text: str) -> tuple[str, Any]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=(*MODELS, "all"))
+    parser.add_argument("model", choices=(*MODELS, EQUATION10, "all"))
     parser.add_argument("--norm", choices=KINDS, default=Norm("rms").kind)
     parser.add_argument("--size", choices=("small", "paper"), default="small")
     parser.add_argument("--seed", type=int, default=1)
@@ -192,7 +206,7 @@ def main(arguments: list[str]) -> int:
     if options.model == "all":
         jobs = list(all_jobs())
     else:
-        settings = () if options.time else (("norm", options.norm),)
+        settings = () if options.time or options.model == EQUATION10 else (("norm", options.norm),)
         steps = () if options.steps is None else (("steps", options.steps),)
         jobs = [Job(options.model, options.size, (*settings, *options.settings, *steps), options.seed, options.time)]
     out = Console(highlight=False)
