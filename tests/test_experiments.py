@@ -611,13 +611,15 @@ def test_all_makes_what_is_not_there_yet(tmp_path, monkeypatch, capsys):
     walk.load = lambda config: (np.arange(12.0).reshape(4, 3), config)
     monkeypatch.setitem(sys.modules, "rnnsearch", walk)
     monkeypatch.setattr(run, "MODELS", ("rnnsearch",))
+    monkeypatch.setattr(run.equation10, "measure", lambda *_: [])
     trained = ["rms-seed1", "rms-seed2", "rms-seed3", "prms-p=0.5-seed1"]
     names = ["small-time-seed1", "paper-time-seed1", *(f"small-{name}" for name in trained)]
     walk.stop_at = None
     assert run.main(["all", "--results", str(tmp_path)]) == 0
-    assert {path.stem for path in tmp_path.glob("*.json")} == {f"rnnsearch-{name}" for name in names}
+    stored = {f"rnnsearch-{name}" for name in names} | {"equation10-small-seed1"}
+    assert {path.stem for path in tmp_path.glob("*.json")} == stored
     (tmp_path / "rnnsearch-small-rms-seed2.json").unlink()
     capsys.readouterr()
     assert run.main(["all", "--results", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("there already") == 5
+    assert capsys.readouterr().out.count("there already") == 6
     assert (tmp_path / "rnnsearch-small-rms-seed2.json").exists()

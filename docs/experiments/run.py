@@ -93,6 +93,8 @@ def run(job: Job, progress: Progress, folder: Path) -> dict[str, Any]:
     config = configure(model, job)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     if job.time:
+        if job.size == "small":
+            _, config = model.load(config)  # has the vocabulary of the data; the paper's size has its own
         rounds = config.steps if "steps" in dict(job.settings) else ROUNDS[job.size]
         variants = sum(1 if kind in ("none", "batch", "weight") else 2 for kind in model.NORMS)
         task = progress.add_task(job.name, total=variants * (rounds + 1), loss="", quality="")
@@ -203,6 +205,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Run what the command line says."""
     options = parse(arguments)
+    rn.set_num_threads(1)  # the norms are small, and idle threads of a second pool take the processor from BLAS's
     if options.model == "all":
         jobs = list(all_jobs())
     else:
