@@ -35,6 +35,13 @@ def rng():
     return np.random.default_rng(3)
 
 
+@pytest.fixture(autouse=True)
+def _process_as_it_was(monkeypatch):
+    """What run.py sets for its own process, memory and threads, is not for the other tests in this one."""
+    monkeypatch.setattr(run, "keep_memory", lambda: None)
+    monkeypatch.setattr(run.rn, "set_num_threads", lambda n: None)
+
+
 def check(layer, backward, *inputs, method="complex-step", directions=3):
     """`layer(*inputs)` gives (y, cache), `backward(dy, cache)` a gradient for each input, None where not checked."""
     report = check_gradient(

@@ -29,9 +29,9 @@ def results(tmp_path):
         run(f"a{seed}", "rms", bleu)
     run("b1", "none", None)
     run("b2", "prms", 9.0)
-    run("c", "prms", 11.5, p=0.3, steps=960)
-    run("d1", "layer", 1.0, initial_mean=0.2, steps=960)
-    run("d2", "none", None, initial_mean=0.2, steps=960)
+    run("c", "prms", 11.5, p=0.3, steps=tables.HALF)
+    run("d1", "layer", 1.0, initial_mean=0.2, steps=tables.HALF)
+    run("d2", "none", None, initial_mean=0.2, steps=tables.HALF)
     times = [("none", None, 1.0), ("layer", False, 4.0), ("layer", True, 2.0), ("rms", False, 3.0), ("rms", True, 1.9)]
     rows = [{"norm": kind, "fused": fused, "median": s, "quartiles": [s, s + 1]} for kind, fused, s in times]
     store("e", model="rnnsearch", size="paper", time=rows)

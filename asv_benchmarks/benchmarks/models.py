@@ -30,6 +30,7 @@ class TrainingStep:
         if str(EXPERIMENTS) not in sys.path:
             sys.path.insert(0, str(EXPERIMENTS))
         optim, timing, self.training = map(importlib.import_module, ("optim", "timing", "training"))
+        timing.keep_memory()
         self.model = importlib.import_module(model)
         _, config = self.model.load(self.model.SIZES["small"])
         self.config = replace(config, norm=config.norm._replace(kind=norm, fused=True))

@@ -68,11 +68,11 @@ def loss_curves(results, places):
 
 def equation10_curves(results, places):
     """The loss of each of the three runs, without a norm and with RMSNorm."""
-    curves = next(r["curves"] for r in results.all if r["model"] == "equation10")
+    curves = [curve for r in results.all if r["model"] == "equation10" for curve in r["curves"]]
     for ax, kind in zip(places, ("none", "rms"), strict=True):
         ax.set(title=LABELS[kind], xlabel="step", ylabel="training loss")
         of_kind = [curve for curve in curves if curve["norm"] == kind]
-        for curve, style in zip(of_kind, ("-", "--", ":"), strict=True):
+        for curve, style in zip(of_kind, ("-", "--", ":"), strict=False):
             label = f"{curve['delta']} W, {curve['factor']} η"
             ax.plot(range(1, len(curve["losses"]) + 1), curve["losses"], style, label=label)
         ax.legend()

@@ -71,9 +71,9 @@ NORMS = ("none", "layer", "rms", "prms", "l2")
 EXPERIMENTS = (
     *({"norm": kind} for kind in NORMS),
     # the paper's p sweep, with half the steps; RMSNorm is p = 1
-    *({"norm": "prms", "p": p / 10, "steps": 960, "seeds": 1} for p in range(1, 10)),
-    {"norm": "rms", "steps": 960, "seeds": 1},
-    *({"norm": kind, "initial_mean": 0.2, "steps": 960, "seeds": 1} for kind in ("none", "layer", "rms", "prms")),
+    *({"norm": "prms", "p": p / 10, "steps": 1_200, "seeds": 1} for p in range(1, 10)),
+    {"norm": "rms", "steps": 1_200, "seeds": 1},
+    *({"norm": kind, "initial_mean": 0.2, "steps": 1_200, "seeds": 1} for kind in ("none", "layer", "rms", "prms")),
 )
 RMS = Norm("rms")
 
@@ -111,10 +111,11 @@ SIZES = {
         minimum=3,
         example_length=12,
         dropout=0.2,
-        learning_rate=3e-3,
+        batch=32,
+        learning_rate=2e-3,
         decay_from=0.5,
-        steps=1_920,
-        evaluate_every=240,
+        steps=2_400,
+        evaluate_every=300,
     ),
 }
 

@@ -32,7 +32,7 @@ from rich.table import Table
 import equation10
 import rmsnorm_np as rn
 from norms import KINDS, Norm
-from timing import measure
+from timing import keep_memory, measure
 from training import train
 
 EQUATION10 = "equation10"  # not a model: RNNSearch in a run of its own kind
@@ -205,6 +205,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Run what the command line says."""
     options = parse(arguments)
+    keep_memory()
     rn.set_num_threads(1)  # the norms are small, and idle threads of a second pool take the processor from BLAS's
     if options.model == "all":
         jobs = list(all_jobs())
