@@ -107,3 +107,11 @@ def test_savings_are_in_percent_of_layer_norm_in_the_same_way(results):
 
 def test_equation_10_compares_the_first_two_curves(results):
     assert cells(tables.equation10(results)) == [["RMSNorm", "4.0000", "4.2500", "3.0000", "2.5e-01"]]
+
+
+def test_texts_are_shown_as_they_are(tmp_path):
+    entry = {"question": "the _____ of\n*a* | b", "answer": "<x>", "prediction": "$1$"}
+    run = {"model": "reader", "size": "small", "settings": {"norm": "rms"}, "curve": [], "answers": [entry]}
+    (tmp_path / "a.json").write_text(json.dumps(run))
+    row = tables.answers(tables.Results(tmp_path)).split("\n")[2]
+    assert row == r"| the \_\_\_\_\_ of \*a\* \| b | \<x\> | \$1\$ |"

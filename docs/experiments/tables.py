@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,11 @@ def table(head, *rows):
         return NOTHING
     lines = [" | ".join(map(str, row)) for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def plain(text):
+    """Text of a data set as Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_<>\[\]|${}])", r"\\\1", text.replace("\n", " "))
 
 
 def mean_sd(values, digits=1):
@@ -231,8 +237,8 @@ def translations(results):
         return NOTHING
     lines = []
     for i, entry in enumerate(by_model[0][1]):
-        lines += ["", f"{i + 1}. {entry['source']}", f"   - reference: {entry['reference']}"]
-        lines += [f"   - {name}: {found[i]['translation']}" for name, found in by_model]
+        lines += ["", f"{i + 1}. {plain(entry['source'])}", f"   - reference: {plain(entry['reference'])}"]
+        lines += [f"   - {name}: {plain(found[i]['translation'])}" for name, found in by_model]
     return "\n".join(lines[1:])
 
 
@@ -242,7 +248,7 @@ def answers(results):
     shown = runs[0]["answers"] if runs else []
     return table(
         ("question", "answer", "model"),
-        *((entry["question"].replace("\n", " "), entry["answer"], entry["prediction"]) for entry in shown),
+        *([plain(entry[key]) for key in ("question", "answer", "prediction")] for entry in shown),
     )
 
 
