@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 
 import pytest
 
 import page
+import run
 import tables
 
 
@@ -17,7 +20,7 @@ def results(tmp_path):
     def store(name, **result):
         (tmp_path / f"{name}.json").write_text(json.dumps({"size": "small", "settings": {}, **result}))
 
-    def run(name, norm, bleu, **settings):
+    def train(name, norm, bleu, **settings):
         test = {"test": {"bleu": bleu, "loss": 2.0}, "diverged": None} if bleu is not None else {"diverged": 7}
         found = {"curve": [[20, 1.0, 5.0], [300, 9.0, 3.0]], "hidden_to_hidden": table5(bleu or 0.0), **test}
         store(name, model="rnnsearch", **found, settings={"norm": norm, **settings})
@@ -26,12 +29,12 @@ def results(tmp_path):
         return {place: {"mean": -value, "sd": 1.0} for place in ("1", "2", "3", "4", "all")}
 
     for seed, bleu in enumerate((10.0, 12.0, 14.0)):
-        run(f"a{seed}", "rms", bleu)
-    run("b1", "none", None)
-    run("b2", "prms", 9.0)
-    run("c", "prms", 11.5, p=0.3, steps=tables.HALF)
-    run("d1", "layer", 1.0, initial_mean=0.2, steps=tables.HALF)
-    run("d2", "none", None, initial_mean=0.2, steps=tables.HALF)
+        train(f"a{seed}", "rms", bleu)
+    train("b1", "none", None)
+    train("b2", "prms", 9.0)
+    train("c", "prms", 11.5, p=0.3, steps=tables.FEWER)
+    train("d1", "layer", 1.0, initial_mean=0.2, steps=tables.FEWER)
+    train("d2", "none", None, initial_mean=0.2, steps=tables.FEWER)
     times = [("none", None, 1.0), ("layer", False, 4.0), ("layer", True, 2.0), ("rms", False, 3.0), ("rms", True, 1.9)]
     rows = [{"norm": kind, "fused": fused, "median": s, "quartiles": [s, s + 1]} for kind, fused, s in times]
     store("e", model="rnnsearch", size="paper", time=rows)
@@ -49,6 +52,19 @@ def test_the_pages_show_what_is_stored(path):
     text = path.read_text(encoding="utf-8")
     assert "<!-- summary -->" in text
     assert page.fill(text, tables.Results()) == text, "run python docs/experiments/page.py"
+
+
+def test_results_are_of_the_settings_in_force():
+    """A result that is there is not made again: one of other settings would stay on the page."""
+    of_the_data = {"source_words", "target_words", "words", "markers", "image"}
+    for r in tables.Results().all:
+        model = importlib.import_module("rnnsearch" if r["model"] == run.EQUATION10 else r["model"])
+        config = run.configure(model, run.Job(r["model"], r["size"], tuple(r["settings"].items()), r["seed"]))
+        expected = {**dataclasses.asdict(config), "norm": config.norm._asdict()}
+        differ = {key for key in expected if r["config"].get(key) != expected[key]} - of_the_data
+        if "time" in r:
+            differ -= {"steps", "evaluate_every", "decay_from"}  # which no step of training depends on
+        assert not differ, f"{r['model']} {r['settings']}: {differ}"
 
 
 def test_only_the_blocks_change(results):
@@ -111,7 +127,7 @@ def test_equation_10_compares_the_first_two_curves(results):
 
 def test_texts_are_shown_as_they_are(tmp_path):
     entry = {"question": "the _____ of\n*a* | b", "answer": "<x>", "prediction": "$1$"}
-    run = {"model": "reader", "size": "small", "settings": {"norm": "rms"}, "curve": [], "answers": [entry]}
-    (tmp_path / "a.json").write_text(json.dumps(run))
+    result = {"model": "reader", "size": "small", "settings": {"norm": "rms"}, "curve": [], "answers": [entry]}
+    (tmp_path / "a.json").write_text(json.dumps(result))
     row = tables.answers(tables.Results(tmp_path)).split("\n")[2]
     assert row == r"| the \_\_\_\_\_ of \*a\* \| b | \<x\> | \$1\$ |"

@@ -35,7 +35,7 @@ METRICS = {  # the test metric that the summary shows, its digits and what it is
     "convpool": ("error", 1, "error, %"),
 }
 NOTHING = "not run yet"
-HALF = 1_200  # steps of the runs of RNNSearch with one seed: half of the others'
+FEWER = 1_200  # steps of the runs of RNNSearch with one seed
 
 
 class Results:
@@ -186,9 +186,9 @@ def convpool_quality(results):
 
 
 def p_sweep(results):
-    """BLEU by p, with half the steps."""
-    rows = [(f"{10 * p} %", results.runs("rnnsearch", norm="prms", p=p / 10, steps=HALF)) for p in range(1, 10)]
-    rows.append(("100 % (RMSNorm)", results.runs("rnnsearch", norm="rms", steps=HALF)))
+    """BLEU by p, with fewer steps."""
+    rows = [(f"{10 * p} %", results.runs("rnnsearch", norm="prms", p=p / 10, steps=FEWER)) for p in range(1, 10)]
+    rows.append(("100 % (RMSNorm)", results.runs("rnnsearch", norm="rms", steps=FEWER)))
     rows = [(p, runs[0]["test"]) for p, runs in rows if runs]
     return table(("p", "BLEU", "loss"), *((p, f"{test['bleu']:.1f}", f"{test['loss']:.2f}") for p, test in rows))
 
@@ -197,10 +197,10 @@ def centred(results):
     """Initial weights with the mean 0.2 beside those with the mean 0."""
     shown = []
     for kind in ("none", "layer", "rms", "prms"):
-        for run in results.runs("rnnsearch", norm=kind, initial_mean=0.2, steps=HALF):
+        for run in results.runs("rnnsearch", norm=kind, initial_mean=0.2, steps=FEWER):
             curve = {step: loss for step, _, loss in run["curve"]}
             quality = f"{run['test']['bleu']:.1f}" if "test" in run else f"diverged at step {run['diverged']}"
-            losses = [f"{curve[step]:.2f}" if step in curve else "" for step in (100, 300, HALF)]
+            losses = [f"{curve[step]:.2f}" if step in curve else "" for step in (100, 300, FEWER)]
             usual = [
                 loss
                 for other in results.runs("rnnsearch", norm=kind)
@@ -208,7 +208,7 @@ def centred(results):
                 if step == 300
             ]
             shown.append((LABELS[kind], *losses, mean_sd(usual, 2) if usual else NOTHING, quality))
-    return table(("norm", "loss at step 100", "300", f"{HALF:,}", "300, with mean 0", "BLEU"), *shown)
+    return table(("norm", "loss at step 100", "300", f"{FEWER:,}", "300, with mean 0", "BLEU"), *shown)
 
 
 def table5(results):
