@@ -611,6 +611,12 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         run.main(["rnnsearch", "--set", "q=1", "--results", str(tmp_path)])
 
 
+def test_equation_10_is_not_timed(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["equation10", "--time"])
+    assert "without --time" in capsys.readouterr().err
+
+
 def test_all_makes_what_is_not_there_yet(tmp_path, monkeypatch, capsys):
     walk = Walk()
     walk.SIZES = {"small": Walk.Config(steps=3), "paper": Walk.Config(steps=3)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 
 import pytest
 
@@ -20,16 +21,21 @@ def results(tmp_path):
     def store(name, **result):
         (tmp_path / f"{name}.json").write_text(json.dumps({"size": "small", "settings": {}, **result}))
 
-    def train(name, norm, bleu, **settings):
+    def train(name, norm, bleu, seed=1, size="small", **settings):
         test = {"test": {"bleu": bleu, "loss": 2.0}, "diverged": None} if bleu is not None else {"diverged": 7}
         found = {"curve": [[20, 1.0, 5.0], [300, 9.0, 3.0]], "hidden_to_hidden": table5(bleu or 0.0), **test}
-        store(name, model="rnnsearch", **found, settings={"norm": norm, **settings})
+        of = {"model": "rnnsearch", "size": size, "seed": seed, "settings": {"norm": norm, **settings}}
+        store(name, **of, **found)
 
     def table5(value):
         return {place: {"mean": -value, "sd": 1.0} for place in ("1", "2", "3", "4", "all")}
 
     for seed, bleu in enumerate((10.0, 12.0, 14.0)):
-        train(f"a{seed}", "rms", bleu)
+        train(f"a{seed}", "rms", bleu, seed)
+    train("a-of-another-size", "rms", 99.0, size="paper")
+    train("a-first", "l2", 10.0, 1)
+    train("a-second", "l2", 14.0, 2)
+    train("a-third", "l2", None, 3)
     train("b1", "none", None)
     train("b2", "prms", 9.0)
     train("c", "prms", 11.5, p=0.3, steps=tables.FEWER)
@@ -50,7 +56,10 @@ def cells(markdown):
 @pytest.mark.parametrize("path", page.PAGES, ids=lambda path: path.name)
 def test_the_pages_show_what_is_stored(path):
     text = path.read_text(encoding="utf-8")
-    assert "<!-- summary -->" in text
+    named = re.findall(r"^<!-- (.+) -->$", text, re.MULTILINE)
+    blocks = [name for name in named if name != "end"]
+    assert named == [part for name in blocks for part in (name, "end")]
+    assert sorted(blocks) == (["summary"] if path.name == "README.md" else sorted(page.BLOCKS))
     assert page.fill(text, tables.Results()) == text, "run python docs/experiments/page.py"
 
 
@@ -76,10 +85,11 @@ def test_only_the_blocks_change(results):
 
 
 def test_quality_is_mean_and_standard_deviation_of_the_seeds(results):
-    none, rms, prms = cells(tables.translation_quality(results, "rnnsearch"))
+    none, rms, prms, l2 = cells(tables.translation_quality(results, "rnnsearch"))
     assert none == ["no norm", "21.7 / 23.4", "diverged", "diverged", "1"]
     assert rms == ["RMSNorm", "22.4 / 23.7", "12.0 ± 2.0", "2.00 ± 0.00", "3"]
     assert prms == ["pRMSNorm", "22.6 / 23.1", "9.0", "2.00", "1"]
+    assert l2[2:] == ["12.0 ± 2.8 (1 of 3 diverged)", "2.00 ± 0.00 (1 of 3 diverged)", "3"]
     assert tables.reader_quality(results) == "not run yet"
 
 
@@ -102,9 +112,18 @@ def test_table_5_is_the_mean_over_seeds(results):
 
 def test_savings_are_in_percent_of_layer_norm_in_the_same_way(results):
     none, layer, rms = cells(tables.time_of(results, "paper"))
-    assert none == ["RNNSearch", "no norm", "40.0 %", "1 (1 to 2)", "75.0 %", "1 (1 to 2)", "50.0 %", "1.00"]
-    assert layer[1:] == ["LayerNorm", "0.0 %", "4 (4 to 5)", "0.0 %", "2 (2 to 3)", "0.0 %", "2.00"]
-    assert rms[1:] == ["RMSNorm", "24.7 %", "3 (3 to 4)", "25.0 %", "1.9 (1.9 to 2.9)", "5.0 %", "1.58"]
+    assert none == [
+        "RNNSearch",
+        "no norm",
+        "40.0 %",
+        "1.00 (1.00 to 2.00)",
+        "75.0 %",
+        "1.00 (1.00 to 2.00)",
+        "50.0 %",
+        "–",
+    ]
+    assert layer[1:] == ["LayerNorm", "0.0 %", "4.00 (4.00 to 5.00)", "0.0 %", "2.00 (2.00 to 3.00)", "0.0 %", "2.00"]
+    assert rms[1:] == ["RMSNorm", "24.7 %", "3.00 (3.00 to 4.00)", "25.0 %", "1.90 (1.90 to 2.90)", "5.0 %", "1.58"]
     summary = cells(tables.summary(results))
     assert summary[0] == [
         "RNNSearch",
@@ -127,7 +146,15 @@ def test_equation_10_compares_the_first_two_curves(results):
 
 def test_texts_are_shown_as_they_are(tmp_path):
     entry = {"question": "the _____ of\n*a* | b", "answer": "<x>", "prediction": "$1$"}
-    result = {"model": "reader", "size": "small", "settings": {"norm": "rms"}, "curve": [], "answers": [entry]}
+    result = {
+        "model": "reader",
+        "size": "small",
+        "settings": {"norm": "rms"},
+        "seed": 1,
+        "curve": [],
+        "diverged": None,
+        "answers": [entry],
+    }
     (tmp_path / "a.json").write_text(json.dumps(result))
     row = tables.answers(tables.Results(tmp_path)).split("\n")[2]
     assert row == r"| the \_\_\_\_\_ of \*a\* \| b | \<x\> | \$1\$ |"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import tables
-from tables import LABELS, Results
+from tables import LABELS, NOTHING, Results
 
 DOCS = Path(__file__).parents[1]
 PAGES = (DOCS / "experiments.md", DOCS.parent / "README.md")
@@ -56,19 +56,22 @@ def loss_curves(results, places):
     for ax, (title, fused) in zip(places, LOSS_AGAINST.items(), strict=True):
         ax.set(title=title, xlabel="step" if fused is None else "minutes", ylabel="training loss", ylim=(1.5, 6))
         for kind in ("none", "layer", "rms", "prms"):
-            runs = [run for run in results.runs("rnnsearch", norm=kind) if run["diverged"] is None]
-            if not runs:
+            runs = results.finished("rnnsearch", norm=kind)
+            if not (runs and times):
                 continue
             steps = np.array([step for step, *_ in runs[0]["curve"]])  # (points,)
             losses = np.mean([[loss for *_, loss in run["curve"]] for run in runs], axis=0)  # (points,)
             x = steps if fused is None else steps * times[kind, fused]["median"] / 60  # (points,)
             ax.plot(x, losses, label=LABELS[kind])
-        ax.legend(*ax.get_legend_handles_labels())
+        if ax.lines:
+            ax.legend()
+        else:
+            ax.text(0.5, 0.5, NOTHING, transform=ax.transAxes, ha="center")
 
 
 def equation10_curves(results, places):
     """The loss of each of the three runs, without a norm and with RMSNorm."""
-    curves = [curve for r in results.all if r["model"] == "equation10" for curve in r["curves"]]
+    curves = results.equation10()
     for ax, kind in zip(places, ("none", "rms"), strict=True):
         ax.set(title=LABELS[kind], xlabel="step", ylabel="training loss")
         of_kind = [curve for curve in curves if curve["norm"] == kind]

@@ -6,7 +6,7 @@
     python docs/experiments/run.py equation10                     a training run that shows equation 10
     python docs/experiments/run.py all                            every stored result that is not there yet
 
-A run can be stopped (Ctrl-C) and goes on where it was. A result that is there already is not made again.
+Training can be stopped (Ctrl-C) and continues from its last checkpoint; the other runs start over. A result that is there already is not made again.
 """
 
 from __future__ import annotations
@@ -199,7 +199,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--time", action="store_true", help="measure seconds per step with each norm, do not train")
     parser.add_argument("--set", type=setting, action="append", default=[], dest="settings", metavar="NAME=VALUE")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON files")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.model == EQUATION10 and (options.time or options.size != "small"):
+        parser.error(f"{EQUATION10} is one training run of the small size: without --time and --size")
+    return options
 
 
 def main(arguments: list[str]) -> int:
@@ -233,7 +236,7 @@ def main(arguments: list[str]) -> int:
                 try:
                     result = run(job, progress, options.results)
                 except KeyboardInterrupt:
-                    out.print("stopped: the same command goes on from the last checkpoint")
+                    out.print("stopped: the same command continues training from the last checkpoint")
                     return 130
         if len(jobs) == 1:
             show_result(result, out)

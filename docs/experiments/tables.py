@@ -34,6 +34,7 @@ METRICS = {  # the test metric that the summary shows, its digits and what it is
     "order_embeddings": ("recall", 1, "mean recall"),
     "convpool": ("error", 1, "error, %"),
 }
+FUSED = ("layer", "rms", "prms", "l2")  # the norms with kernels
 NOTHING = "not run yet"
 FEWER = 1_200  # steps of the runs of RNNSearch with one seed
 
@@ -45,16 +46,29 @@ class Results:
         self.all = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
     def runs(self, model, **settings):
-        """The training runs with exactly these settings, seed by seed."""
-        return [r for r in self.all if r["model"] == model and r["settings"] == settings and "curve" in r]
+        """The training runs of the small size with exactly these settings, seed by seed."""
+        of_model = [r for r in self.all if (r["model"], r["size"]) == (model, "small") and "curve" in r]
+        return sorted((r for r in of_model if r["settings"] == settings), key=lambda r: r["seed"])
 
-    def values(self, key, model, **settings):
-        """A test metric of each seed that did not diverge."""
-        return [r["test"][key] for r in self.runs(model, **settings) if "test" in r]
+    def finished(self, model, **settings):
+        """Those of them that did not diverge."""
+        return [r for r in self.runs(model, **settings) if r["diverged"] is None]
+
+    def quality(self, key, model, digits=1, **settings):
+        """Mean ± standard deviation of a test metric over the seeds; how many diverged, or that there is only one."""
+        runs, finished = self.runs(model, **settings), self.finished(model, **settings)
+        if not finished:
+            return "diverged" if runs else NOTHING
+        shown = mean_sd([r["test"][key] for r in finished], digits)
+        return shown if len(finished) == len(runs) else f"{shown} ({len(runs) - len(finished)} of {len(runs)} diverged)"
 
     def norms(self, model):
         """The kinds of norm with a run of nothing but that setting, in the order of LABELS."""
         return [kind for kind in LABELS if self.runs(model, norm=kind)]
+
+    def equation10(self):
+        """Its curves, or none."""
+        return next((r["curves"] for r in self.all if r["model"] == "equation10" and r["settings"] == {}), [])
 
     def time(self, model, size):
         """{(norm, fused): row} of the times of one model and size; for a norm without a kernel both are one row."""
@@ -84,8 +98,6 @@ def plain(text):
 
 def mean_sd(values, digits=1):
     """Mean ± standard deviation of the seeds; of one seed the value."""
-    if not values:
-        return "diverged"
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
@@ -107,8 +119,8 @@ def translation_quality(results, model):
             (
                 LABELS[kind],
                 theirs[kind],
-                mean_sd(results.values("bleu", model, norm=kind)),
-                mean_sd(results.values("loss", model, norm=kind), 2),
+                results.quality("bleu", model, norm=kind),
+                results.quality("loss", model, 2, norm=kind),
                 len(results.runs(model, norm=kind)),
             )
             for kind in results.norms(model)
@@ -119,7 +131,7 @@ def translation_quality(results, model):
 def reader_quality(results):
     """Accuracy on the test questions, and what one reaches without reading."""
     norms = results.norms("reader")
-    baselines = results.runs("reader", norm=norms[0])[0]["baselines"] if norms else {}
+    baselines = next((r["baselines"] for kind in norms for r in results.finished("reader", norm=kind)), {})
     names = {
         "chance": "a name of the passage at random",
         "last_mentioned": "the last one",
@@ -131,8 +143,8 @@ def reader_quality(results):
         *(
             (
                 LABELS[kind],
-                mean_sd(results.values("accuracy", "reader", norm=kind), 3),
-                mean_sd(results.values("loss", "reader", norm=kind), 2),
+                results.quality("accuracy", "reader", 3, norm=kind),
+                results.quality("loss", "reader", 2, norm=kind),
                 len(results.runs("reader", norm=kind)),
             )
             for kind in norms
@@ -147,7 +159,7 @@ def order_quality(results):
     def row(kind, group):
         for wanted in ("caption", "image"):
             for key, digits in (("R@1", 1), ("R@5", 1), ("R@10", 1), ("mean rank", 0)):
-                yield mean_sd(results.values(f"{group} {wanted} {key}", model, norm=kind), digits)
+                yield results.quality(f"{group} {wanted} {key}", model, digits, norm=kind)
 
     return table(
         (
@@ -177,7 +189,7 @@ def convpool_quality(results):
             (
                 LABELS[kind],
                 theirs[kind],
-                mean_sd(results.values("error", "convpool", norm=kind)),
+                results.quality("error", "convpool", norm=kind),
                 len(results.runs("convpool", norm=kind)),
             )
             for kind in results.norms("convpool")
@@ -187,8 +199,8 @@ def convpool_quality(results):
 
 def p_sweep(results):
     """BLEU by p, with fewer steps."""
-    rows = [(f"{10 * p} %", results.runs("rnnsearch", norm="prms", p=p / 10, steps=FEWER)) for p in range(1, 10)]
-    rows.append(("100 % (RMSNorm)", results.runs("rnnsearch", norm="rms", steps=FEWER)))
+    rows = [(f"{10 * p} %", results.finished("rnnsearch", norm="prms", p=p / 10, steps=FEWER)) for p in range(1, 10)]
+    rows.append(("100 % (RMSNorm)", results.finished("rnnsearch", norm="rms", steps=FEWER)))
     rows = [(p, runs[0]["test"]) for p, runs in rows if runs]
     return table(("p", "BLEU", "loss"), *((p, f"{test['bleu']:.1f}", f"{test['loss']:.2f}") for p, test in rows))
 
@@ -219,7 +231,7 @@ def table5(results):
         if kind in published.TABLE5_SD:
             theirs = zip(published.TABLE5_MEAN[kind], published.TABLE5_SD[kind], strict=True)
             rows.append((LABELS[kind], "paper", *(f"{mean:.2f} ± {sd:.2f}".replace("-", "−") for mean, sd in theirs)))
-        ours = [run["hidden_to_hidden"] for run in results.runs("rnnsearch", norm=kind) if run["diverged"] is None]
+        ours = [run["hidden_to_hidden"] for run in results.finished("rnnsearch", norm=kind)]
         if ours:
             cells = [[np.mean([found[place][key] for found in ours]) for key in ("mean", "sd")] for place in places]
             rows.append((LABELS[kind], "here", *(f"{mean:.2f} ± {sd:.2f}".replace("-", "−") for mean, sd in cells)))
@@ -231,7 +243,7 @@ def translations(results):
     by_model = [
         (MODELS[model], runs[0]["translations"])
         for model in ("rnnsearch", "transformer")
-        if (runs := results.runs(model, norm="rms"))
+        if (runs := results.finished(model, norm="rms"))
     ]
     if not by_model:
         return NOTHING
@@ -244,7 +256,7 @@ def translations(results):
 
 def answers(results):
     """Ten test questions, by RMSNorm with seed 1."""
-    runs = results.runs("reader", norm="rms")
+    runs = results.finished("reader", norm="rms")
     shown = runs[0]["answers"] if runs else []
     return table(
         ("question", "answer", "model"),
@@ -267,9 +279,12 @@ def time_of(results, size):
             medians = {fused: {k: found[k, fused]["median"] for k, f in found if f == fused} for fused in (False, True)}
             cells = []
             for fused in (False, True):
+                if fused and kind not in ("none", *FUSED):
+                    cells += ["–", "–"]
+                    continue
                 low, high = found[kind, fused]["quartiles"]
-                cells += [f"{medians[fused][kind]:.3g} ({low:.3g} to {high:.3g})", saved(medians[fused], kind)]
-            gain = f"{medians[False][kind] / medians[True][kind]:.2f}"
+                cells += [f"{medians[fused][kind]:#.3g} ({low:#.3g} to {high:#.3g})", saved(medians[fused], kind)]
+            gain = f"{medians[False][kind] / medians[True][kind]:.2f}" if kind in FUSED else "–"
             rows.append((name, LABELS[kind], saved(theirs, kind) if kind in theirs else "", *cells, gain))
             name = ""
     head = (
@@ -290,10 +305,7 @@ def summary(results):
     rows = []
     for model, name in MODELS.items():
         key, digits, metric = METRICS[model]
-        quality = [
-            mean_sd(results.values(key, model, norm=kind), digits) if results.runs(model, norm=kind) else NOTHING
-            for kind in ("none", "layer", "rms", "prms")
-        ]
+        quality = [results.quality(key, model, digits, norm=kind) for kind in ("none", "layer", "rms", "prms")]
         found = results.time(model, "paper")
         theirs = saved(published.SECONDS[model][1], "rms")
         cells = [
@@ -308,14 +320,14 @@ def summary(results):
         rows.append((name, metric, *quality, theirs, *cells, kernels.replace("-", "−")))
     head = ("model", "metric", "no norm", "LayerNorm", "RMSNorm", "pRMSNorm")
     return table(
-        (*head, "RMSNorm saves: paper", "here, NumPy operations", "here, kernels", "kernels save of LayerNorm's step"),
+        (*head, "RMSNorm saves: paper", "here, NumPy operations", "here, kernels", "LayerNorm: kernels save"),
         *rows,
     )
 
 
 def equation10(results):
     """How far apart the loss curves are."""
-    curves = next((r["curves"] for r in results.all if r["model"] == "equation10"), [])
+    curves = results.equation10()
     by_norm = {}
     for curve in curves:
         by_norm.setdefault(curve["norm"], []).append(np.array(curve["losses"]))

@@ -6,6 +6,7 @@ All variants take turns, a step each, so that a change of the machine's speed me
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from dataclasses import replace
 
@@ -24,10 +25,10 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 def keep_memory():
     """Let freed memory stay with the process, as the caches of deep-learning frameworks do; glibc only.
 
-    Otherwise an array costs page faults or none, as it happens to lie at the heap's end or not: steps of the
-    Transformer took 0.064 s with kernels and 0.052 s with NumPy's operations, for the sparse product of another layer.
+    Otherwise the time of an array operation depends on where malloc places its result, because of page faults: a step
+    of the Transformer took 0.064 s with kernels and 0.052 s without, and the difference was in other operations.
     """
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
