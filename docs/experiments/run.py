@@ -6,7 +6,8 @@
     python docs/experiments/run.py equation10                     a training run that shows equation 10
     python docs/experiments/run.py all                            every stored result that is not there yet
 
-Training can be stopped (Ctrl-C) and continues from its last checkpoint; the other runs start over. A result that is there already is not made again.
+Training can be stopped (Ctrl-C) and continues from its last checkpoint; the other runs start over. A result that is
+there already is not made again.
 """
 
 from __future__ import annotations
