@@ -12,13 +12,13 @@ import contextlib
 import math
 import operator
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy import ndarray
 
 from rmsnorm_np import _hints
-from rmsnorm_np._overlap import folds, may_write
+from rmsnorm_np._overlap import begin_together, folds, may_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array: TypeAlias = npt.NDArray[Any]
-    Restore: TypeAlias = Callable[[Array], Array]
+    Restore: TypeAlias = Callable[[Any], Any]
     Shape: TypeAlias = tuple[int, ...]
 
 _INFINITY = math.inf
@@ -131,10 +131,10 @@ def parameter_lead(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> Shap
     return shape[: len(shape) - len(axes)]
 
 
-def check_dy_shape(shape: Shape, x_shape: Shape) -> None:
+def check_same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape) -> None:
     """Demand exactly the shape of x."""
     if shape != x_shape:
-        raise ValueError(_hints.dy_shape(shape, x_shape))
+        raise ValueError(_hints.same_shape(name, shape, x_name, x_shape))
 
 
 # Arrays
@@ -189,58 +189,83 @@ def _contiguous(a: Array, dtype: np.dtype[Any]) -> Array:
     return a if a.flags.carray and a.dtype == dtype else np.array(a, dtype, order="C")
 
 
-def check_out(out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
+def check_out(name: str, out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
     """Give out as a plain ndarray that takes a result of this shape and dtype. Its byte order and layout are free."""
     if not isinstance(out, ndarray):
-        raise TypeError(f"out is of type {type(out).__name__}, expected a numpy.ndarray")
-    plain = as_array("out", out)
+        raise TypeError(f"{name} is of type {type(out).__name__}, expected a numpy.ndarray")
+    plain = as_array(name, out)
     if plain.shape != shape:
-        raise ValueError(f"out has shape {plain.shape}, expected x.shape {shape}")
+        raise ValueError(f"{name} has shape {plain.shape}, expected x.shape {shape}")
     if plain.dtype != dtype and plain.dtype.newbyteorder("=") != dtype:
-        raise TypeError(f"out has dtype {plain.dtype}, expected {dtype}, the dtype of the result")
+        raise TypeError(f"{name} has dtype {plain.dtype}, expected {dtype}, the dtype of the result")
     if not plain.flags.writeable:
-        raise ValueError("out is read-only, expected a writable array")
+        raise ValueError(f"{name} is read-only, expected a writable array")
     if folds(plain):
-        raise ValueError(f"out has strides {plain.strides}, expected elements that share no memory")
+        raise ValueError(f"{name} has strides {plain.strides}, expected elements that share no memory")
     return plain
 
 
 # A whole call
 
 
-def prepare(
-    x: Any,
-    dy: Any,
-    weight: Any,
-    bias: Any,
-    eps: Any,
-    p: Any,
-    axis: Any,
-    weight_offset: Any,
-    out: Any,
-    complex_too: bool = False,
-) -> tuple[Array, Any, Array | None, Array | None, int, float, float, Array | None, Restore]:
+class Call(NamedTuple):
+    """The arguments of a call, as given. reads: arrays of one shape, the first of which is normalised, or None; names:
+    theirs, and then those of out. parameters: weight, bias, weight_offset. out: arrays to write to, or None.
+    """
+
+    names: tuple[str, ...]
+    reads: tuple[Any, ...]
+    parameters: tuple[Any, Any, Any]
+    out: tuple[Any, ...]
+    eps: Any
+    p: Any
+    axis: Any
+
+
+class Checked(NamedTuple):
+    """The arguments as an engine takes them: reads (rows, n); weight, bias (m, n); weight_offset, a float.
+
+    out: arrays (rows, n) that an engine may write straight to, or None. restore: gives results their public shape, and
+    writes them to where the caller asked for them; None: the engine's results are the answer.
+    """
+
+    reads: tuple[Any, ...]
+    parameters: tuple[Any, Any, float]
+    out: tuple[Any, ...]
+    k: int
+    eps: float
+    restore: Restore | None
+
+
+def result_dtypes(reads: tuple[Any, ...], results: int) -> tuple[Any, ...]:
+    """The dtype of each result: the first has that of the first array, the second, if any, that of the second."""
+    return tuple(None if a is None else a.dtype for a in reads[:results])
+
+
+def prepare(call: Call, complex_too: bool = False) -> Checked:
     """Check every argument; put the normalised axes last and join them into one of length n.
 
-    Returns x and dy of shape (..., n), weight and bias of a shape that broadcasts against them, k, eps, weight_offset;
-    then out in the shape of x where an engine may write straight to it, else None; last, a function that gives a
-    result of x's elements its public shape and writes it to out where the caller asked for that.
+    Gives reads of shape (..., n), weight and bias of a shape that broadcasts against them; see `Checked`.
     """
-    x = as_array("x", x)
-    dtype = native_dtype("x", x.dtype, complex_too)
+    x_name, *other_names = call.names[: len(call.reads)]
+    x = as_array(x_name, call.reads[0])
     shape: Shape = x.shape
-    axes = axes_of(axis, shape)
+    axes = axes_of(call.axis, shape)
     trailing = are_trailing(axes, x.ndim)
     order = (*(i for i in range(x.ndim) if i not in axes), *axes)
     moved = tuple(shape[i] for i in order)
     n = math.prod(shape[i] for i in axes)
     lead = moved[: x.ndim - len(axes)]
-    k = elements_in_rms(n, p)
-    eps = check_eps(eps)
+    k, eps = elements_in_rms(n, call.p), check_eps(call.eps)
+    weight, bias, weight_offset = call.parameters
     weight_offset = check_weight_offset(weight_offset, weight is not None)
 
-    def rows_of(a: Array, dtype: np.dtype[Any]) -> Array:
-        return _contiguous(a.transpose(order), dtype).reshape(*lead, n)
+    def rows_of(name: str, value: Any) -> Array | None:
+        if value is None:
+            return None
+        a = as_array(name, value)
+        check_same_shape(name, a.shape, x_name, shape)
+        return _contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(*lead, n)
 
     def parameter_of(name: str, value: Any) -> Array | None:
         if value is None:
@@ -250,43 +275,46 @@ def prepare(
         a_lead = parameter_lead(name, a.shape, shape, axes)
         return _contiguous(a, a_dtype).reshape(*a_lead, n)
 
-    x = rows_of(x, dtype)
-    if dy is not None:
-        dy = as_array("dy", dy)
-        check_dy_shape(dy.shape, shape)
-        dy = rows_of(dy, native_dtype("dy", dy.dtype, complex_too))
-    weight = parameter_of("weight", weight)
-    bias = parameter_of("bias", bias)
+    reads = (rows_of(x_name, x), *map(rows_of, other_names, call.reads[1:]))
+    weight, bias = parameter_of("weight", weight), parameter_of("bias", bias)
 
-    direct = None
-    if out is not None:
-        plain_out = check_out(out, shape, dtype)
-        if trailing and plain_out.flags.carray and plain_out.dtype == dtype:
-            candidate = plain_out.reshape(*lead, n)
-            direct = candidate if may_write(candidate, x, dy, weight, bias) else None
+    given: list[Array | None] = []
+    direct: list[Array | None] = []
+    names = call.names[len(reads) :]
+    for name, out, dtype in zip(names, call.out, result_dtypes(reads, len(call.out)), strict=True):
+        plain = None if out is None else check_out(name, out, shape, dtype)
+        candidate = None
+        if plain is not None and trailing and plain.flags.carray and plain.dtype == dtype:
+            candidate = plain.reshape(*lead, n)
+        given.append(plain)
+        direct.append(candidate if candidate is not None and may_write(candidate, reads, (weight, bias)) else None)
+    if len(given) > 1 and given[0] is not None and given[1] is not None and np.shares_memory(given[0], given[1]):
+        raise ValueError(f"{names[0]} and {names[1]} share memory, expected two arrays apart")
 
-    def restore(result: Array) -> Array:
+    def restore(results: Any) -> Any:
+        answers = []
+        for result, plain, out in zip(results, given, call.out, strict=True):
+            answer = out
+            if plain is None:
+                answer = None if result is None else publicly(result)
+            elif not begin_together(result, plain):  # else an engine has written straight to it
+                np.copyto(plain, publicly(result))
+            answers.append(answer)
+        return answers
+
+    def publicly(result: Array) -> Array:
         result = result.reshape(moved)
-        if not trailing:
-            result = np.ascontiguousarray(result.transpose(np.argsort(order)))
-        if out is None:
-            return result
-        np.copyto(plain_out, result)
-        return out  # type: ignore[no-any-return]
+        return result if trailing else np.ascontiguousarray(result.transpose(np.argsort(order)))
 
-    return x, dy, weight, bias, k, eps, weight_offset, direct, restore
+    return Checked(reads, (weight, bias, weight_offset), tuple(direct), k, eps, restore)
 
 
-def engine_arguments(
-    x: Any, dy: Any, weight: Any, bias: Any, eps: Any, p: Any, axis: Any, weight_offset: Any, out: Any
-) -> tuple[Array, Any, Array | None, Array | None, int, float, float, Array | None, Restore | None]:
-    """What an engine takes: x, dy (rows, n); weight, bias (m, n); k, eps, weight_offset; out (rows, n) or None.
-
-    The last item gives a result its public shape; None says that the engine's result is the answer. dy is None in a
-    forward call.
-    """
+def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What an engine takes, as `Checked`, of the arguments of a `Call`: plain tuples, which Python makes faster."""
     # The engine needs less than a microsecond for a small array, far less than the checks in `prepare` take. So the
-    # ordinary call goes past them, by the fewest questions that tell it. What is not ordinary is not judged here.
+    # ordinary call, of contiguous native arrays and axis -1, goes past them. What is not ordinary is not judged here.
+    _, reads, (weight, bias, weight_offset), out, eps, p, axis = call
+    x = reads[0]
     if (
         _is_ordinary(x)
         and (shape := x.shape)
@@ -295,16 +323,7 @@ def engine_arguments(
         and axis == -1
         and (weight is None or (_is_ordinary(weight) and weight.shape == (n,)))
         and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
-        and (dy is None or (_is_ordinary(dy) and dy.shape == shape))
-        and (
-            out is None
-            or (
-                _is_ordinary(out)
-                and out.shape == shape
-                and out.dtype == x.dtype
-                and may_write(out, x, dy, weight, bias)
-            )
-        )
+        and _are_ordinary(reads, out, (weight, bias))
     ):
         k = n if type(p) is float and p == 1.0 else elements_in_rms(n, p)
         if not (type(eps) is float and 0.0 <= eps < _INFINITY):
@@ -315,17 +334,28 @@ def engine_arguments(
             weight = weight[None]
         if bias is not None:
             bias = bias[None]
+        parameters = weight, bias, weight_offset
         if len(shape) == 2:
-            return x, dy, weight, bias, k, eps, weight_offset, out, None
-        restore = _reshape_to(shape) if out is None else _return(out)
-        return _rows(x), _rows(dy), weight, bias, k, eps, weight_offset, _rows(out), restore
+            return reads, parameters, out, k, eps, None
+        return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, _reshaping(shape, out)
 
-    x, dy, weight, bias, k, eps, weight_offset, direct, restore = prepare(
-        x, dy, weight, bias, eps, p, axis, weight_offset, out
-    )
-    if direct is not None:
-        restore = _return(out)
-    return _rows(x), _rows(dy), _rows(weight), _rows(bias), k, eps, weight_offset, _rows(direct), restore
+    reads, (weight, bias, weight_offset), out, k, eps, restore = prepare(Call(*call))
+    parameters = _rows(weight), _rows(bias), weight_offset
+    return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, restore
+
+
+def _are_ordinary(reads: tuple[Any, ...], out: tuple[Any, ...], parameters: tuple[Any, Any]) -> bool:
+    """Whether all arrays beside the first are ordinary, and an engine may write straight to those of out."""
+    shape = reads[0].shape
+    for a in reads[1:]:
+        if a is not None and not (_is_ordinary(a) and a.shape == shape):
+            return False
+    for a, like in zip(out, reads, strict=False):
+        if a is not None and not (
+            _is_ordinary(a) and a.shape == shape and a.dtype == like.dtype and may_write(a, reads, parameters)
+        ):
+            return False
+    return not (len(out) > 1 and out[0] is not None and out[1] is not None and np.may_share_memory(*out))
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:
@@ -344,9 +374,9 @@ def _rows(a: Any) -> Any:
     return None if a is None else a.reshape(-1, a.shape[-1])
 
 
-def _reshape_to(shape: Shape) -> Restore:
-    return lambda result: result.reshape(shape)
-
-
-def _return(out: Array) -> Restore:
-    return lambda _: out
+def _reshaping(shape: Shape, out: tuple[Any, ...]) -> Restore:
+    """Results in the shape of x; the array of out where one was written to."""
+    return lambda results: [
+        wanted if wanted is not None or result is None else result.reshape(shape)
+        for result, wanted in zip(results, out, strict=True)
+    ]

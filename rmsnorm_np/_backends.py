@@ -11,6 +11,8 @@ from rmsnorm_np import reference
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from rmsnorm_np.ops.operation import Operation
+
 _INSTALL = {
     "cpu": "numba: pip install numba",
     "cuda": 'numba-cuda: pip install "rmsnorm_np[cuda13]", or [cuda12] for a CUDA 12 driver',
@@ -60,3 +62,14 @@ def _load(backend: str) -> ModuleType:
         raise ImportError(f"backend {backend!r} needs {_INSTALL[backend]}") from error
     _engines[backend] = engine
     return engine
+
+
+def run(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> tuple[Any, Any]:
+    """One call, given as the items of `_arguments.Call`: (outputs, gradients of the parameters) in their public shapes."""
+    reads, parameters, out, k, eps, restore = engine.arguments.engine_arguments(call)
+    results, totals = engine.run(operation, reads, parameters, out, k, eps)
+    if restore is not None:
+        results = restore(results)
+    if operation.share is not None:
+        totals = map(engine.arguments.restore_parameter, totals, call[2][:2])
+    return results, totals

@@ -79,9 +79,8 @@ def rms_norm(
     array([[0.84852814, 1.13137085]])
     """
     _check_backend(backend)
-    x, _, w, b, k, eps, weight_offset, _, restore = _arguments.prepare(
-        x, None, weight, bias, eps, p, axis, weight_offset, out, complex_too=True
-    )
+    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, p, axis)
+    (x,), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
     dtype = x.dtype
     x, w, b = _widen(x, w, b)  # (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n)
 
@@ -90,7 +89,7 @@ def rms_norm(
     xhat = x * rstd  # (..., n)
     y = xhat if w is None else xhat * (weight_offset + w)  # (..., n) * (n,)
     y = y if b is None else y + b  # (..., n) + (n,)
-    return restore(_rounded(y, dtype))
+    return restore([_rounded(y, dtype)])[0]
 
 
 @np.errstate(all="ignore")
@@ -118,9 +117,8 @@ def rms_norm_backward(
     """
     _check_backend(backend)
     _arguments.check_given("dy", dy)
-    x, dy, w, b, k, eps, weight_offset, _, restore = _arguments.prepare(
-        x, dy, weight, bias, eps, p, axis, weight_offset, out, complex_too=True
-    )
+    call = _arguments.Call(("x", "dy", "out"), (x, dy), (weight, bias, weight_offset), (out,), eps, p, axis)
+    (x, dy), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
     dtype = x.dtype
     x, dy, w, b = _widen(x, dy, w, b)  # (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n)
 
@@ -135,7 +133,7 @@ def rms_norm_backward(
 
     dweight = None if w is None else np.sum(dy * xhat, axis=tuple(range(x.ndim - w.ndim)))  # (n,), over the rows
     dbias = None if b is None else np.sum(dy, axis=tuple(range(x.ndim - b.ndim)))  # (n,), over the rows
-    return RMSNormGrads(restore(_rounded(dx, dtype)), _like(weight, dweight), _like(bias, dbias))
+    return RMSNormGrads(restore([_rounded(dx, dtype)])[0], _like(weight, dweight), _like(bias, dbias))
 
 
 @np.errstate(all="ignore")
@@ -160,9 +158,8 @@ def layer_norm(
     array([[-1.22474487,  0.        ,  1.22474487]])
     """
     _check_backend(backend)
-    x, _, w, b, _, eps, weight_offset, _, restore = _arguments.prepare(
-        x, None, weight, bias, eps, 1.0, axis, weight_offset, out, complex_too=True
-    )
+    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
+    (x,), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
     dtype = x.dtype
     x, w, b = _widen(x, w, b)  # (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n)
 
@@ -173,7 +170,7 @@ def layer_norm(
     xhat = centred * rstd  # (..., n)
     y = xhat if w is None else xhat * (weight_offset + w)  # (..., n) * (n,)
     y = y if b is None else y + b  # (..., n) + (n,)
-    return restore(_rounded(y, dtype))
+    return restore([_rounded(y, dtype)])[0]
 
 
 @np.errstate(all="ignore")
@@ -200,9 +197,8 @@ def layer_norm_backward(
     """
     _check_backend(backend)
     _arguments.check_given("dy", dy)
-    x, dy, w, b, _, eps, weight_offset, _, restore = _arguments.prepare(
-        x, dy, weight, bias, eps, 1.0, axis, weight_offset, out, complex_too=True
-    )
+    call = _arguments.Call(("x", "dy", "out"), (x, dy), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
+    (x, dy), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
     dtype = x.dtype
     x, dy, w, b = _widen(x, dy, w, b)  # (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n)
 
@@ -218,7 +214,7 @@ def layer_norm_backward(
 
     dweight = None if w is None else np.sum(dy * xhat, axis=tuple(range(x.ndim - w.ndim)))  # (n,), over the rows
     dbias = None if b is None else np.sum(dy, axis=tuple(range(x.ndim - b.ndim)))  # (n,), over the rows
-    return LayerNormGrads(restore(_rounded(dx, dtype)), _like(weight, dweight), _like(bias, dbias))
+    return LayerNormGrads(restore([_rounded(dx, dtype)])[0], _like(weight, dweight), _like(bias, dbias))
 
 
 def _check_backend(backend: str | None) -> None:

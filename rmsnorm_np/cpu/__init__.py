@@ -1,7 +1,7 @@
 """The CPU engine: normalised arguments in, arrays out. Here a call gets its memory, its kernel and its threads.
 
-Read on in `kernels` (how rows are cut into blocks), `blocks` (what happens to one), `rows` and `gradients` (to a row),
-`simd` (what a vector is); `extreme` has rows that leave the range.
+Read on in `schedule` (how rows are cut into blocks), `blocks` (what happens to one), `row` (to a row), `vector` (what a
+number is) and `tracing` (how a formula becomes machine code); `rare` has rows that leave the range.
 """
 
 from __future__ import annotations
@@ -12,128 +12,138 @@ import numpy as np
 
 from rmsnorm_np import _arguments as arguments
 from rmsnorm_np._threads import get_num_threads
-from rmsnorm_np.cpu import cache, extreme, kernels, long_rows, memory, threads
+from rmsnorm_np.cpu import cache, kernel, long_rows, memory, rare, threads
+from rmsnorm_np.cpu.row import BLOCK
+from rmsnorm_np.ops.operation import Columns, Totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_backward", "rms_forward", "warmup"]
+    from rmsnorm_np.ops.operation import Operation
 
-# Numba has no 16-bit floats on CPUs: the kernels see their bits, and tell the two formats apart by these types.
-_FLOAT16, _FLOAT16_BITS, _BFLOAT16_BITS = map(np.dtype, (np.float16, np.uint16, np.int16))
-
-_MARK = np.dtype(np.uint8)  # for each row whether it was skipped, for `extreme` to take
+__all__ = ["arguments", "describe", "run", "warmup"]
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
+ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
 SCALED_ROWS = 128  # from so many rows on, a backward pass over halves converts weight once for all of them (1.1 to 1.2
 SCALE_BYTES = 1 << 14  # times as fast), if that takes no more than half of a first-level cache
-ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
+
+_BITS = np.dtype(np.uint16)  # Numba has no 16-bit floats on CPUs: the kernels see their bits
 
 
-def rms_forward(x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any) -> Any:
-    """Y = x · rstd · (weight_offset + weight) + bias for each row of x, see :func:`rmsnorm_np.rms_norm`."""
-    return _forward(x, weight, bias, k, eps, weight_offset, out, None)
+def run(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Any]:
+    """Run an operation on rows: reads (rows, n); weight and bias (m, n), where row r uses row r % m.
+
+    reads, columns and out are the operation's records, as plain tuples, which Python makes faster. out: arrays to write
+    to, or None. What the operation keeps is written where a second array is read. Returns the outputs, and the
+    operation's sums over rows in the shapes of weight and bias.
+    """
+    if operation.share is None:
+        return _forward(operation, reads, columns, out, k, eps), _NO_TOTALS
+    return _backward(operation, reads, columns, out, k, eps)
 
 
-def layer_forward(x: Any, weight: Any, bias: Any, eps: float, weight_offset: float, out: Any) -> Any:
-    """Y = (x - mean) · rstd · (weight_offset + weight) + bias for each row, see :func:`rmsnorm_np.layer_norm`."""
-    return _forward(x, weight, bias, x.shape[1], eps, weight_offset, out, 1)
+_NO_TOTALS = Totals()
 
 
-def rms_backward(dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any) -> Any:
-    """dx, dweight and dbias of `rms_forward`, see :func:`rmsnorm_np.rms_norm_backward`."""
-    return _backward(dy, x, weight, bias, k, eps, weight_offset, out, None)
-
-
-def layer_backward(dy: Any, x: Any, weight: Any, bias: Any, eps: float, weight_offset: float, out: Any) -> Any:
-    """dx, dweight and dbias of `layer_forward`, see :func:`rmsnorm_np.layer_norm_backward`."""
-    return _backward(dy, x, weight, bias, x.shape[1], eps, weight_offset, out, 1)
-
-
-def _forward(
-    x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: int | None
-) -> Any:
+def _forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any) -> tuple[Any, Any]:
+    x, residual = reads
+    weight, bias, offset = columns
+    y, h = out
     rows, n = x.shape
     if n <= long_rows.LONG_ROW and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
         # a small call: the kernel takes about a microsecond, so each question that is not asked here counts
-        y = np.empty((rows, n), x.dtype) if out is None else out
-        kernel, streaming, on_threads = kernels.forward, 0, 1
+        if y is None:
+            y = np.empty((rows, n), x.dtype)
+        if residual is not None and h is None:
+            h = np.empty((rows, n), residual.dtype)
+        streaming, on_threads = 0, 1
     else:
-        y = memory.empty((rows, n), x.dtype, x) if out is None else out
-        kernel = long_rows.long_forward if n > long_rows.LONG_ROW else kernels.forward
-        on_threads = threads.choose(x.size)
-        streaming = memory.streams(y)
-    key = x.dtype, weight is None or weight.dtype, bias is None or bias.dtype, centred, weight_offset != 0.0
-    skipped = None
-    x_stored, y_stored = x, y
-    if x.itemsize != 4:
-        if centred is None or x.itemsize == 8:  # else float64 inside, and no sum leaves its range
-            skipped = np.zeros(rows, _MARK)
-        x_stored, y_stored = _stored(x), _stored(y)
-    weight_m = bias_m = 1
-    if weight is not None:
-        weight_m = len(weight)
-        if weight.itemsize == 2:
-            weight = _stored(weight)
-    if bias is not None:
-        bias_m, bias = len(bias), _stored(bias)
-    args = (
-        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, skipped,
-        on_threads, y_stored,
+        if y is None:
+            y = memory.empty((rows, n), x.dtype, x)
+        if residual is not None and h is None:
+            h = memory.empty((rows, n), residual.dtype, x, y)
+        streaming, on_threads = memory.streams(y), threads.choose(x.size)
+    key = (
+        operation.name, x.dtype, residual is None or residual.dtype, weight is None or weight.dtype,
+        bias is None or bias.dtype, k == n, offset != 0.0, n > long_rows.LONG_ROW, type(eps),
     )  # fmt: skip
-    if (kernel.compiled.get(key) or kernel.compile(key, args))(*args):  # `_run`, without a call of its own
-        _run(extreme.forward, key, (*args[:8], centred, skipped, on_threads, y_stored))
-    return y
+    entry = kernel.entries.get(key) or kernel.entry(key, operation, reads, columns, (y, h), _NO_TOTALS)
+    marks = np.zeros(rows, np.uint8) if entry.marks else None
+    block = min(BLOCK, max(1, entry.block_elements // n))
+    args = (
+        (_stored_all(reads), (_stored(weight), _stored(bias), None), (_stored(y), _stored(h)), _NO_TOTALS),
+        _NO_TOTALS,
+        (rows, n, None if k == n else k, eps, offset or None, 1, 1 if weight is None else len(weight),
+         1 if bias is None else len(bias), -(-rows // block), block, streaming),
+        marks,
+        on_threads,
+    )  # fmt: skip
+    if (entry.code or entry.compile(args))(*args):
+        call = rare.Call(operation, operation.Reads(x if h is None else h), Columns(*columns), k, eps, marks)
+        rare.forward(_forward_unmarked, call, y)
+    return y, h
+
+
+def _forward_unmarked(call: rare.Call) -> Any:
+    return _forward(call.operation, call.reads, call.columns, (None, None), call.k, call.eps)[0]
 
 
 def _backward(
-    dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: int | None
-) -> Any:
+    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any, totals: Any = None
+) -> tuple[Any, Totals]:
+    """totals: what to add the sums over rows up in; None for arrays like weight and bias."""
+    x = reads[0]
     rows, n = x.shape
-    dx = memory.empty(x.shape, x.dtype, x, dy) if out is None else out
-    dweight, dbias = (None if a is None else memory.empty(a.shape, a.dtype) for a in (weight, bias))
+    weight, bias, offset = columns
+    dx = memory.empty(x.shape, x.dtype, *(a for a in reads if a is not None)) if out[0] is None else out[0]
+    if totals is None:
+        totals = Totals(*(None if a is None else memory.empty(a.shape, a.dtype) for a in (weight, bias)))
     if rows == 0:
-        for total in (dweight, dbias):
+        for total in totals:
             if total is not None:
                 total[...] = 0
-        return dx, dweight, dbias
-    if weight is not None:
-        weight, weight_offset = _scale(x, weight, weight_offset)
+        return (dx,), totals
     weight_m = 1 if weight is None else len(weight)
-    m = max(weight_m, 1 if bias is None else len(bias))
-    streaming = memory.streams(dx)
-    key: tuple[Any, ...] = (
-        dy.dtype, x.dtype, weight is None or weight.dtype, dweight is None or dweight.dtype,
-        dbias is None or dbias.dtype, centred, not weight_offset,
+    m = max([weight_m, *(len(total) for total in totals if total is not None)])
+    if weight is not None:
+        weight, offset = _scale(x, weight, offset)
+    long = n > long_rows.LONG_ROW
+    sums = [t if t is None or not long or len(t) == m else np.empty((m, n)) for t in totals]
+    chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
+    partials = Totals(*(None if t is None or long else np.empty((chunks * m, n)) for t in totals))
+    key = (
+        operation.name, *(a is None or a.dtype for a in (*reads, weight, *sums)), k == n, offset != 0.0, long, type(eps),
     )  # fmt: skip
-    before = (_stored(dy), _stored(x), _stored(weight), k, weight_m, m)
-    skipped = np.zeros(rows, _MARK) if x.itemsize == 8 else None
+    own = weight, None, offset
+    entry = kernel.entries.get(key) or kernel.entry(key, operation, reads, own, (dx,), Totals(*sums))
+    marks = np.zeros(rows, np.uint8) if entry.marks else None
+    block = min(BLOCK, max(1, entry.block_elements // n))
+    size = (rows, n, None if k == n else k, eps, offset or None, m, weight_m, 1, chunks, block, memory.streams(dx))
+    arrays = _stored_all(reads), (_stored(weight), None, None), (_stored(dx),), partials
     on_threads = threads.choose(x.size)
-    numbers = weight_offset or None, eps
-    after = (streaming, centred, skipped, on_threads, _stored(dx))
-    if n <= long_rows.LONG_ROW:
-        sums: list[Any] = [dweight, dbias]
-        chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
-        partials = [None if total is None else np.empty((chunks * m, n)) for total in sums]
-        some = _run(kernels.backward, key, (*before, chunks, *numbers, *after, *partials, *map(_stored, sums)))
-    else:
-        # each column is added up over the rows at once; only a parameter with fewer rows than the other needs more
-        sums = [None if t is None else t if len(t) == m else np.empty((m, n)) for t in (dweight, dbias)]
-        key = (key, *(s is None or s.dtype for s in sums))
-        some = _run(long_rows.long_backward, key, (*before, *numbers, *after, *map(_stored, sums)))
-        chunks, partials = 1, [None if total is None or not some else np.zeros((m, n)) for total in sums]
-    if some:
-        marks = skipped, int(n > long_rows.LONG_ROW), on_threads
-        args = (*before, chunks, *numbers, centred, *marks, _stored(dx), *partials, *map(_stored, sums))
-        _run(extreme.backward, key, args)
-    for total, sum_ in zip((dweight, dbias), sums, strict=True):
-        if total is not None and total is not sum_:
-            _run(kernels.add_rows, total.dtype, (sum_, _stored(total), on_threads))
-    return dx, dweight, dbias
+    args = arrays, _stored_all(sums), size, marks, on_threads
+    if (entry.code or entry.compile(args))(*args):
+        if long and any(t is not None for t in sums):  # as rows were marked, they are not added up yet
+            sums = [None if t is None else np.empty((m, n)) for t in totals]
+            entry = kernel.entry(("again", *key), operation, reads, own, (dx,), Totals(*sums))
+            entry.compile(args := (arrays, tuple(sums), size, marks, on_threads))(*args)
+        call = rare.Call(operation, operation.Reads(*reads), Columns(*columns), k, eps, marks)
+        shares = rare.backward(_backward_unmarked, call, dx, m)
+        sums = [t if t is None else np.concatenate(parts) for t, *parts in zip(totals, sums if long else partials, shares, strict=True)]
+    elif not long:
+        return (dx,), totals
+    for total, rows_of_sums in zip(totals, sums, strict=True):
+        if total is not None and total is not rows_of_sums:
+            kernel.add_rows(rows_of_sums, _stored(total), total.dtype.name, on_threads)
+    return (dx,), totals
 
 
-def _run(kernel: Any, key: Any, args: tuple[Any, ...]) -> Any:
-    return (kernel.compiled.get(key) or kernel.compile(key, args))(*args)
+def _backward_unmarked(call: rare.Call, with_totals: bool) -> tuple[Any, Totals]:
+    n = call.reads[0].shape[1]
+    totals = Totals(*(np.empty((1, n)) if with_totals and a is not None else None for a in call.columns[:2]))
+    (dx,), totals = _backward(call.operation, call.reads, call.columns, (None,), call.k, call.eps, totals)
+    return dx, totals
 
 
 def _scale(x: Any, weight: Any, weight_offset: float) -> tuple[Any, float]:
@@ -147,16 +157,18 @@ def _scale(x: Any, weight: Any, weight_offset: float) -> tuple[Any, float]:
         return weight, weight_offset
     with np.errstate(invalid="ignore"):  # a signalling NaN: no more is said of it than of any other
         scale = weight.astype(np.float64)
-    if weight_offset != 0.0:  # adding 0.0 would turn -0.0 round
+    if weight_offset != 0.0:  # -0.0 + 0.0 is +0.0: skip, to keep the sign
         scale += weight_offset
     return scale, 0.0
 
 
 def _stored(array: Any) -> Any:
     """The array as the kernels see it."""
-    if array is None or array.itemsize > 2:
-        return array
-    return array.view(_FLOAT16_BITS if array.dtype == _FLOAT16 else _BFLOAT16_BITS)
+    return array if array is None or array.itemsize > 2 else array.view(_BITS)
+
+
+def _stored_all(arrays: Any) -> tuple[Any, ...]:
+    return tuple(map(_stored, arrays))
 
 
 def warmup(
@@ -182,20 +194,20 @@ def warmup(
             dtype = np.dtype(ml_dtypes.bfloat16)
         else:
             dtype = np.dtype(name)
-        shapes = [(2, 64), (1, long_rows.LONG_ROW + 1)]
-        if dtype.itemsize == 2:
-            shapes.append((SCALED_ROWS, 64))
+        from rmsnorm_np.ops import layer, rms
+
+        shapes = [(2, 64), (SCALED_ROWS, 64), (1, long_rows.LONG_ROW + 1)]
         for parameters in (("weight",), (), ("weight", "bias")):
             if report is not None:
                 report(f"{name}, {' and '.join(parameters) or 'x alone'}")
             for rows, n in shapes:
                 x = np.ones((rows, n), dtype)
-                x[-1] = np.nan  # for the kernels of `extreme`
-                weight, bias = (np.ones((1, n), dtype) if p in parameters else None for p in ("weight", "bias"))
-                rms_forward(x, weight, bias, n, 1e-6, 0.0, None)
-                layer_forward(x, weight, bias, 1e-6, 0.0, None)
-                rms_backward(x, x, weight, bias, n, 1e-6, 0.0, None)
-                layer_backward(x, x, weight, bias, 1e-6, 0.0, None)
+                x[-1] = np.finfo(np.float32).max if dtype.itemsize == 2 else 1e300  # for the kernels of `rare`
+                columns = Columns(*(np.ones((1, n), dtype) if p in parameters else None for p in ("weight", "bias")), 0.0)
+                for operation in (rms.RMS_NORM, layer.LAYER_NORM):
+                    run(operation, (x, None), columns, (None, None), n, 1e-6)
+                for operation in (rms.RMS_NORM_BACKWARD, layer.LAYER_NORM_BACKWARD):
+                    run(operation, (x, x, None), columns, (None,), n, 1e-6)
 
 
 def describe() -> dict[str, Any]:

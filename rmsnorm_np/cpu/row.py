@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 from llvmlite import ir
 from numba.core import types
 
-from rmsnorm_np.cpu.jit import inlined
-from rmsnorm_np.cpu.tracing import leaves, rebuilt, step, tried
-from rmsnorm_np.cpu.vector import ITEMSIZE, LANES, SCALAR, Leaf, Number, Work, Writer
+from rmsnorm_np.cpu.jit import inlined, piece
+from rmsnorm_np.cpu.shapes import SCALAR, Leaf, leaves, rebuilt
+from rmsnorm_np.cpu.tracing import step, tried
+from rmsnorm_np.cpu.vector import ITEMSIZE, LANES, Number, Work, Writer
 from rmsnorm_np.ops.operation import Columns, Operation, Totals
-from rmsnorm_np.ops.primitives import Pair, either, is_pair, plus, rounded
+from rmsnorm_np.ops.primitives import Pair, either, plus
 
 SEGMENT = 2048  # elements summed in the lanes before the lanes are added up: bounds the error of float32 sums
 BLOCK = 64  # rows that are worked on together, at most
@@ -32,8 +32,8 @@ STORAGE = {"float16": types.uint16, "bfloat16": types.uint16, "float32": types.f
 class Kinds(NamedTuple):
     """What a kernel is compiled for: an operation, and the dtypes of its arrays, None for one that is absent.
 
-    totals: the dtypes of the sums over rows. weight_offset, first_k, row_eps, marks: whether there is one (first_k: fewer
-    than n elements are in the RMS; row_eps: each row has its own eps; marks: rows that leave the range are marked).
+    totals: the dtypes of the sums over rows. first_k: whether fewer than n elements are in the RMS. row_eps: whether each
+    row has its own eps. marks: whether rows that leave the range are marked, and left out.
     """
 
     operation: Operation
@@ -115,7 +115,7 @@ class Program:
         return Pair(head, (offset - head.to(SCALAR)).to(Leaf("f32", 0)))
 
     def element(self, w: Writer, row: Arrays, i: Any, count: Any, first: bool) -> Any:
-        """What elements i, i + 1, … are about. first: they have not been here before, and are kept if they are to be."""
+        """What elements i, i + 1, … are about. first: they are read for the first time, and kept if they are to be."""
         if self.kept and not first:
             data, name = getattr(row.writes, self.kept), getattr(self.kinds.writes, self.kept)
             return w.load(data, name, i, self.work, count)
@@ -128,6 +128,11 @@ class Program:
         return e
 
     # -------------------------------------------------------------------------------------------------- sums
+
+    def adding(self, s: int) -> Any:
+        """add(a, b) and zero() of the sums of stage s."""
+        shape = self.sums[s]
+        return step(lambda w, a, b: type(a)(*map(plus, a, b)), shape), step(lambda w: w.zeros(shape), shape)
 
     def segment(self, s: int) -> Any:
         """segment(row, offset, start, stop, k, m, ahead): the sums of stage s over elements start to stop.
@@ -172,7 +177,7 @@ class Program:
             return type(sums[0])(*map(w.across, sums[0]))
 
         shape = (lane_sums,) * ways
-        zeros = step(lambda w: rebuilt(shape, [w.constant(leaf, 0.0) for leaf in leaves(shape)]), shape)
+        zeros = step(lambda w: w.zeros(shape), shape)
         add_all = step(lambda *a: several(*a, ways), shape)
         add_two = step(lambda *a: several(*a, 2), shape)
         add_last, total = step(last, shape), step(across, self.sums[s])
@@ -185,10 +190,9 @@ class Program:
             while i + ways * width <= stop:
                 sums = add_all((row, offset, i, k, m, sums, ahead))
                 i += ways * width
-            if four:
-                if i + 2 * width <= stop:
-                    sums = add_two((row, offset, i, k, m, sums, ahead))
-                    i += 2 * width
+            if four and i + 2 * width <= stop:
+                sums = add_two((row, offset, i, k, m, sums, ahead))
+                i += 2 * width
             while i < stop:
                 sums = add_last((row, offset, i, k, m, sums, min(width, stop - i)))
                 i += width
@@ -240,6 +244,33 @@ class Program:
 
         return step(body)
 
+    def tests(self) -> tuple[Any, Any]:
+        """`is_ordinary` and `is_trivial`, where rows are marked."""
+        if self.kinds.marks:
+            return self.is_ordinary(), self.is_trivial()
+        return step(lambda w, *a: ir.Constant(ir.IntType(64), 1), types.int64), piece(lambda reads, n: True)
+
+    def is_trivial(self) -> Any:
+        """trivial(reads, n): whether an array makes the row trivial, as the operation tells it."""
+        fields = [(self.kinds.reads._fields.index(name), number) for name, number in self.op.trivial]
+
+        def one(position: int, number: float | None) -> Any:
+            @piece
+            def all_equal(reads, n):
+                data = reads[position]
+                first = data[0] if number is None else number
+                for i in range(n):  # noqa: SIM110 (Numba has no generators to give to `all`)
+                    if data[i] != first:
+                        return False
+                return True
+
+            return all_equal
+
+        if not fields:
+            return piece(lambda reads, n: False)
+        first, *_, last = [one(*field) for field in fields * 2]
+        return piece(lambda reads, n: first(reads, n) or last(reads, n))
+
     def is_ordinary(self) -> Any:
         """ordinary(room, stride, j, n, k, eps): 1 in range, 0 if only a trivial row is, -1 out of range.
 
@@ -272,7 +303,6 @@ class Program:
         """write(row, offset, first, last, k, m, streaming, ahead): outputs and shares of elements first to last."""
         op, kinds, width = self.op, self.kinds, self.width
         target = next(f for f in kinds.writes._fields if f != op.keep)
-        m_shape, exact = self.numbers[-1], self.work.exact
 
         def given_out(w: Writer, row: Arrays, offset: Any, i: Any, k: Any, m: Any, count: Any) -> Any:
             e, c = self.element(w, row, i, count, False), self.columns(w, row.columns, offset, i, count)

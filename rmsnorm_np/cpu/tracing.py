@@ -16,7 +16,8 @@ from llvmlite import ir
 from numba.core import config, types
 from numba.core.extending import intrinsic, models, register_model
 
-from rmsnorm_np.cpu.vector import Leaf, Number, Writer
+from rmsnorm_np.cpu.shapes import Leaf, leaves, rebuilt, shape_of
+from rmsnorm_np.cpu.vector import Number, Writer
 
 
 class Traced(types.Type):  # type: ignore[misc]
@@ -31,31 +32,6 @@ class Traced(types.Type):  # type: ignore[misc]
 class _TracedModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Traced) -> None:
         super().__init__(manager, kind, ir.LiteralStructType([leaf.llvm for leaf in leaves(kind.shape)]))
-
-
-def shape_of(value: Any) -> Any:
-    """The value with a `Leaf` in place of each number."""
-    if isinstance(value, tuple):
-        return _like(value, [shape_of(item) for item in value])
-    return None if value is None else Leaf.of(value.value)
-
-
-def leaves(value: Any) -> list[Any]:
-    """What is at the ends of nested records, None left out."""
-    if isinstance(value, tuple) and not isinstance(value, Leaf):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [] if value is None else [value]
-
-
-def rebuilt(shape: Any, found: list[Any]) -> Any:
-    """The record of this shape whose leaves are found; takes them from the list."""
-    if shape is None:
-        return None
-    return found.pop(0) if isinstance(shape, Leaf) else _like(shape, [rebuilt(item, found) for item in shape])
-
-
-def _like(record: Any, items: list[Any]) -> Any:
-    return type(record)(*items) if hasattr(record, "_fields") else tuple(items)
 
 
 def tried(formula: Callable[..., Any], *shapes: Any) -> Any:

@@ -28,7 +28,8 @@ from llvmlite import ir
 
 from rmsnorm_np.cpu import llvm
 from rmsnorm_np.cpu.llvm import DOUBLE, FLOAT, I16, I32, I64
-from rmsnorm_np.ops.primitives import Pair, is_pair, rounded
+from rmsnorm_np.cpu.shapes import SCALAR, Leaf, leaves, rebuilt
+from rmsnorm_np.ops.primitives import Pair, is_pair, plus, rounded
 
 LANES = 8  # of float64: one AVX-512 register, two AVX2 registers
 
@@ -36,25 +37,6 @@ STORED = {"float16": I16, "bfloat16": I16, "float32": FLOAT, "float64": DOUBLE}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
-class Leaf(NamedTuple):
-    """What a number is in LLVM: its type, and how many of them a vector holds (0: it is no vector)."""
-
-    element: str
-    count: int
-
-    @classmethod
-    def of(cls, value: Any) -> Leaf:
-        """The leaf of an LLVM value."""
-        element = value.type.element if isinstance(value.type, ir.VectorType) else value.type
-        return cls("f32" if element == FLOAT else "f64", getattr(value.type, "count", 0))
-
-    @property
-    def llvm(self) -> Any:
-        element = FLOAT if self.element == "f32" else DOUBLE
-        return ir.VectorType(element, self.count) if self.count else element
-
-
-SCALAR = Leaf("f64", 0)
 
 
 class Work(NamedTuple):
@@ -215,6 +197,10 @@ class Writer:
     def constant(self, leaf: Leaf, number: float) -> Number:
         return Number(self.builder, ir.Constant(leaf.llvm, [number] * leaf.count if leaf.count else number))
 
+    def zeros(self, shape: Any) -> Any:
+        """A record of this shape, all of it zero."""
+        return rebuilt(shape, [self.constant(leaf, 0.0) for leaf in leaves(shape)])
+
     def before(self, count: Any, width: int) -> Condition | None:
         """Where a lane's number is below count; None for None."""
         return None if count is None else Condition(self.builder, llvm.mask(self.builder, count, width))
@@ -297,8 +283,6 @@ class Writer:
 
     def across(self, number: Any) -> Any:
         """The sum over the lanes in float64, by halves: 8 to 4 to 2 to 1."""
-        from rmsnorm_np.ops.primitives import plus
-
         b = self.builder
         if is_pair(number):
             parts = [number.head, number.tail]

@@ -1,0 +1,142 @@
+"""What kernels are handed: the pointers and numbers of a call, and memory of their own."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.extending import intrinsic
+
+from rmsnorm_np.cpu.row import STORAGE, Arrays, Kinds, given
+from rmsnorm_np.cpu.tracing import step
+from rmsnorm_np.cpu.vector import Writer
+
+
+class Size(NamedTuple):
+    """The numbers of a call: rows of n elements, k of them in the RMS (None: n).
+
+    eps: a number, or an array with one for each row. m: rows of the totals; weight_m, bias_m: of weight and bias, where
+    row r uses row r % weight_m. chunks: how many units share a row of the totals. block: rows in a block. streaming:
+    whether to write past the cache.
+    """
+
+    rows: Any
+    n: Any
+    k: Any
+    eps: Any
+    offset: Any
+    m: Any
+    weight_m: Any
+    bias_m: Any
+    chunks: Any
+    block: Any
+    streaming: Any
+
+
+@intrinsic
+def counters(typing_context, count):
+    """Room on the stack for so many int64, all zero. Stack that a loop asks for is not given back before the end."""
+
+    def codegen(context, builder, signature, args):
+        room = builder.alloca(ir.IntType(64), args[0])
+        cgutils.memset(builder, room, builder.mul(args[0], ir.Constant(args[0].type, 8)), 0)
+        return room
+
+    return types.CPointer(types.int64)(count), codegen
+
+
+@intrinsic
+def add_atomically(typing_context, numbers, i, number):
+    """Add to the int64 in place i while no other thread does; returns what it was before."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), args[2], "monotonic")
+
+    return types.int64(numbers, i, number), codegen
+
+
+@intrinsic
+def pointers(typing_context, record):
+    """A record of arrays as one of pointers to their first elements. Pointers count no references: passing an array to
+    a function costs two atomic additions, on one cache line for all threads (measured: 6 times slower at n = 64).
+    """
+
+    def kind_of(kind):
+        if isinstance(kind, types.NoneType):
+            return types.none
+        if isinstance(kind, types.Array):
+            return types.CPointer(kind.dtype)
+        return types.NamedTuple([kind_of(k) for k in kind], kind.instance_class)
+
+    def found(context, builder, kind, value):
+        if isinstance(kind, types.NoneType):
+            return context.get_dummy_value()
+        if isinstance(kind, types.Array):
+            return context.make_array(kind)(context, builder, value=value).data
+        items = [found(context, builder, k, builder.extract_value(value, j)) for j, k in enumerate(kind)]
+        return context.make_tuple(builder, kind_of(kind), items)
+
+    def codegen(context, builder, signature, args):
+        return found(context, builder, record, args[0])
+
+    return kind_of(record)(record), codegen
+
+
+def room_for(size):
+    """A step: room on the stack for so many float64."""
+
+    def body(w: Writer) -> Any:
+        with w.builder.goto_entry_block():  # not cgutils.alloca_once, which would fill it with zeros at each call
+            room = w.builder.alloca(ir.ArrayType(ir.DoubleType(), size))
+        return w.builder.bitcast(room, ir.DoubleType().as_pointer())
+
+    return step(body, types.CPointer(types.float64))
+
+
+def pointer_types(kinds: Kinds) -> Any:
+    """Numba's type of `Arrays` of these kinds."""
+    record = lambda names, kind_of: types.NamedTuple(  # noqa: E731
+        [types.none if name is None else types.CPointer(kind_of(name)) for name in names], type(names)
+    )
+    stored = STORAGE.__getitem__
+    parts = (
+        record(kinds.reads, stored),
+        record(kinds.columns, stored),
+        record(kinds.writes, stored),
+        record(kinds.totals, lambda _: types.float64),
+    )
+    return types.NamedTuple(parts, Arrays)
+
+
+def moved(kinds: Kinds) -> Any:
+    """A step: moved(arrays, start, weight_start, bias_start, total_start), the pointers from these elements on."""
+
+    def body(w: Writer, arrays: Arrays, start: Any, weight: Any, bias: Any, total: Any) -> Arrays:
+        by = lambda record, place: given(record, lambda data: w.pointer(data, place))  # noqa: E731
+        columns = arrays.columns
+        columns = columns._replace(
+            weight=None if columns.weight is None else w.pointer(columns.weight, weight),
+            bias=None if columns.bias is None else w.pointer(columns.bias, bias),
+        )
+        return Arrays(by(arrays.reads, start), columns, by(arrays.writes, start), by(arrays.totals, total))
+
+    return step(body, pointer_types(kinds))
+
+
+def clearer() -> Any:
+    """A step: clear(totals, start, n), n float64 of each from start on."""
+
+    def body(w: Writer, totals: Any, start: Any, n: Any) -> None:
+        size = w.builder.mul(n, ir.Constant(n.type, 8))
+        given(totals, lambda data: cgutils.memset(w.builder, w.pointer(data, start), size, 0))
+
+    return step(body)
+
+
+@intrinsic
+def hold(typing_context, array):
+    """Keep the memory of an array that a kernel made for itself until here, where its pointers were used last. Compiled
+    code gives it back after the last line that names the array, and a pointer does not.
+    """
+    return types.none(array), lambda context, builder, signature, args: context.get_dummy_value()

@@ -1,0 +1,70 @@
+"""The compiled kernels of this process, one for each operation and each combination of dtypes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rmsnorm_np.cpu.arrays import Size
+from rmsnorm_np.cpu.jit import compiled
+from rmsnorm_np.cpu.long_rows import long_kernel
+from rmsnorm_np.cpu.row import Arrays, Kinds, given
+from rmsnorm_np.cpu.schedule import BLOCK_ELEMENTS, adding_kernel, rows_kernel
+from rmsnorm_np.ops.operation import Columns, Totals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rmsnorm_np.ops.operation import Operation
+
+entries: dict[Any, Entry] = {}
+_adders: dict[str, Callable[..., Any]] = {}
+
+
+class Entry:
+    """A kernel, and what a call needs to know of it. Two calls with one key have arguments of the same types."""
+
+    __slots__ = ("block_elements", "code", "kinds", "long", "marks")
+
+    def __init__(self, kinds: Kinds, long: bool) -> None:
+        self.kinds, self.long, self.marks = kinds, long, kinds.marks
+        self.block_elements = BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1)
+        self.code: Callable[..., int] | None = None
+
+    def compile(self, args: tuple[Any, ...]) -> Callable[..., int]:
+        """The machine code, for arguments of the types of these."""
+        (reads, columns, writes, partials), totals, size, *rest = args
+        kinds = self.kinds
+        operation = kinds.operation
+        arrays = Arrays(operation.Reads(*reads), Columns(*columns), operation.Writes(*writes), Totals(*partials))
+        label = " ".join(map(str, (operation.name, *kinds[1:], self.long)))
+        make = long_kernel if self.long else rows_kernel
+        typed = arrays, Totals(*totals), Size(*size), *rest
+        self.code = compiled(label, lambda: make(kinds), typed)
+        return self.code
+
+
+def entry(
+    key: Any, operation: Operation, reads: Any, columns: Any, writes: Any, totals: Any
+) -> Entry:
+    """A new entry, for arrays of these dtypes; key ends with whether rows are long, and the type of eps."""
+
+    def names(record: Any) -> Any:
+        return given(record, lambda array: array.dtype.name)
+
+    first_k, long, row_eps = not key[-4], key[-2], key[-1] is not float
+    kinds = Kinds(
+        operation, names(operation.Reads(*reads)), names(Columns(*columns[:2])), names(operation.Writes(*writes)),
+        names(Totals(*totals)), first_k, row_eps,
+    )  # fmt: skip
+    kinds = kinds._replace(marks=kinds.work.name != "double" and not row_eps)
+    entries[key] = found = Entry(kinds, long)
+    return found
+
+
+def add_rows(partial: Any, total: Any, name: str, threads: int) -> None:
+    """Rows h, h + m, … of the partial sums, added in this order, are row h of the total, whose dtype has this name."""
+    code = _adders.get(name)
+    args = partial, total, threads
+    if code is None:
+        code = _adders[name] = compiled(f"add_rows {name}", lambda: adding_kernel(name), args)
+    code(*args)

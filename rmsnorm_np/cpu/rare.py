@@ -1,0 +1,105 @@
+"""Rows whose sums leave the range of the type they are computed in: gathered, brought into the range, run once more.
+
+Rows of 16-bit floats, which the engine computes in float32, are copied to float32 and so computed in float64. A row of
+float64 is scaled by a power of two, which is exact, and eps by its square: the norm of s·x with eps·s² is the norm of x
+with eps. The scale makes the root mean square lie between 1 and 2, so neither xhat nor a product of dy and rstd leaves
+the range unless the result does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from rmsnorm_np.ops.operation import Columns, Operation, Totals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def groups(marks: Any, columns: Columns, m: int) -> Iterator[tuple[int, Any, Columns]]:
+    """(h, numbers of the marked rows that share row h of the totals, their columns)."""
+    rows = np.flatnonzero(marks)
+    for h in np.unique(rows % m):
+        own = [None if a is None else a[h % len(a)][None] for a in (columns.weight, columns.bias)]
+        yield int(h), rows[rows % m == h], columns._replace(weight=own[0], bias=own[1])
+
+
+@np.errstate(all="ignore")
+def in_range(operation: Operation, x: Any, k: int, eps: float) -> tuple[Any, Any, Any]:
+    """x · 2**e, e (rows, 1), and eps · 4**e for each row (rows,). x is float64, and ours to change."""
+    if operation.recentring:  # less its first element, if no element is so far away that the difference is rounded
+        first = x[:, :1].copy()
+        near = (np.abs(x - first) <= 0.5 * np.abs(first)).all(axis=1)  # Sterbenz' lemma
+        x[near] -= first[near]
+    inside = x[:, :k]
+    largest = np.fmax(np.fmax.reduce(np.abs(inside), axis=1, keepdims=True), np.sqrt(eps))
+    e = _exponent(largest)
+    inside = np.ldexp(inside, e)
+    if operation.recentring:
+        inside = inside - np.mean(inside, axis=1, keepdims=True)
+    e += _exponent(np.sqrt(np.mean(inside * inside, axis=1, keepdims=True) + _scaled_eps(eps, e))) + 1
+    return np.ldexp(x, e), e, _scaled_eps(eps, e)[:, 0]
+
+
+def _exponent(size: Any) -> Any:
+    """What brings sizes between 1/2 and 1; 0 for what is zero, infinite or NaN."""
+    ordinary = np.isfinite(size) & (size > 0)
+    return np.where(ordinary, np.minimum(-np.frexp(size)[1], 1023), 0)
+
+
+def _scaled_eps(eps: float, e: Any) -> Any:
+    return np.ldexp(np.ldexp(eps, e), e)
+
+
+class Call(NamedTuple):
+    """A call whose rows left the range. k, eps: as the engine has them; marks: 1 for each of those rows."""
+
+    operation: Operation
+    reads: Any
+    columns: Columns
+    k: int
+    eps: float
+    marks: Any
+
+
+def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
+    """The rows of y that are marked. run(call) gives y of rows that need no marks."""
+    x = call.reads[0]
+    m = max(1 if a is None else len(a) for a in call.columns[:2])
+    for _, rows, own in groups(call.marks, call.columns, m):
+        chosen, eps = x[rows], call.eps
+        if x.itemsize == 2:
+            chosen = chosen.astype(np.float32)
+        else:
+            chosen, _, eps = in_range(call.operation, chosen, call.k, eps)
+        y[rows] = run(call._replace(reads=type(call.reads)(chosen), columns=own, eps=eps, marks=None))
+
+
+@np.errstate(all="ignore")
+def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
+    """The rows of dx that are marked; returns their shares of dweight and dbias, float64 (m, n).
+
+    run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. dy is scaled for dx, but
+    not for dweight: xhat does not depend on the scale of x, and there a large dy meets small ones of other rows.
+    """
+    x, dy, dh = call.reads
+    totals = Totals(*(None if a is None else np.zeros((m, x.shape[1])) for a in call.columns[:2]))
+    for h, rows, own in groups(call.marks, call.columns, m):
+        scaled, e, eps = in_range(call.operation, x[rows], call.k, call.eps)
+        gradient = dy[rows].astype(np.float64)
+        d = _exponent(np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True))
+        further = None if dh is None else np.ldexp(dh[rows].astype(np.float64), d - e)
+        fits = np.True_ if further is None else np.isfinite(further) | ~np.isfinite(dh[rows])
+        own_reads = type(call.reads)(scaled, np.ldexp(gradient, d), None if dh is None else np.where(fits, further, 0.0))
+        own_call = call._replace(reads=own_reads, columns=own, eps=eps, marks=None)
+        result = np.ldexp(run(own_call, False)[0], e - d)
+        dx[rows] = result if dh is None else np.where(fits, result, dh[rows])
+        if any(t is not None for t in totals):
+            found = run(own_call._replace(reads=own_reads._replace(dy=gradient, dh=None)), True)[1]
+            for total, part in zip(totals, found, strict=True):
+                if total is not None:
+                    total[h] = part[0]
+    return totals
