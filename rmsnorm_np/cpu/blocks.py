@@ -25,7 +25,7 @@ def blocks(kinds: Kinds) -> Any:
     has_marks = kinds.marks
     ordinary, trivial = program.tests()
 
-    eps_of = inlined((lambda eps, row: eps[row]) if kinds.row_eps else (lambda eps, row: eps))
+    eps_of = program.eps_of()
 
     @inlined
     def row_at(arrays, size, r, total_start):

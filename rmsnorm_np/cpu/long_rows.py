@@ -39,6 +39,7 @@ def measured(kinds: Kinds, program: Program, s: int) -> Any:
     put_part, get_part = program.put(sums, 0), program.get(sums, 0)
     put, find = program.put(sums, program.places[2 * s]), program.find_numbers(s)
     add, zero = program.adding(s)
+    eps_of = program.eps_of()
     stops_at_k = kinds.operation.stages[s].first_k and kinds.first_k
 
     @piece
@@ -58,7 +59,7 @@ def measured(kinds: Kinds, program: Program, s: int) -> Any:
         for j in range(segments):
             total = add((total, get_part((parts, segments, j))))
         put((numbers, size.rows, r, total))
-        find((numbers, size.rows, r, size.n, size.k, size.eps))
+        find((numbers, size.rows, r, size.n, size.k, eps_of(size.eps, r)))
 
     return measure
 
@@ -69,7 +70,7 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
 
     No partial sums stand between: at this n those would cost more traffic than reading x and dy again.
     """
-    move, clear, write = moved(kinds), clearer(), program.write()[1]
+    move, clear, write = moved(kinds._replace(totals=Totals())), clearer(), program.write()[1]
     room, get_numbers = room_for(2 * TILE), program.get_numbers(len(kinds.operation.stages) - 1)
     plain = Work("double", LANES)
     tile_type = types.NamedTuple(
@@ -118,11 +119,12 @@ def long_kernel(kinds: Kinds) -> Any:
     Without totals each row is finished before the next. With totals, first the sums of all rows, then the columns; not
     if rows were marked.
     """
-    program, move = Program(kinds), moved(kinds)
+    program, move = Program(kinds), moved(kinds._replace(totals=Totals()))
     stages = len(kinds.operation.stages)
     measure, measure_second = (measured(kinds, program, s) for s in (0, stages - 1))
     two, has_totals, has_marks = stages == 2, any(kinds.totals), kinds.marks
     ordinary, trivial = program.tests()
+    eps_of = program.eps_of()
     get_numbers, write = program.get_numbers(stages - 1), program.write()[1]
     columns = column_sums(kinds, program) if has_totals else None
     count, sums = program.size, max(program.size, 1)
@@ -146,7 +148,7 @@ def long_kernel(kinds: Kinds) -> Any:
             if two:
                 measure_second(row, size, numbers, r, parts, threads)
             if has_marks:
-                found = ordinary((numbers, size.rows, r, size.n, size.k, size.eps))
+                found = ordinary((numbers, size.rows, r, size.n, size.k, eps_of(size.eps, r)))
                 if found < 0 or (found == 0 and not trivial(row.reads, size.n)):
                     marked += marks[r] == 0
                     marks[r] = 1

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+GOAL = 100
+LARGE = 2.0**900  # dy from here on leaves no room for a factor of 2**GOAL
+
+
 def groups(marks: Any, columns: Columns, m: int) -> Iterator[tuple[int, Any, Columns]]:
     """(h, numbers of the marked rows that share row h of the totals, their columns)."""
     rows = np.flatnonzero(marks)
@@ -29,7 +33,10 @@ def groups(marks: Any, columns: Columns, m: int) -> Iterator[tuple[int, Any, Col
 
 @np.errstate(all="ignore")
 def in_range(operation: Operation, x: Any, k: int, eps: float) -> tuple[Any, Any, Any]:
-    """x · 2**e, e (rows, 1), and eps · 4**e for each row (rows,). x is float64, and ours to change."""
+    """x, exponents e (rows, 1) that bring it into the range, and eps (rows,) to go with x · 2**e.
+
+    x is float64, and less its first element where that is exact and makes no difference.
+    """
     if operation.recentring:  # less its first element, if no element is so far away that the difference is rounded
         first = x[:, :1].copy()
         near = (np.abs(x - first) <= 0.5 * np.abs(first)).all(axis=1)  # Sterbenz' lemma
@@ -40,8 +47,8 @@ def in_range(operation: Operation, x: Any, k: int, eps: float) -> tuple[Any, Any
     inside = np.ldexp(inside, e)
     if operation.recentring:
         inside = inside - np.mean(inside, axis=1, keepdims=True)
-    e += _exponent(np.sqrt(np.mean(inside * inside, axis=1, keepdims=True) + _scaled_eps(eps, e))) + 1
-    return np.ldexp(x, e), e, _scaled_eps(eps, e)[:, 0]
+    e += _exponent(np.sqrt(np.mean(inside * inside, axis=1, keepdims=True) + _scaled(eps, e, e))) + 1 + GOAL
+    return x, e, _scaled(eps, e, e)[:, 0]
 
 
 def _exponent(size: Any) -> Any:
@@ -50,8 +57,11 @@ def _exponent(size: Any) -> Any:
     return np.where(ordinary, np.minimum(-np.frexp(size)[1], 1023), 0)
 
 
-def _scaled_eps(eps: float, e: Any) -> Any:
-    return np.ldexp(np.ldexp(eps, e), e)
+def _scaled(numbers: Any, *exponents: Any) -> Any:
+    """numbers · 2**e for each e, one after another: one power of two may be out of range."""
+    for e in exponents:
+        numbers = np.ldexp(numbers, e)
+    return numbers
 
 
 class Call(NamedTuple):
@@ -72,34 +82,42 @@ def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
     for _, rows, own in groups(call.marks, call.columns, m):
         chosen, eps = x[rows], call.eps
         if x.itemsize == 2:
-            chosen = chosen.astype(np.float32)
+            chosen = chosen.astype(np.float32)  # which has the range of both
         else:
-            chosen, _, eps = in_range(call.operation, chosen, call.k, eps)
-        y[rows] = run(call._replace(reads=type(call.reads)(chosen), columns=own, eps=eps, marks=None))
+            chosen, e, eps = in_range(call.operation, chosen, call.k, eps)
+            chosen = np.ldexp(chosen, e)
+        y[rows] = run(call._replace(reads=(chosen, None), columns=own, eps=eps, marks=None))
 
 
 @np.errstate(all="ignore")
 def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
     """The rows of dx that are marked; returns their shares of dweight and dbias, float64 (m, n).
 
-    run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. dy is scaled for dx, but
-    not for dweight: xhat does not depend on the scale of x, and there a large dy meets small ones of other rows.
+    run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. For dx each row of dy is
+    scaled to its size. Not for dweight, where a large dy meets small ones of other rows: xhat has no scale, and dy has
+    the factor of x as long as there is room for it, so that their product with rstd is as large as dy.
     """
     x, dy, dh = call.reads
     totals = Totals(*(None if a is None else np.zeros((m, x.shape[1])) for a in call.columns[:2]))
     for h, rows, own in groups(call.marks, call.columns, m):
-        scaled, e, eps = in_range(call.operation, x[rows], call.k, call.eps)
+        chosen, e, eps = in_range(call.operation, x[rows], call.k, call.eps)
         gradient = dy[rows].astype(np.float64)
-        d = _exponent(np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True))
+        largest = np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True)
+        ready = call._replace(columns=own, eps=eps, marks=None)
+        d = _exponent(largest)
         further = None if dh is None else np.ldexp(dh[rows].astype(np.float64), d - e)
         fits = np.True_ if further is None else np.isfinite(further) | ~np.isfinite(dh[rows])
-        own_reads = type(call.reads)(scaled, np.ldexp(gradient, d), None if dh is None else np.where(fits, further, 0.0))
-        own_call = call._replace(reads=own_reads, columns=own, eps=eps, marks=None)
-        result = np.ldexp(run(own_call, False)[0], e - d)
+        reads = np.ldexp(chosen, e), np.ldexp(gradient, d), None if dh is None else np.where(fits, further, 0.0)
+        result = np.ldexp(run(ready._replace(reads=reads), False)[0], e - d)
         dx[rows] = result if dh is None else np.where(fits, result, dh[rows])
-        if any(t is not None for t in totals):
-            found = run(own_call._replace(reads=own_reads._replace(dy=gradient, dh=None)), True)[1]
-            for total, part in zip(totals, found, strict=True):
-                if total is not None:
-                    total[h] = part[0]
+        large = largest[:, 0] >= LARGE
+        for some, goal in ((~large, GOAL), (large, 0)):
+            if any(t is not None for t in totals) and some.any():
+                e_some = e[some] - GOAL + goal
+                reads = np.ldexp(chosen[some], e_some), np.ldexp(gradient[some], goal), None
+                eps_some = np.ldexp(eps[some], 2 * (goal - GOAL))
+                shares = run(ready._replace(reads=reads, eps=eps_some), True)[1]
+                for total, share in zip(totals, shares, strict=True):
+                    if total is not None:
+                        total[h] += np.ldexp(share[0], -goal)
     return totals

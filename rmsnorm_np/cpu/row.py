@@ -244,6 +244,10 @@ class Program:
 
         return step(body)
 
+    def eps_of(self) -> Any:
+        """eps(size.eps, row)"""
+        return inlined((lambda eps, row: eps[row]) if self.kinds.row_eps else (lambda eps, row: eps))
+
     def tests(self) -> tuple[Any, Any]:
         """`is_ordinary` and `is_trivial`, where rows are marked."""
         if self.kinds.marks:

@@ -99,7 +99,7 @@ def y(h: Any, m: Numbers, c: Columns, inside: Any) -> Writes:
 
 
 def extent(s: Any, n: Any, k: Any, eps: Any, m: Mean) -> Extent:
-    v = rounded(variance(s, n, m))  # in subnormal numbers h - mean is not exact
+    v = over(rounded(s.squares), n)  # up to twice the variance; in subnormal numbers h - mean is not exact
     return Extent((v + eps,), (v,))
 
 
