@@ -323,7 +323,17 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
         and axis == -1
         and (weight is None or (_is_ordinary(weight) and weight.shape == (n,)))
         and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
-        and _are_ordinary(reads, out, (weight, bias))
+        and ((a := reads[1]) is None or (_is_ordinary(a) and a.shape == shape))
+        and (len(reads) == 2 or (b := reads[2]) is None or (_is_ordinary(b) and b.shape == shape))
+        and (out[0] is None or _is_ordinary_out(out[0], x, reads, (weight, bias)))
+        and (
+            len(out) == 1
+            or out[1] is None
+            or (
+                _is_ordinary_out(out[1], a, reads, (weight, bias))
+                and not (out[0] is not None and np.may_share_memory(*out))
+            )
+        )
     ):
         k = n if type(p) is float and p == 1.0 else elements_in_rms(n, p)
         if not (type(eps) is float and 0.0 <= eps < _INFINITY):
@@ -344,18 +354,11 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, restore
 
 
-def _are_ordinary(reads: tuple[Any, ...], out: tuple[Any, ...], parameters: tuple[Any, Any]) -> bool:
-    """Whether all arrays beside the first are ordinary, and an engine may write straight to those of out."""
-    shape = reads[0].shape
-    for a in reads[1:]:
-        if a is not None and not (_is_ordinary(a) and a.shape == shape):
-            return False
-    for a, like in zip(out, reads, strict=False):
-        if a is not None and not (
-            _is_ordinary(a) and a.shape == shape and a.dtype == like.dtype and may_write(a, reads, parameters)
-        ):
-            return False
-    return not (len(out) > 1 and out[0] is not None and out[1] is not None and np.may_share_memory(*out))
+def _is_ordinary_out(out: Any, like: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any]) -> bool:
+    """Whether an engine may write straight to out a result that has the shape and dtype of another array."""
+    return bool(
+        _is_ordinary(out) and out.shape == like.shape and out.dtype == like.dtype and may_write(out, reads, parameters)
+    )
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:

@@ -64,12 +64,18 @@ def _load(backend: str) -> ModuleType:
     return engine
 
 
-def run(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> tuple[Any, Any]:
-    """One call, given as the items of `_arguments.Call`: (outputs, gradients of the parameters) in their public shapes."""
+def forward(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> Any:
+    """The outputs of a call, given as the items of `_arguments.Call`."""
     reads, parameters, out, k, eps, restore = engine.arguments.engine_arguments(call)
-    results, totals = engine.run(operation, reads, parameters, out, k, eps)
-    if restore is not None:
-        results = restore(results)
-    if operation.share is not None:
-        totals = map(engine.arguments.restore_parameter, totals, call[2][:2])
-    return results, totals
+    results = engine.forward(operation, reads, parameters, out, k, eps)
+    return results if restore is None else restore(results)
+
+
+def backward(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> Any:
+    """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias."""
+    arguments = engine.arguments
+    reads, parameters, out, k, eps, restore = arguments.engine_arguments(call)
+    results, (dweight, dbias) = engine.backward(operation, reads, parameters, out, k, eps)
+    (dx,) = results if restore is None else restore(results)
+    weight, bias, _ = call[2]
+    return dx, arguments.restore_parameter(dweight, weight), arguments.restore_parameter(dbias, bias)

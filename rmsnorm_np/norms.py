@@ -132,7 +132,7 @@ def rms_norm(
     if engine is reference:
         return reference.rms_norm(x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out)
     call = _X, (x, None), (weight, bias, weight_offset), (out, None), eps, p, axis
-    y: Array = _backends.run(engine, RMS_NORM, call)[0][0]
+    y: Array = _backends.forward(engine, RMS_NORM, call)[0]
     return y
 
 
@@ -212,8 +212,7 @@ def rms_norm_backward(
             dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out
         )
     call = _X_DY, (x, dy, None), (weight, bias, weight_offset), (out,), eps, p, axis
-    (dx,), (dweight, dbias) = _backends.run(engine, RMS_NORM_BACKWARD, call)
-    return RMSNormGrads(dx, dweight, dbias)
+    return RMSNormGrads(*_backends.backward(engine, RMS_NORM_BACKWARD, call))
 
 
 def layer_norm(
@@ -272,7 +271,7 @@ def layer_norm(
     if engine is reference:
         return reference.layer_norm(x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out)
     call = _X, (x, None), (weight, bias, weight_offset), (out, None), eps, 1.0, axis
-    y: Array = _backends.run(engine, LAYER_NORM, call)[0][0]
+    y: Array = _backends.forward(engine, LAYER_NORM, call)[0]
     return y
 
 
@@ -337,5 +336,4 @@ def layer_norm_backward(
             dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out
         )
     call = _X_DY, (x, dy, None), (weight, bias, weight_offset), (out,), eps, 1.0, axis
-    (dx,), (dweight, dbias) = _backends.run(engine, LAYER_NORM_BACKWARD, call)
-    return LayerNormGrads(dx, dweight, dbias)
+    return LayerNormGrads(*_backends.backward(engine, LAYER_NORM_BACKWARD, call))

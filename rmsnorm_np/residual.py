@@ -90,7 +90,7 @@ def add_rms_norm(
         )  # fmt: skip
     _arguments.check_given("residual", residual)
     call = _FORWARD, (x, residual), (weight, bias, weight_offset), (out, residual_out), eps, p, axis
-    return AddNorm(*_backends.run(engine, RMS_NORM, call)[0])
+    return AddNorm(*_backends.forward(engine, RMS_NORM, call))
 
 
 def add_rms_norm_backward(
@@ -151,7 +151,7 @@ def add_rms_norm_backward(
     >>> from rmsnorm_np import add_rms_norm_backward
     >>> dy, h = np.array([[1.0, 0.0]]), np.array([[3.0, 4.0]])
     >>> add_rms_norm_backward(dy, np.ones((1, 2)), h, eps=0.0).dx
-    array([[1.18101934, 0.8642655 ]])
+    array([[1.18101934, 0.8642355 ]])
     """
     engine = _backends.select(h, backend)
     if engine is reference:
@@ -160,8 +160,7 @@ def add_rms_norm_backward(
         )
     _arguments.check_given("dy", dy)
     call = _BACKWARD, (h, dy, dh), (weight, bias, weight_offset), (out,), eps, p, axis
-    (dx,), (dweight, dbias) = _backends.run(engine, RMS_NORM_BACKWARD, call)
-    return RMSNormGrads(dx, dweight, dbias)
+    return RMSNormGrads(*_backends.backward(engine, RMS_NORM_BACKWARD, call))
 
 
 def add_layer_norm(
@@ -235,7 +234,7 @@ def add_layer_norm(
         )  # fmt: skip
     _arguments.check_given("residual", residual)
     call = _FORWARD, (x, residual), (weight, bias, weight_offset), (out, residual_out), eps, 1.0, axis
-    return AddNorm(*_backends.run(engine, LAYER_NORM, call)[0])
+    return AddNorm(*_backends.forward(engine, LAYER_NORM, call))
 
 
 def add_layer_norm_backward(
@@ -304,5 +303,4 @@ def add_layer_norm_backward(
         )
     _arguments.check_given("dy", dy)
     call = _BACKWARD, (h, dy, dh), (weight, bias, weight_offset), (out,), eps, 1.0, axis
-    (dx,), (dweight, dbias) = _backends.run(engine, LAYER_NORM_BACKWARD, call)
-    return LayerNormGrads(dx, dweight, dbias)
+    return LayerNormGrads(*_backends.backward(engine, LAYER_NORM_BACKWARD, call))

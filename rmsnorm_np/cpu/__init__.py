@@ -13,15 +13,14 @@ import numpy as np
 from rmsnorm_np import _arguments as arguments
 from rmsnorm_np._threads import get_num_threads
 from rmsnorm_np.cpu import cache, kernel, long_rows, memory, rare, threads
-from rmsnorm_np.cpu.row import BLOCK
-from rmsnorm_np.ops.operation import Columns, Totals
+from rmsnorm_np.ops.operation import Columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rmsnorm_np.ops.operation import Operation
 
-__all__ = ["arguments", "describe", "run", "warmup"]
+__all__ = ["arguments", "backward", "describe", "forward", "warmup"]
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
@@ -31,22 +30,17 @@ SCALE_BYTES = 1 << 14  # times as fast), if that takes no more than half of a fi
 _BITS = np.dtype(np.uint16)  # Numba has no 16-bit floats on CPUs: the kernels see their bits
 
 
-def run(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Any]:
+# Both functions take the operation's records as plain tuples, which Python makes in a tenth of the time.
+
+_NO_TOTALS = (None, None)
+
+
+def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any) -> tuple[Any, Any]:
     """Run an operation on rows: reads (rows, n); weight and bias (m, n), where row r uses row r % m.
 
-    reads, columns and out are the operation's records, as plain tuples, which Python makes faster. out: arrays to write
-    to, or None. What the operation keeps is written where a second array is read. Returns the outputs, and the
-    operation's sums over rows in the shapes of weight and bias.
+    out: arrays to write to, or None. What the operation keeps is written where a second array is read. eps: a number,
+    or one for each row, then no row may leave the range.
     """
-    if operation.share is None:
-        return _forward(operation, reads, columns, out, k, eps), _NO_TOTALS
-    return _backward(operation, reads, columns, out, k, eps)
-
-
-_NO_TOTALS = Totals()
-
-
-def _forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any) -> tuple[Any, Any]:
     x, residual = reads
     weight, bias, offset = columns
     y, h = out
@@ -68,69 +62,87 @@ def _forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, e
         operation.name, x.dtype, residual is None or residual.dtype, weight is None or weight.dtype,
         bias is None or bias.dtype, k == n, offset != 0.0, n > long_rows.LONG_ROW, type(eps),
     )  # fmt: skip
-    entry = kernel.entries.get(key) or kernel.entry(key, operation, reads, columns, (y, h), _NO_TOTALS)
+    entry = kernel.entries.get(key)
+    if entry is None:
+        entry = kernel.entry(key, operation, reads, columns, (y, h), _NO_TOTALS)
     marks = np.zeros(rows, np.uint8) if entry.marks else None
-    block = min(BLOCK, max(1, entry.block_elements // n))
-    args = (
-        (_stored_all(reads), (_stored(weight), _stored(bias), None), (_stored(y), _stored(h)), _NO_TOTALS),
-        _NO_TOTALS,
-        (rows, n, None if k == n else k, eps, offset or None, 1, 1 if weight is None else len(weight),
-         1 if bias is None else len(bias), -(-rows // block), block, streaming),
-        marks,
-        on_threads,
-    )  # fmt: skip
-    if (entry.code or entry.compile(args))(*args):
+    arrays: Any = reads, (weight, bias, None), (y, h), _NO_TOTALS
+    if entry.halves:
+        arrays = tuple(map(_stored_all, arrays))
+    settings = None if k == n else k, eps, offset or None, streaming, 1, 1
+    if entry.code(arrays, _NO_TOTALS, settings, marks, on_threads):
         call = rare.Call(operation, operation.Reads(x if h is None else h), Columns(*columns), k, eps, marks)
         rare.forward(_forward_unmarked, call, y)
     return y, h
 
 
 def _forward_unmarked(call: rare.Call) -> Any:
-    return _forward(call.operation, call.reads, call.columns, (None, None), call.k, call.eps)[0]
+    return forward(call.operation, call.reads, call.columns, (None, None), call.k, call.eps)[0]
 
 
-def _backward(
+def backward(
     operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any, totals: Any = None
-) -> tuple[Any, Totals]:
-    """totals: what to add the sums over rows up in; None for arrays like weight and bias."""
+) -> tuple[Any, Any]:
+    """Run an operation that adds up shares over rows; returns its outputs and these sums. Arguments as in `forward`.
+
+    totals: what to add the shares up in; None for arrays like weight and bias.
+    """
     x = reads[0]
     rows, n = x.shape
     weight, bias, offset = columns
-    dx = memory.empty(x.shape, x.dtype, *(a for a in reads if a is not None)) if out[0] is None else out[0]
+    dx = out[0]
+    if dx is None:
+        dx = memory.empty(x.shape, x.dtype, *(a for a in reads if a is not None))
     if totals is None:
-        totals = Totals(*(None if a is None else memory.empty(a.shape, a.dtype) for a in (weight, bias)))
+        totals = (
+            None if weight is None else memory.empty(weight.shape, weight.dtype),
+            None if bias is None else memory.empty(bias.shape, bias.dtype),
+        )
+    dweight, dbias = totals
     if rows == 0:
         for total in totals:
             if total is not None:
                 total[...] = 0
         return (dx,), totals
     weight_m = 1 if weight is None else len(weight)
-    m = max([weight_m, *(len(total) for total in totals if total is not None)])
-    if weight is not None:
+    m = max(weight_m, 1 if dweight is None else len(dweight), 1 if dbias is None else len(dbias))
+    if weight is not None and x.itemsize == 2:
         weight, offset = _scale(x, weight, offset)
     long = n > long_rows.LONG_ROW
-    sums = [t if t is None or not long or len(t) == m else np.empty((m, n)) for t in totals]
-    chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
-    partials = Totals(*(None if t is None or long else np.empty((chunks * m, n)) for t in totals))
+    if long:
+        chunks, partials = 1, _NO_TOTALS
+        sums = tuple(t if t is None or len(t) == m else np.empty((m, n)) for t in totals)
+    else:
+        chunks = min(CHUNKS // m or 1, rows // m // ROWS_PER_CHUNK or 1)
+        room = chunks * m, n
+        sums = totals
+        partials = None if dweight is None else np.empty(room), None if dbias is None else np.empty(room)
     key = (
-        operation.name, *(a is None or a.dtype for a in (*reads, weight, *sums)), k == n, offset != 0.0, long, type(eps),
+        operation.name, x.dtype, reads[1].dtype, reads[2] is None or reads[2].dtype, weight is None or weight.dtype,
+        sums[0] is None or sums[0].dtype, sums[1] is None or sums[1].dtype, k == n, offset != 0.0, long, type(eps),
     )  # fmt: skip
     own = weight, None, offset
-    entry = kernel.entries.get(key) or kernel.entry(key, operation, reads, own, (dx,), Totals(*sums))
+    entry = kernel.entries.get(key)
+    if entry is None:
+        entry = kernel.entry(key, operation, reads, own, (dx,), sums)
     marks = np.zeros(rows, np.uint8) if entry.marks else None
-    block = min(BLOCK, max(1, entry.block_elements // n))
-    size = (rows, n, None if k == n else k, eps, offset or None, m, weight_m, 1, chunks, block, memory.streams(dx))
-    arrays = _stored_all(reads), (_stored(weight), None, None), (_stored(dx),), partials
+    settings = None if k == n else k, eps, offset or None, memory.streams(dx), m, chunks
     on_threads = threads.choose(x.size)
-    args = arrays, _stored_all(sums), size, marks, on_threads
-    if (entry.code or entry.compile(args))(*args):
+    arrays: Any = reads, (weight, None, None), (dx,), partials
+    stored_sums: Any = sums
+    if entry.halves:
+        arrays, stored_sums = tuple(map(_stored_all, arrays)), _stored_all(sums)
+    if entry.code(arrays, stored_sums, settings, marks, on_threads):
         if long and any(t is not None for t in sums):  # as rows were marked, they are not added up yet
-            sums = [None if t is None else np.empty((m, n)) for t in totals]
-            entry = kernel.entry(("again", *key), operation, reads, own, (dx,), Totals(*sums))
-            entry.compile(args := (arrays, tuple(sums), size, marks, on_threads))(*args)
+            sums = tuple(None if t is None else np.empty((m, n)) for t in totals)
+            entry = kernel.entry(("again", *key), operation, reads, own, (dx,), sums)
+            entry.code(arrays, tuple(sums), settings, marks, on_threads)
         call = rare.Call(operation, operation.Reads(*reads), Columns(*columns), k, eps, marks)
         shares = rare.backward(_backward_unmarked, call, dx, m)
-        sums = [t if t is None else np.concatenate(parts) for t, *parts in zip(totals, sums if long else partials, shares, strict=True)]
+        sums = tuple(
+            t if t is None else np.concatenate(parts)
+            for t, *parts in zip(totals, sums if long else partials, shares, strict=True)
+        )
     elif not long:
         return (dx,), totals
     for total, rows_of_sums in zip(totals, sums, strict=True):
@@ -139,10 +151,10 @@ def _backward(
     return (dx,), totals
 
 
-def _backward_unmarked(call: rare.Call, with_totals: bool) -> tuple[Any, Totals]:
+def _backward_unmarked(call: rare.Call, with_totals: bool) -> tuple[Any, Any]:
     n = call.reads[0].shape[1]
-    totals = Totals(*(np.empty((1, n)) if with_totals and a is not None else None for a in call.columns[:2]))
-    (dx,), totals = _backward(call.operation, call.reads, call.columns, (None,), call.k, call.eps, totals)
+    totals = tuple(np.empty((1, n)) if with_totals and a is not None else None for a in call.columns[:2])
+    (dx,), totals = backward(call.operation, call.reads, call.columns, (None,), call.k, call.eps, totals)
     return dx, totals
 
 
@@ -153,7 +165,7 @@ def _scale(x: Any, weight: Any, weight_offset: float) -> tuple[Any, float]:
     Not where it would crowd the row out of the first-level cache. Forward, and in float32, each row does it faster.
     """
     rows, n = x.shape
-    if x.itemsize != 2 or rows < SCALED_ROWS or 8 * n > SCALE_BYTES:
+    if rows < SCALED_ROWS or 8 * n > SCALE_BYTES:
         return weight, weight_offset
     with np.errstate(invalid="ignore"):  # a signalling NaN: no more is said of it than of any other
         scale = weight.astype(np.float64)
@@ -203,11 +215,13 @@ def warmup(
             for rows, n in shapes:
                 x = np.ones((rows, n), dtype)
                 x[-1] = np.finfo(np.float32).max if dtype.itemsize == 2 else 1e300  # for the kernels of `rare`
-                columns = Columns(*(np.ones((1, n), dtype) if p in parameters else None for p in ("weight", "bias")), 0.0)
+                columns = Columns(
+                    *(np.ones((1, n), dtype) if p in parameters else None for p in ("weight", "bias")), 0.0
+                )
                 for operation in (rms.RMS_NORM, layer.LAYER_NORM):
-                    run(operation, (x, None), columns, (None, None), n, 1e-6)
+                    forward(operation, (x, None), columns, (None, None), n, 1e-6)
                 for operation in (rms.RMS_NORM_BACKWARD, layer.LAYER_NORM_BACKWARD):
-                    run(operation, (x, x, None), columns, (None,), n, 1e-6)
+                    backward(operation, (x, x, None), columns, (None,), n, 1e-6)
 
 
 def describe() -> dict[str, Any]:

@@ -8,30 +8,63 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.extending import intrinsic
 
-from rmsnorm_np.cpu.row import STORAGE, Arrays, Kinds, given
+from rmsnorm_np.cpu.jit import inlined
+from rmsnorm_np.cpu.row import BLOCK, STORAGE, Arrays, Kinds, given
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import Writer
 
 
-class Size(NamedTuple):
-    """The numbers of a call: rows of n elements, k of them in the RMS (None: n).
+class Settings(NamedTuple):
+    """The numbers of a call: k elements in the RMS (None: all), eps (a number, or an array with one for each row).
 
-    eps: a number, or an array with one for each row. m: rows of the totals; weight_m, bias_m: of weight and bias, where
-    row r uses row r % weight_m. chunks: how many units share a row of the totals. block: rows in a block. streaming:
-    whether to write past the cache.
+    offset: weight_offset, or None. streaming: whether to write past the cache. m, chunks: rows of the totals, and how many
+    rows of partial sums each of them has.
     """
 
-    rows: Any
-    n: Any
     k: Any
     eps: Any
     offset: Any
+    streaming: Any
+    m: Any = 1
+    chunks: Any = 1
+
+
+class Size(NamedTuple):
+    """What kernels know of a call: its settings, and rows of n elements. weight_m, bias_m: rows of weight and bias, of
+    which row r uses row r % weight_m. block: rows that are worked on together.
+    """
+
+    k: Any
+    eps: Any
+    offset: Any
+    streaming: Any
     m: Any
+    chunks: Any
+    rows: Any
+    n: Any
     weight_m: Any
     bias_m: Any
-    chunks: Any
     block: Any
-    streaming: Any
+
+
+def size_of(kinds: Kinds, block_elements: int) -> Any:
+    """size(arrays, settings), for kernels. Forward a chunk is a block of as many elements."""
+    one = inlined(lambda array: 1)
+    length = inlined(lambda array: array.shape[0])
+    weight_rows, bias_rows = (one if name is None else length for name in kinds.columns[:2])
+    has_totals = kinds.operation.share is not None
+
+    @inlined
+    def size(arrays, settings):
+        rows, n = arrays.reads[0].shape
+        block = min(BLOCK, max(1, block_elements // n))
+        chunks = settings.chunks if has_totals else (rows + block - 1) // block
+        return Size(
+            settings.k, settings.eps, settings.offset, settings.streaming, settings.m, chunks, rows, n,
+            weight_rows(arrays.columns.weight), bias_rows(arrays.columns.bias), block,
+        )  # fmt: skip
+
+    return size
 
 
 @intrinsic

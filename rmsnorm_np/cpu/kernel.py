@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rmsnorm_np.cpu.arrays import Size
+from rmsnorm_np.cpu.arrays import Settings
 from rmsnorm_np.cpu.jit import compiled
 from rmsnorm_np.cpu.long_rows import long_kernel
 from rmsnorm_np.cpu.row import Arrays, Kinds, given
-from rmsnorm_np.cpu.schedule import BLOCK_ELEMENTS, adding_kernel, rows_kernel
+from rmsnorm_np.cpu.schedule import adding_kernel, rows_kernel
 from rmsnorm_np.ops.operation import Columns, Totals
 
 if TYPE_CHECKING:
@@ -23,29 +23,25 @@ _adders: dict[str, Callable[..., Any]] = {}
 class Entry:
     """A kernel, and what a call needs to know of it. Two calls with one key have arguments of the same types."""
 
-    __slots__ = ("block_elements", "code", "kinds", "long", "marks")
+    __slots__ = ("code", "halves", "kinds", "long", "marks")
 
     def __init__(self, kinds: Kinds, long: bool) -> None:
         self.kinds, self.long, self.marks = kinds, long, kinds.marks
-        self.block_elements = BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1)
-        self.code: Callable[..., int] | None = None
+        self.halves = any(name in ("float16", "bfloat16") for record in kinds[1:5] for name in record)
+        self.code: Callable[..., int] = self._first_call
 
-    def compile(self, args: tuple[Any, ...]) -> Callable[..., int]:
-        """The machine code, for arguments of the types of these."""
-        (reads, columns, writes, partials), totals, size, *rest = args
+    def _first_call(self, arrays: Any, totals: Any, settings: Any, *rest: Any) -> int:
+        """Compile for the types of these arguments, then call."""
         kinds = self.kinds
-        operation = kinds.operation
-        arrays = Arrays(operation.Reads(*reads), Columns(*columns), operation.Writes(*writes), Totals(*partials))
+        operation, (reads, columns, writes, partials) = kinds.operation, arrays
+        records = Arrays(operation.Reads(*reads), Columns(*columns), operation.Writes(*writes), Totals(*partials))
         label = " ".join(map(str, (operation.name, *kinds[1:], self.long)))
         make = long_kernel if self.long else rows_kernel
-        typed = arrays, Totals(*totals), Size(*size), *rest
-        self.code = compiled(label, lambda: make(kinds), typed)
-        return self.code
+        self.code = compiled(label, lambda: make(kinds), (records, Totals(*totals), Settings(*settings), *rest))
+        return self.code(arrays, totals, settings, *rest)
 
 
-def entry(
-    key: Any, operation: Operation, reads: Any, columns: Any, writes: Any, totals: Any
-) -> Entry:
+def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any, totals: Any) -> Entry:
     """A new entry, for arrays of these dtypes; key ends with whether rows are long, and the type of eps."""
 
     def names(record: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from rmsnorm_np.cpu.arrays import clearer, hold, moved, pointer_types, pointers, room_for
+from rmsnorm_np.cpu.arrays import clearer, hold, moved, pointer_types, pointers, room_for, size_of
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.mode import restore_mode, standard_mode
 from rmsnorm_np.cpu.row import SEGMENT, Kinds, Program, given
@@ -70,7 +70,7 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
 
     No partial sums stand between: at this n those would cost more traffic than reading x and dy again.
     """
-    move, clear, write = moved(kinds._replace(totals=Totals())), clearer(), program.write()[1]
+    move, clear, write = moved(kinds._replace(totals=Totals())), clearer(), program.write()
     room, get_numbers = room_for(2 * TILE), program.get_numbers(len(kinds.operation.stages) - 1)
     plain = Work("double", LANES)
     tile_type = types.NamedTuple(
@@ -114,7 +114,7 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
 
 
 def long_kernel(kinds: Kinds) -> Any:
-    """kernel(arrays, totals, size, marks, threads) -> how many rows were marked, and not before.
+    """kernel(arrays, totals, settings, marks, threads) -> how many rows were marked, and not before.
 
     Without totals each row is finished before the next. With totals, first the sums of all rows, then the columns; not
     if rows were marked.
@@ -125,8 +125,9 @@ def long_kernel(kinds: Kinds) -> Any:
     two, has_totals, has_marks = stages == 2, any(kinds.totals), kinds.marks
     ordinary, trivial = program.tests()
     eps_of = program.eps_of()
-    get_numbers, write = program.get_numbers(stages - 1), program.write()[1]
+    get_numbers, write = program.get_numbers(stages - 1), program.write()
     columns = column_sums(kinds, program) if has_totals else None
+    size_of_call = size_of(kinds, 1)
     count, sums = program.size, max(program.size, 1)
 
     @piece
@@ -135,7 +136,8 @@ def long_kernel(kinds: Kinds) -> Any:
         m = get_numbers((numbers, size.rows, r))
         write(row, size.offset, p * PIECE, min(p * PIECE + PIECE, size.n), size.k, m, size.streaming, AHEAD)
 
-    def kernel(arrays, totals, size, marks, threads):
+    def kernel(arrays, totals, settings, marks, threads):
+        size = size_of_call(arrays, settings)
         room = np.empty((count, size.rows))
         parts_room = np.empty((sums, (size.n + SEGMENT - 1) // SEGMENT))
         numbers, parts, all_arrays = pointers(room), pointers(parts_room), pointers(arrays)

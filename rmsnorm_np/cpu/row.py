@@ -338,14 +338,6 @@ class Program:
         stream, until_aligned = step(lambda *a: vector(*a[:6], True, a[6])), step(until, types.int64)
 
         @inlined
-        def whole(row, offset, n, k, m, streaming, ahead):
-            for i in range(0, n, width):
-                if streaming:
-                    stream((row, offset, i, k, m, ahead))
-                else:
-                    store((row, offset, i, k, m, ahead))
-
-        @inlined
         def write(row, offset, first, last, k, m, streaming, ahead):
             head = min(first + until_aligned((row, first)), last) if streaming else first
             body = last - (last - head) % width
@@ -354,8 +346,9 @@ class Program:
                     stream((row, offset, i, k, m, ahead))
                 else:
                     store((row, offset, i, k, m, ahead))
-            for i, count in ((first, head - first), (body, last - body)):
-                if count > 0:
-                    write_part((row, offset, i, k, m, count))
+            if head > first:
+                write_part((row, offset, first, k, m, head - first))
+            if body < last:
+                write_part((row, offset, body, k, m, last - body))
 
-        return whole, write
+        return write

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmsnorm_np.cpu.arrays import add_atomically, clearer, counters, pointers
+from rmsnorm_np.cpu.arrays import add_atomically, clearer, counters, pointers, size_of
 from rmsnorm_np.cpu.blocks import blocks
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.row import SEGMENT, Kinds
@@ -80,11 +80,12 @@ def adding_kernel(name: str) -> Any:
 
 
 def rows_kernel(kinds: Kinds) -> Any:
-    """kernel(arrays, totals, size, marks, threads) -> how many rows were marked.
+    """kernel(arrays, totals, settings, marks, threads) -> how many rows were marked.
 
     arrays.totals: partial sums, (chunks * m, n); totals: what they are added up in, if no row was marked.
     """
     block, clear = blocks(kinds), clearer()
+    size_of_call = size_of(kinds, BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1))
     has_totals = any(kinds.totals)
     add_dweight, add_dbias = map(adder, kinds.totals)
 
@@ -111,7 +112,8 @@ def rows_kernel(kinds: Kinds) -> Any:
         if marked > 0:
             add_atomically(queues, tasks * APART, marked)
 
-    def kernel(arrays, totals, size, marks, threads):
+    def kernel(arrays, totals, settings, marks, threads):
+        size = size_of_call(arrays, settings)
         queues = counters(threads * APART + 1)
         in_parallel(task, threads, threads, (threads, queues, pointers(arrays), size, pointers(marks)))
         marked = queues[threads * APART]

@@ -3,8 +3,6 @@
 A `step` of a kernel is a Numba intrinsic whose code generator calls an ordinary Python function. Loops, ``if``, None,
 records and pairs in it are gone when it is done; what is left is one straight line of vector instructions. Numba sees
 the loops over rows and elements, and hands opaque values (`Traced`) from step to step.
-
-Under ``NUMBA_DISABLE_JIT=1`` a step is that Python function itself, on NumPy arrays.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import config, types
+from numba.core import types
 from numba.core.extending import intrinsic, models, register_model
 
 from rmsnorm_np.cpu.shapes import Leaf, leaves, rebuilt, shape_of
@@ -48,10 +46,6 @@ def step(body: Callable[..., Any], result: Any = None) -> Any:
     Items that are records come as such, None as None, floats as `Number`, `Traced` values as what they were, anything
     else as the LLVM value. result: the shape of what the body returns, or Numba's type of it; None for nothing.
     """
-    if config.DISABLE_JIT:
-        from rmsnorm_np.cpu.plain import PlainWriter
-
-        return lambda items: body(PlainWriter(), *items)
     if isinstance(result, (Leaf, tuple)):
         result = Traced(result)
 

@@ -28,15 +28,13 @@ from llvmlite import ir
 
 from rmsnorm_np.cpu import llvm
 from rmsnorm_np.cpu.llvm import DOUBLE, FLOAT, I16, I32, I64
-from rmsnorm_np.cpu.shapes import SCALAR, Leaf, leaves, rebuilt
+from rmsnorm_np.cpu.shapes import Leaf, leaves, rebuilt
 from rmsnorm_np.ops.primitives import Pair, is_pair, plus, rounded
 
 LANES = 8  # of float64: one AVX-512 register, two AVX2 registers
 
 STORED = {"float16": I16, "bfloat16": I16, "float32": FLOAT, "float64": DOUBLE}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-
-
 
 
 class Work(NamedTuple):

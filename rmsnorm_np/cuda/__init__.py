@@ -36,13 +36,14 @@ __all__ = [
 ]
 
 
-def run(operation, reads, parameters, out, k, eps):  # for the time being
+def forward(operation, reads, parameters, out, k, eps):  # for the time being
     weight, bias, offset = parameters
-    layer = operation.name.startswith("layer")
-    if operation.share is None:
-        y = _forward(reads[0], weight, bias, k, eps, offset, out[0], layer)
-        return (y, None), None
-    dx, *totals = _backward(reads[1], reads[0], weight, bias, k, eps, offset, out[0], layer)
+    return _forward(reads[0], weight, bias, k, eps, offset, out[0], operation.recentring), None
+
+
+def backward(operation, reads, parameters, out, k, eps):
+    weight, bias, offset = parameters
+    dx, *totals = _backward(reads[1], reads[0], weight, bias, k, eps, offset, out[0], operation.recentring)
     return (dx,), totals
 
 
