@@ -321,7 +321,15 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
         and (n := shape[-1]) > 0
         and type(axis) is int
         and axis == -1
-        and (weight is None or (_is_ordinary(weight) and weight.shape == (n,)))
+        and (
+            weight is None
+            or (
+                type(weight) is ndarray  # `_is_ordinary`, without the call
+                and weight.flags.carray
+                and weight.dtype in _native_dtypes
+                and weight.shape == (n,)
+            )
+        )
         and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
         and ((a := reads[1]) is None or (_is_ordinary(a) and a.shape == shape))
         and (len(reads) == 2 or (b := reads[2]) is None or (_is_ordinary(b) and b.shape == shape))

@@ -66,11 +66,10 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
     if entry is None:
         entry = kernel.entry(key, operation, reads, columns, (y, h), _NO_TOTALS)
     marks = np.zeros(rows, np.uint8) if entry.marks else None
-    arrays: Any = reads, (weight, bias, None), (y, h), _NO_TOTALS
+    reads_, columns_, writes_ = reads, columns, (y, h)
     if entry.halves:
-        arrays = tuple(map(_stored_all, arrays))
-    settings = None if k == n else k, eps, offset or None, streaming, 1, 1
-    if entry.code(arrays, _NO_TOTALS, settings, marks, on_threads):
+        reads_, columns_, writes_ = _stored(reads), (*_stored(columns[:2]), offset), _stored(writes_)
+    if entry.code(reads_, columns_, writes_, None if k == n else k, eps, streaming, marks, on_threads):
         call = rare.Call(operation, operation.Reads(x if h is None else h), Columns(*columns), k, eps, marks)
         rare.forward(_forward_unmarked, call, y)
     return y, h
@@ -126,17 +125,16 @@ def backward(
     if entry is None:
         entry = kernel.entry(key, operation, reads, own, (dx,), sums)
     marks = np.zeros(rows, np.uint8) if entry.marks else None
-    settings = None if k == n else k, eps, offset or None, memory.streams(dx), m, chunks
-    on_threads = threads.choose(x.size)
-    arrays: Any = reads, (weight, None, None), (dx,), partials
-    stored_sums: Any = sums
+    arrays: Any = reads, own, (dx,), partials, sums
     if entry.halves:
-        arrays, stored_sums = tuple(map(_stored_all, arrays)), _stored_all(sums)
-    if entry.code(arrays, stored_sums, settings, marks, on_threads):
+        arrays = _stored(reads), (*_stored(own[:2]), offset), _stored((dx,)), partials, _stored(sums)
+    settings = None if k == n else k, eps, memory.streams(dx), m, chunks
+    on_threads = threads.choose(x.size)
+    if entry.code(*arrays, settings, marks, on_threads):
         if long and any(t is not None for t in sums):  # as rows were marked, they are not added up yet
             sums = tuple(None if t is None else np.empty((m, n)) for t in totals)
             entry = kernel.entry(("again", *key), operation, reads, own, (dx,), sums)
-            entry.code(arrays, tuple(sums), settings, marks, on_threads)
+            entry.code(*arrays[:4], sums, settings, marks, on_threads)
         call = rare.Call(operation, operation.Reads(*reads), Columns(*columns), k, eps, marks)
         shares = rare.backward(_backward_unmarked, call, dx, m)
         sums = tuple(
@@ -147,7 +145,7 @@ def backward(
         return (dx,), totals
     for total, rows_of_sums in zip(totals, sums, strict=True):
         if total is not None and total is not rows_of_sums:
-            kernel.add_rows(rows_of_sums, _stored(total), total.dtype.name, on_threads)
+            kernel.add_rows(rows_of_sums, *_stored((total,)), total.dtype.name, on_threads)
     return (dx,), totals
 
 
@@ -174,13 +172,9 @@ def _scale(x: Any, weight: Any, weight_offset: float) -> tuple[Any, float]:
     return scale, 0.0
 
 
-def _stored(array: Any) -> Any:
-    """The array as the kernels see it."""
-    return array if array is None or array.itemsize > 2 else array.view(_BITS)
-
-
-def _stored_all(arrays: Any) -> tuple[Any, ...]:
-    return tuple(map(_stored, arrays))
+def _stored(arrays: Any) -> tuple[Any, ...]:
+    """The arrays as the kernels see them."""
+    return tuple(a if a is None or a.itemsize > 2 else a.view(_BITS) for a in arrays)
 
 
 def warmup(

@@ -8,35 +8,21 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.extending import intrinsic
 
-from rmsnorm_np.cpu.jit import inlined
-from rmsnorm_np.cpu.row import BLOCK, STORAGE, Arrays, Kinds, given
+from rmsnorm_np.cpu.row import STORAGE, Arrays, Kinds, given
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import Writer
-
-
-class Settings(NamedTuple):
-    """The numbers of a call: k elements in the RMS (None: all), eps (a number, or an array with one for each row).
-
-    offset: weight_offset, or None. streaming: whether to write past the cache. m, chunks: rows of the totals, and how many
-    rows of partial sums each of them has.
-    """
-
-    k: Any
-    eps: Any
-    offset: Any
-    streaming: Any
-    m: Any = 1
-    chunks: Any = 1
+from rmsnorm_np.ops.operation import Columns, Totals
 
 
 class Size(NamedTuple):
-    """What kernels know of a call: its settings, and rows of n elements. weight_m, bias_m: rows of weight and bias, of
-    which row r uses row r % weight_m. block: rows that are worked on together.
+    """The numbers of a call. k: elements in the RMS (None: n). eps: a number, or an array with one for each row.
+
+    streaming: whether to write past the cache. m, chunks: rows of the totals, and how many rows of partial sums each of
+    them has. weight_m, bias_m: rows of weight and bias; row r uses row r % weight_m. block: rows worked on together.
     """
 
     k: Any
     eps: Any
-    offset: Any
     streaming: Any
     m: Any
     chunks: Any
@@ -47,24 +33,22 @@ class Size(NamedTuple):
     block: Any
 
 
-def size_of(kinds: Kinds, block_elements: int) -> Any:
-    """size(arrays, settings), for kernels. Forward a chunk is a block of as many elements."""
-    one = inlined(lambda array: 1)
-    length = inlined(lambda array: array.shape[0])
-    weight_rows, bias_rows = (one if name is None else length for name in kinds.columns[:2])
-    has_totals = kinds.operation.share is not None
+@intrinsic
+def lengths(typing_context, reads, columns):
+    """(rows, n, rows of weight, rows of bias)."""
 
-    @inlined
-    def size(arrays, settings):
-        rows, n = arrays.reads[0].shape
-        block = min(BLOCK, max(1, block_elements // n))
-        chunks = settings.chunks if has_totals else (rows + block - 1) // block
-        return Size(
-            settings.k, settings.eps, settings.offset, settings.streaming, settings.m, chunks, rows, n,
-            weight_rows(arrays.columns.weight), bias_rows(arrays.columns.bias), block,
-        )  # fmt: skip
+    def shape(context, builder, kind, record, j):
+        if isinstance(kind[j], types.NoneType):
+            return [context.get_constant(types.intp, 1)]
+        array = context.make_array(kind[j])(context, builder, value=builder.extract_value(record, j))
+        return cgutils.unpack_tuple(builder, array.shape)
 
-    return size
+    def codegen(context, builder, signature, args):
+        weight, bias = (shape(context, builder, columns, args[1], j)[0] for j in range(2))
+        found = [*shape(context, builder, reads, args[0], 0), weight, bias]
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(types.intp, 4)(reads, columns), codegen
 
 
 @intrinsic
@@ -91,7 +75,7 @@ def add_atomically(typing_context, numbers, i, number):
 
 @intrinsic
 def pointers(typing_context, record):
-    """A record of arrays as one of pointers to their first elements. Pointers count no references: passing an array to
+    """A record of arrays and numbers as one of pointers to their first elements. Pointers count no references: passing an array to
     a function costs two atomic additions, on one cache line for all threads (measured: 6 times slower at n = 64).
     """
 
@@ -100,6 +84,8 @@ def pointers(typing_context, record):
             return types.none
         if isinstance(kind, types.Array):
             return types.CPointer(kind.dtype)
+        if isinstance(kind, types.Float):
+            return kind
         return types.NamedTuple([kind_of(k) for k in kind], kind.instance_class)
 
     def found(context, builder, kind, value):
@@ -107,6 +93,8 @@ def pointers(typing_context, record):
             return context.get_dummy_value()
         if isinstance(kind, types.Array):
             return context.make_array(kind)(context, builder, value=value).data
+        if isinstance(kind, types.Float):
+            return value
         items = [found(context, builder, k, builder.extract_value(value, j)) for j, k in enumerate(kind)]
         return context.make_tuple(builder, kind_of(kind), items)
 
@@ -129,15 +117,15 @@ def room_for(size):
 
 def pointer_types(kinds: Kinds) -> Any:
     """Numba's type of `Arrays` of these kinds."""
-    record = lambda names, kind_of: types.NamedTuple(  # noqa: E731
-        [types.none if name is None else types.CPointer(kind_of(name)) for name in names], type(names)
-    )
-    stored = STORAGE.__getitem__
+
+    def pointers_to(names: Any, kind_of: Any = STORAGE.__getitem__) -> list[Any]:
+        return [types.none if name is None else types.CPointer(kind_of(name)) for name in names]
+
     parts = (
-        record(kinds.reads, stored),
-        record(kinds.columns, stored),
-        record(kinds.writes, stored),
-        record(kinds.totals, lambda _: types.float64),
+        types.NamedTuple(pointers_to(kinds.reads), type(kinds.reads)),
+        types.NamedTuple([*pointers_to(kinds.columns[:2]), types.float64], Columns),
+        types.NamedTuple(pointers_to(kinds.writes), type(kinds.writes)),
+        types.NamedTuple(pointers_to(kinds.totals, lambda _: types.float64), Totals),
     )
     return types.NamedTuple(parts, Arrays)
 

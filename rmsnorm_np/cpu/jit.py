@@ -34,7 +34,7 @@ def _jit(function: Callable[..., Any], **options: bool) -> Any:
 
 def inlined(function: Callable[..., Any]) -> Any:
     """A piece of a kernel that passes lanes: always inlined, so that lanes stay in registers."""
-    return _jit(function, no_cpython_wrapper=True, inline="always")
+    return _jit(function, no_cpython_wrapper=True, forceinline=True)
 
 
 def piece(function: Callable[..., Any]) -> Any:

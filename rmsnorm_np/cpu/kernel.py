@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rmsnorm_np.cpu.arrays import Settings
 from rmsnorm_np.cpu.jit import compiled
 from rmsnorm_np.cpu.long_rows import long_kernel
-from rmsnorm_np.cpu.row import Arrays, Kinds, given
+from rmsnorm_np.cpu.row import Kinds, given
 from rmsnorm_np.cpu.schedule import adding_kernel, rows_kernel
 from rmsnorm_np.ops.operation import Columns, Totals
 
@@ -21,7 +20,11 @@ _adders: dict[str, Callable[..., Any]] = {}
 
 
 class Entry:
-    """A kernel, and what a call needs to know of it. Two calls with one key have arguments of the same types."""
+    """A kernel, and what a call needs to know of it. Two calls with one key have arguments of the same types.
+
+    code: see `schedule.rows_kernel`; it takes the records as plain tuples. marks: whether it wants marks. halves:
+    whether arrays of 16-bit floats are among them, whose bits it takes.
+    """
 
     __slots__ = ("code", "halves", "kinds", "long", "marks")
 
@@ -30,15 +33,15 @@ class Entry:
         self.halves = any(name in ("float16", "bfloat16") for record in kinds[1:5] for name in record)
         self.code: Callable[..., int] = self._first_call
 
-    def _first_call(self, arrays: Any, totals: Any, settings: Any, *rest: Any) -> int:
+    def _first_call(self, reads: Any, columns: Any, writes: Any, *rest: Any) -> int:
         """Compile for the types of these arguments, then call."""
-        kinds = self.kinds
-        operation, (reads, columns, writes, partials) = kinds.operation, arrays
-        records = Arrays(operation.Reads(*reads), Columns(*columns), operation.Writes(*writes), Totals(*partials))
+        kinds, operation = self.kinds, self.kinds.operation
+        records = operation.Reads(*reads), Columns(*columns), operation.Writes(*writes)
+        sums = () if operation.share is None else map(Totals._make, rest[:2])
         label = " ".join(map(str, (operation.name, *kinds[1:], self.long)))
         make = long_kernel if self.long else rows_kernel
-        self.code = compiled(label, lambda: make(kinds), (records, Totals(*totals), Settings(*settings), *rest))
-        return self.code(arrays, totals, settings, *rest)
+        self.code = compiled(label, lambda: make(kinds), (*records, *sums, *rest[2 * (operation.share is not None) :]))
+        return self.code(reads, columns, writes, *rest)
 
 
 def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any, totals: Any) -> Entry:
@@ -47,9 +50,10 @@ def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any,
     def names(record: Any) -> Any:
         return given(record, lambda array: array.dtype.name)
 
-    first_k, long, row_eps = not key[-4], key[-2], key[-1] is not float
+    first_k, offset, long, row_eps = not key[-4], key[-3], key[-2], key[-1] is not float
     kinds = Kinds(
-        operation, names(operation.Reads(*reads)), names(Columns(*columns[:2])), names(operation.Writes(*writes)),
+        operation, names(operation.Reads(*reads)), names(Columns(*columns[:2]))._replace(weight_offset=offset or None),
+        names(operation.Writes(*writes)),
         names(Totals(*totals)), first_k, row_eps,
     )  # fmt: skip
     kinds = kinds._replace(marks=kinds.work.name != "double" and not row_eps)

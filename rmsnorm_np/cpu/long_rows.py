@@ -12,16 +12,17 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from rmsnorm_np.cpu.arrays import clearer, hold, moved, pointer_types, pointers, room_for, size_of
+from rmsnorm_np.cpu.arrays import Size, clearer, hold, lengths, moved, pointer_types, pointers, room_for
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.mode import restore_mode, standard_mode
-from rmsnorm_np.cpu.row import SEGMENT, Kinds, Program, given
+from rmsnorm_np.cpu.row import SEGMENT, Arrays, Kinds, Program, given
 from rmsnorm_np.cpu.threads import in_parallel
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import LANES, Work, Writer
 from rmsnorm_np.ops.operation import Totals
 
 LONG_ROW = 65536
+NO_TOTALS = Totals()  # of a kernel: a record without arrays
 PIECE = 16 * SEGMENT  # what a thread takes at a time
 AHEAD = 512  # elements that are asked for ahead within a piece: 1.05 to 1.08 times as fast as none
 TILE = 1024  # columns whose sums over the rows stay in the first-level cache from row to row
@@ -47,7 +48,7 @@ def measured(kinds: Kinds, program: Program, s: int) -> Any:
         m = get_before((numbers, size.rows, r))
         stop = size.k if stops_at_k else size.n
         for first in range(p * PIECE, min(p * PIECE + PIECE, stop), SEGMENT):
-            found = segment(row, size.offset, first, min(first + SEGMENT, stop), size.k, m, AHEAD)
+            found = segment(row, first, min(first + SEGMENT, stop), size.k, m, AHEAD)
             put_part((parts, segments, first // SEGMENT, found))
 
     @piece
@@ -70,7 +71,7 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
 
     No partial sums stand between: at this n those would cost more traffic than reading x and dy again.
     """
-    move, clear, write = moved(kinds._replace(totals=Totals())), clearer(), program.write()
+    move, clear, write = moved(kinds._replace(totals=Totals())), clearer(), program.write()[1]
     room, get_numbers = room_for(2 * TILE), program.get_numbers(len(kinds.operation.stages) - 1)
     plain = Work("double", LANES)
     tile_type = types.NamedTuple(
@@ -106,7 +107,7 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
                 weight, bias = r % size.weight_m * size.n, r % size.bias_m * size.n
                 row = with_tile((move((arrays, r * size.n, weight, bias, 0)), tile_of((data, -first))))
                 m = get_numbers((numbers, size.rows, r))
-                write(row, size.offset, first, last, size.k, m, size.streaming, AHEAD)
+                write(row, first, last, size.k, m, size.streaming, AHEAD)
             for i in range(first, last, LANES):
                 put((totals, h * size.n + i, tile_of((data, -first)), i, min(LANES, last - i)))
 
@@ -114,10 +115,10 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
 
 
 def long_kernel(kinds: Kinds) -> Any:
-    """kernel(arrays, totals, settings, marks, threads) -> how many rows were marked, and not before.
+    """The kernel for long rows, and how many rows it marks; arguments as of `schedule.rows_kernel`, without partial sums.
 
-    Without totals each row is finished before the next. With totals, first the sums of all rows, then the columns; not
-    if rows were marked.
+    Forward each row is finished before the next. Backward, first the sums of all rows, then the columns, if no row was
+    marked; rows that are marked already are left out.
     """
     program, move = Program(kinds), moved(kinds._replace(totals=Totals()))
     stages = len(kinds.operation.stages)
@@ -125,27 +126,26 @@ def long_kernel(kinds: Kinds) -> Any:
     two, has_totals, has_marks = stages == 2, any(kinds.totals), kinds.marks
     ordinary, trivial = program.tests()
     eps_of = program.eps_of()
-    get_numbers, write = program.get_numbers(stages - 1), program.write()
-    columns = column_sums(kinds, program) if has_totals else None
-    size_of_call = size_of(kinds, 1)
-    count, sums = program.size, max(program.size, 1)
+    get_numbers, write = program.get_numbers(stages - 1), program.write()[1]
+    columns_task = column_sums(kinds, program) if has_totals else None
+    count = program.size
 
     @piece
     def write_piece(turn, row, size, numbers, r):
         p = pieces_of(size.n) - 1 - turn  # from the back: what was read last is still in the cache
         m = get_numbers((numbers, size.rows, r))
-        write(row, size.offset, p * PIECE, min(p * PIECE + PIECE, size.n), size.k, m, size.streaming, AHEAD)
+        write(row, p * PIECE, min(p * PIECE + PIECE, size.n), size.k, m, size.streaming, AHEAD)
 
-    def kernel(arrays, totals, settings, marks, threads):
-        size = size_of_call(arrays, settings)
+    @inlined
+    def run(arrays, totals, size, marks, threads):
         room = np.empty((count, size.rows))
-        parts_room = np.empty((sums, (size.n + SEGMENT - 1) // SEGMENT))
-        numbers, parts, all_arrays = pointers(room), pointers(parts_room), pointers(arrays)
+        parts_room = np.empty((count, (size.n + SEGMENT - 1) // SEGMENT))
+        numbers, parts = pointers(room), pointers(parts_room)
         marked = 0
         before = standard_mode()
         for r in range(size.rows):
             weight, bias = r % size.weight_m * size.n, r % size.bias_m * size.n
-            row = move((all_arrays, r * size.n, weight, bias, 0))
+            row = move((arrays, r * size.n, weight, bias, 0))
             measure(row, size, numbers, r, parts, threads)
             if two:
                 measure_second(row, size, numbers, r, parts, threads)
@@ -158,11 +158,24 @@ def long_kernel(kinds: Kinds) -> Any:
             if not has_totals:
                 in_parallel(write_piece, pieces_of(size.n), threads, (row, size, numbers, r))
         if has_totals and marked == 0:
-            shared = (all_arrays, pointers(totals), size, pointers(marks), numbers)
-            in_parallel(columns, pieces_of(size.n) * size.m, threads, shared)
+            shared = (arrays, totals, size, marks, numbers)
+            in_parallel(columns_task, pieces_of(size.n) * size.m, threads, shared)
         restore_mode(before)
         hold(room)
         hold(parts_room)
         return marked
 
-    return kernel
+    def forward(reads, columns, writes, k, eps, streaming, marks, threads):
+        rows, n, weight_m, bias_m = lengths(reads, columns)
+        size = Size(k, eps, streaming, 1, 1, rows, n, weight_m, bias_m, 1)
+        arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
+        return run(arrays, NO_TOTALS, size, pointers(marks), threads)
+
+    def backward(reads, columns, writes, partials, totals, settings, marks, threads):
+        rows, n, weight_m, bias_m = lengths(reads, columns)
+        k, eps, streaming, m, chunks = settings
+        size = Size(k, eps, streaming, m, chunks, rows, n, weight_m, bias_m, 1)
+        arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
+        return run(arrays, pointers(totals), size, pointers(marks), threads)
+
+    return forward if kinds.operation.share is None else backward

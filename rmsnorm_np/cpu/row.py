@@ -95,7 +95,7 @@ class Program:
 
     # ------------------------------------------------------------------------------------------------ elements
 
-    def columns(self, w: Writer, columns: Any, offset: Any, i: Any, count: Any) -> Columns:
+    def columns(self, w: Writer, columns: Columns, i: Any, count: Any) -> Columns:
         """weight, bias and weight_offset of elements i, i + 1, …"""
         names = self.kinds.columns
         loaded = {
@@ -103,11 +103,11 @@ class Program:
             for field in ("weight", "bias")
             if getattr(names, field)
         }
-        return Columns(**loaded, weight_offset=self._offset(offset))
+        return Columns(**loaded, weight_offset=self._offset(columns.weight_offset) if names.weight_offset else None)
 
-    def _offset(self, offset: Number | None) -> Any:
+    def _offset(self, offset: Number) -> Any:
         """weight_offset as weights meet it: to all its digits, whatever they have."""
-        if offset is None or self.work.name == "double":
+        if self.work.name == "double":
             return offset
         if self.work.exact:
             return Pair(offset, None)
@@ -135,7 +135,7 @@ class Program:
         return step(lambda w, a, b: type(a)(*map(plus, a, b)), shape), step(lambda w: w.zeros(shape), shape)
 
     def segment(self, s: int) -> Any:
-        """segment(row, offset, start, stop, k, m, ahead): the sums of stage s over elements start to stop.
+        """segment(row, start, stop, k, m, ahead): the sums of stage s over elements start to stop.
 
         Four sums at once, for an addition takes four cycles and two AVX2 registers are added in each; two where a sum
         takes more than one vector (float64: up to 1.1 times as fast as with registers that spill).
@@ -144,8 +144,8 @@ class Program:
         ways = 4 if len(leaves(lane_sums)) == 1 else 2
         rest = ways // 4 * 2  # which of them takes what is left over
 
-        def added(w: Writer, row: Arrays, offset: Any, i: Any, k: Any, m: Any, sums: Any, count: Any) -> Any:
-            e, c = self.element(w, row, i, count, s == 0), self.columns(w, row.columns, offset, i, count)
+        def added(w: Writer, row: Arrays, i: Any, k: Any, m: Any, sums: Any, count: Any) -> Any:
+            e, c = self.element(w, row, i, count, s == 0), self.columns(w, row.columns, i, count)
             inside = None if k is None else w.before(w.builder.sub(k, i), width)
             found = stage.add(sums, e, c, m, inside)
             if m is not None and count is not None:  # zeros behind the row: not what stage.add makes of them
@@ -153,13 +153,11 @@ class Program:
                 found = type(sums)(*(either(there, new, old) for new, old in zip(found, sums, strict=True)))
             return found
 
-        def several(
-            w: Writer, row: Arrays, offset: Any, i: Any, k: Any, m: Any, sums: Any, ahead: Any, many: int
-        ) -> Any:
+        def several(w: Writer, row: Arrays, i: Any, k: Any, m: Any, sums: Any, ahead: Any, many: int) -> Any:
             b, new = w.builder, list(sums)
             for way in range(many):
                 at = b.add(i, ir.Constant(i.type, way * width))
-                new[way] = added(w, row, offset, at, k, m, sums[way], None)
+                new[way] = added(w, row, at, k, m, sums[way], None)
                 if self.work.exact and self.op.share is None:
                     w.prefetch(row.reads[0], b.add(at, ahead))
             if s == len(self.op.stages) - 1:
@@ -168,8 +166,8 @@ class Program:
                         w.prefetch(data, b.add(i, ahead), 2)
             return tuple(new)
 
-        def last(w: Writer, row: Arrays, offset: Any, i: Any, k: Any, m: Any, sums: Any, count: Any) -> Any:
-            return *sums[:rest], added(w, row, offset, i, k, m, sums[rest], count), *sums[rest + 1 :]
+        def last(w: Writer, row: Arrays, i: Any, k: Any, m: Any, sums: Any, count: Any) -> Any:
+            return *sums[:rest], added(w, row, i, k, m, sums[rest], count), *sums[rest + 1 :]
 
         def across(w: Writer, sums: Any) -> Any:
             while len(sums) > 1:
@@ -184,17 +182,17 @@ class Program:
         four = ways == 4
 
         @inlined
-        def segment(row, offset, start, stop, k, m, ahead):
+        def segment(row, start, stop, k, m, ahead):
             sums = zeros(())
             i = start
             while i + ways * width <= stop:
-                sums = add_all((row, offset, i, k, m, sums, ahead))
+                sums = add_all((row, i, k, m, sums, ahead))
                 i += ways * width
             if four and i + 2 * width <= stop:
-                sums = add_two((row, offset, i, k, m, sums, ahead))
+                sums = add_two((row, i, k, m, sums, ahead))
                 i += 2 * width
             while i < stop:
-                sums = add_last((row, offset, i, k, m, sums, min(width, stop - i)))
+                sums = add_last((row, i, k, m, sums, min(width, stop - i)))
                 i += width
             return total((sums,))
 
@@ -304,12 +302,12 @@ class Program:
     # ---------------------------------------------------------------------------------------- what a row gives
 
     def write(self) -> Any:
-        """write(row, offset, first, last, k, m, streaming, ahead): outputs and shares of elements first to last."""
+        """write(row, first, last, k, m, streaming, ahead): outputs and shares of elements first to last."""
         op, kinds, width = self.op, self.kinds, self.width
         target = next(f for f in kinds.writes._fields if f != op.keep)
 
-        def given_out(w: Writer, row: Arrays, offset: Any, i: Any, k: Any, m: Any, count: Any) -> Any:
-            e, c = self.element(w, row, i, count, False), self.columns(w, row.columns, offset, i, count)
+        def given_out(w: Writer, row: Arrays, i: Any, k: Any, m: Any, count: Any) -> Any:
+            e, c = self.element(w, row, i, count, False), self.columns(w, row.columns, i, count)
             if op.share is not None:
                 plain = Work("double", width)
                 old = given(row.totals, lambda data: w.load(data, "float64", i, plain, count))
@@ -318,8 +316,8 @@ class Program:
             inside = None if k is None else w.before(w.builder.sub(k, i), width)
             return getattr(op.leave(e, m, c, inside), target)
 
-        def vector(w: Writer, row: Arrays, offset: Any, i: Any, k: Any, m: Any, streaming: bool, ahead: Any) -> None:
-            number = given_out(w, row, offset, i, k, m, None)
+        def vector(w: Writer, row: Arrays, i: Any, k: Any, m: Any, streaming: bool, ahead: Any) -> None:
+            number = given_out(w, row, i, k, m, None)
             data, name = getattr(row.writes, target), getattr(kinds.writes, target)
             if streaming:
                 w.stream(data, name, i, number)
@@ -327,28 +325,36 @@ class Program:
             else:
                 w.store(data, name, i, number)
 
-        def part(w: Writer, row: Arrays, offset: Any, i: Any, k: Any, m: Any, count: Any) -> None:
-            number = given_out(w, row, offset, i, k, m, count)
+        def part(w: Writer, row: Arrays, i: Any, k: Any, m: Any, count: Any) -> None:
+            number = given_out(w, row, i, k, m, count)
             w.store(getattr(row.writes, target), getattr(kinds.writes, target), i, number, count)
 
         def until(w: Writer, row: Arrays, i: Any) -> Any:
             return w.until_aligned(getattr(row.writes, target), getattr(kinds.writes, target), i, width)
 
-        store, write_part = step(lambda *a: vector(*a[:6], False, a[6])), step(part)
-        stream, until_aligned = step(lambda *a: vector(*a[:6], True, a[6])), step(until, types.int64)
+        store, write_part = step(lambda *a: vector(*a[:5], False, a[5])), step(part)
+        stream, until_aligned = step(lambda *a: vector(*a[:5], True, a[5])), step(until, types.int64)
 
         @inlined
-        def write(row, offset, first, last, k, m, streaming, ahead):
+        def whole(row, n, k, m, streaming, ahead):
+            for i in range(0, n, width):
+                if streaming:
+                    stream((row, i, k, m, ahead))
+                else:
+                    store((row, i, k, m, ahead))
+
+        @inlined
+        def write(row, first, last, k, m, streaming, ahead):
             head = min(first + until_aligned((row, first)), last) if streaming else first
             body = last - (last - head) % width
             for i in range(head, body, width):
                 if streaming:
-                    stream((row, offset, i, k, m, ahead))
+                    stream((row, i, k, m, ahead))
                 else:
-                    store((row, offset, i, k, m, ahead))
+                    store((row, i, k, m, ahead))
             if head > first:
-                write_part((row, offset, first, k, m, head - first))
+                write_part((row, first, k, m, head - first))
             if body < last:
-                write_part((row, offset, body, k, m, last - body))
+                write_part((row, body, k, m, last - body))
 
-        return write
+        return whole, write

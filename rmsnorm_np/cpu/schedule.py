@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmsnorm_np.cpu.arrays import add_atomically, clearer, counters, pointers, size_of
+from rmsnorm_np.cpu.arrays import Size, add_atomically, clearer, counters, lengths, pointers
 from rmsnorm_np.cpu.blocks import blocks
 from rmsnorm_np.cpu.jit import inlined, piece
-from rmsnorm_np.cpu.row import SEGMENT, Kinds
+from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Arrays, Kinds
 from rmsnorm_np.cpu.threads import PARALLEL_ELEMENTS, in_parallel
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import LANES, Work, Writer
+from rmsnorm_np.ops.operation import Totals
 
 # Elements in a block of rows, which is read twice: in float32 x alone, or x and dy, fit a first-level cache of 32 KiB.
 # (Backward with 16384: 5 % slower.) Forward, twice as many halves do, and that is 3 to 8 % faster.
 BLOCK_ELEMENTS = 4096
+NO_TOTALS = Totals()  # of a kernel: a record without arrays
 # Each thread has its part of the work in a queue. When that is empty it takes from the others' queues: a core that is
 # slow or busy does less, and yet the same rows meet the same core's cache in each call.
 APART = 8  # places between two queues: a cache line
@@ -80,19 +82,35 @@ def adding_kernel(name: str) -> Any:
 
 
 def rows_kernel(kinds: Kinds) -> Any:
-    """kernel(arrays, totals, settings, marks, threads) -> how many rows were marked.
+    """The kernel for blocks of rows, and how many rows it marks.
 
-    arrays.totals: partial sums, (chunks * m, n); totals: what they are added up in, if no row was marked.
+    Forward: kernel(reads, columns, writes, k, eps, streaming, marks, threads).
+    Backward: kernel(reads, columns, writes, partials, totals, (k, eps, streaming, m, chunks), marks, threads), with partial
+    sums (chunks * m, n), and totals that they are added up in if no row was marked.
     """
     block, clear = blocks(kinds), clearer()
-    size_of_call = size_of(kinds, BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1))
-    has_totals = any(kinds.totals)
+    block_elements = BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1)
+    has_totals = kinds.operation.share is not None
     add_dweight, add_dbias = map(adder, kinds.totals)
+
+    if has_totals:
+
+        @inlined
+        def groups_of(unit, size):
+            """(h, first, last): the unit has the rows g · m + h, for g from first to last."""
+            h, chunk, groups = unit % size.m, unit // size.m, size.rows // size.m
+            return h, part_start(chunk, groups, size.chunks), part_start(chunk + 1, groups, size.chunks)
+
+    else:
+
+        @inlined
+        def groups_of(unit, size):
+            first = unit * size.block
+            return 0, first, min(first + size.block, size.rows)
 
     @piece
     def task(t, tasks, queues, arrays, size, marks):
         units = size.chunks * size.m
-        groups = size.rows // size.m
         share = 1 if has_totals else max(1, min(16, units // (8 * tasks)))
         marked = 0
         for turn in range(tasks):
@@ -102,24 +120,37 @@ def rows_kernel(kinds: Kinds) -> Any:
             u = first + add_atomically(queues, part * APART, share)
             while u < stop:
                 for unit in range(u, min(u + share, stop)):
-                    h, chunk = unit % size.m, unit // size.m
+                    h, begin, end = groups_of(unit, size)
                     clear((arrays.totals, unit * size.n, size.n))
-                    last = part_start(chunk + 1, groups, size.chunks)
-                    for g in range(part_start(chunk, groups, size.chunks), last, size.block):
-                        count = min(size.block, last - g)
+                    for g in range(begin, end, size.block):
+                        count = min(size.block, end - g)
                         marked += block(arrays, size, marks, g * size.m + h, size.m, count, unit * size.n)
                 u = first + add_atomically(queues, part * APART, share)
         if marked > 0:
             add_atomically(queues, tasks * APART, marked)
 
-    def kernel(arrays, totals, settings, marks, threads):
-        size = size_of_call(arrays, settings)
+    def forward(reads, columns, writes, k, eps, streaming, marks, threads):
+        rows, n, weight_m, bias_m = lengths(reads, columns)
+        height = min(BLOCK, max(1, block_elements // n))
+        chunks = (rows + height - 1) // height
+        size = Size(k, eps, streaming, 1, chunks, rows, n, weight_m, bias_m, height)
+        arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
         queues = counters(threads * APART + 1)
-        in_parallel(task, threads, threads, (threads, queues, pointers(arrays), size, pointers(marks)))
+        in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))
+        return queues[threads * APART]
+
+    def backward(reads, columns, writes, partials, totals, settings, marks, threads):
+        rows, n, weight_m, bias_m = lengths(reads, columns)
+        k, eps, streaming, m, chunks = settings
+        height = min(BLOCK, max(1, block_elements // n))
+        size = Size(k, eps, streaming, m, chunks, rows, n, weight_m, bias_m, height)
+        arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), pointers(partials))
+        queues = counters(threads * APART + 1)
+        in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))
         marked = queues[threads * APART]
         if marked == 0:
-            add_dweight(arrays.totals.dweight, totals.dweight, threads)
-            add_dbias(arrays.totals.dbias, totals.dbias, threads)
+            add_dweight(partials.dweight, totals.dweight, threads)
+            add_dbias(partials.dbias, totals.dbias, threads)
         return marked
 
-    return kernel
+    return backward if has_totals else forward
