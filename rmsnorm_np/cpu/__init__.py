@@ -12,7 +12,7 @@ import numpy as np
 
 from rmsnorm_np import _arguments as arguments
 from rmsnorm_np._threads import get_num_threads
-from rmsnorm_np.cpu import cache, kernel, long_rows, memory, rare, threads
+from rmsnorm_np.cpu import cache, kernel, long_rows, memory, mode, rare, threads
 from rmsnorm_np.ops.operation import Columns
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
         reads_, columns_, writes_ = _stored(reads), (*_stored(columns[:2]), offset), _stored(writes_)
     if entry.code(reads_, columns_, writes_, None if k == n else k, eps, streaming, marks, on_threads):
         call = rare.Call(operation, operation.Reads(x if h is None else h), Columns(*columns), k, eps, marks)
-        rare.forward(_forward_unmarked, call, y)
+        with mode.standard():
+            rare.forward(_forward_unmarked, call, y)
     return y, h
 
 
@@ -136,7 +137,8 @@ def backward(
             entry = kernel.entry(("again", *key), operation, reads, own, (dx,), sums)
             entry.code(*arrays[:4], sums, settings, marks, on_threads)
         call = rare.Call(operation, operation.Reads(*reads), Columns(*columns), k, eps, marks)
-        shares = rare.backward(_backward_unmarked, call, dx, m)
+        with mode.standard():
+            shares = rare.backward(_backward_unmarked, call, dx, m)
         sums = tuple(
             t if t is None else np.concatenate(parts)
             for t, *parts in zip(totals, sums if long else partials, shares, strict=True)

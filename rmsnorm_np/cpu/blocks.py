@@ -25,6 +25,7 @@ def blocks(kinds: Kinds) -> Any:
     numbers_of_row = program.get_numbers(stages - 1)
     has_marks = kinds.marks
     ordinary, trivial = program.tests()
+    write_always = program.write_always()
 
     eps_of = program.eps_of()
 
@@ -82,6 +83,7 @@ def blocks(kinds: Kinds) -> Any:
                 if found < 0 or (found == 0 and not trivial(row.reads, size.n)):
                     marked += marks[r] == 0  # not those that were marked before
                     marks[r] = 1
+                    write_always(row, 0, size.n)
                     continue
             m = numbers_of_row((numbers, BLOCK, j))
             if short:

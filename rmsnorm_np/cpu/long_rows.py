@@ -73,6 +73,7 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
     """
     move, clear, write = moved(kinds._replace(totals=Totals())), clearer(), program.write()[1]
     room, get_numbers = room_for(2 * TILE), program.get_numbers(len(kinds.operation.stages) - 1)
+    write_always = program.write_always()
     plain = Work("double", LANES)
     tile_type = types.NamedTuple(
         [types.none if name is None else types.CPointer(types.float64) for name in kinds.totals], Totals
@@ -102,10 +103,11 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
             last = min(first + TILE, size.n)
             clear((tile_of((data, 0)), 0, last - first))
             for r in range(h, size.rows, size.m):
-                if has_marks and marks[r] != 0:
-                    continue
                 weight, bias = r % size.weight_m * size.n, r % size.bias_m * size.n
                 row = with_tile((move((arrays, r * size.n, weight, bias, 0)), tile_of((data, -first))))
+                if has_marks and marks[r] != 0:
+                    write_always(row, first, last)
+                    continue
                 m = get_numbers((numbers, size.rows, r))
                 write(row, first, last, size.k, m, size.streaming, AHEAD)
             for i in range(first, last, LANES):

@@ -23,6 +23,11 @@ GOAL = 100
 LARGE = 2.0**900  # dy from here on leaves no room for a factor of 2**GOAL
 
 
+def goal_of(operation: Operation) -> int:
+    """The exponent that the root mean square of a row is to have."""
+    return GOAL if operation.recentring else 0
+
+
 def groups(marks: Any, columns: Columns, m: int) -> Iterator[tuple[int, Any, Columns]]:
     """(h, numbers of the marked rows that share row h of the totals, their columns)."""
     rows = np.flatnonzero(marks)
@@ -47,7 +52,11 @@ def in_range(operation: Operation, x: Any, k: int, eps: float) -> tuple[Any, Any
     inside = np.ldexp(inside, e)
     if operation.recentring:
         inside = inside - np.mean(inside, axis=1, keepdims=True)
-    e += _exponent(np.sqrt(np.mean(inside * inside, axis=1, keepdims=True) + _scaled(eps, e, e))) + 1 + GOAL
+    e += (
+        _exponent(np.sqrt(np.mean(inside * inside, axis=1, keepdims=True) + _scaled(eps, e, e)))
+        + 1
+        + goal_of(operation)
+    )
     return x, e, _scaled(eps, e, e)[:, 0]
 
 
@@ -91,7 +100,7 @@ def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
 
 @np.errstate(all="ignore")
 def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
-    """The rows of dx that are marked; returns their shares of dweight and dbias, float64 (m, n).
+    """The rows of dx that are marked; returns their shares of the totals, float64 (m, n), zero where the kernel adds them.
 
     run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. For dx each row of dy is
     scaled to its size. Not for dweight, where a large dy meets small ones of other rows: xhat has no scale, and dy has
@@ -111,13 +120,14 @@ def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
         result = np.ldexp(run(ready._replace(reads=reads), False)[0], e - d)
         dx[rows] = result if dh is None else np.where(fits, result, dh[rows])
         large = largest[:, 0] >= LARGE
-        for some, goal in ((~large, GOAL), (large, 0)):
+        usual = goal_of(call.operation)
+        for some, goal in ((~large, usual), (large, 0)):
             if any(t is not None for t in totals) and some.any():
-                e_some = e[some] - GOAL + goal
+                e_some = e[some] - usual + goal
                 reads = np.ldexp(chosen[some], e_some), np.ldexp(gradient[some], goal), None
-                eps_some = np.ldexp(eps[some], 2 * (goal - GOAL))
+                eps_some = np.ldexp(eps[some], 2 * (goal - usual))
                 shares = run(ready._replace(reads=reads, eps=eps_some), True)[1]
-                for total, share in zip(totals, shares, strict=True):
-                    if total is not None:
+                for name, total, share in zip(Totals._fields, totals, shares, strict=True):
+                    if total is not None and name not in call.operation.always:
                         total[h] += np.ldexp(share[0], -goal)
     return totals

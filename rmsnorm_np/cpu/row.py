@@ -301,6 +301,31 @@ class Program:
 
     # ---------------------------------------------------------------------------------------- what a row gives
 
+    def write_always(self) -> Any:
+        """write_always(row, first, last): the shares of elements first to last that need no numbers of the row."""
+        op, width, plain = self.op, self.width, Work("double", self.width)
+        wanted = Totals(
+            *(name if f in op.always else None for f, name in zip(Totals._fields, self.kinds.totals, strict=True))
+        )
+        if not any(wanted):
+            return piece(lambda row, first, last: None)
+        none = type(self.numbers[-1])(*[None] * len(self.numbers[-1]))
+
+        def body(w: Writer, row: Arrays, i: Any, count: Any) -> None:
+            e = self.element(w, row, i, count, False)
+            data = given(wanted, lambda name, d: d, row.totals)
+            old = given(data, lambda d: w.load(d, "float64", i, plain, count))
+            given(data, lambda d, t: w.store(d, "float64", i, t, count), op.share(old, e, none))
+
+        add = step(body)
+
+        @piece
+        def write_always(row, first, last):
+            for i in range(first, last, width):
+                add((row, i, min(width, last - i)))
+
+        return write_always
+
     def write(self) -> Any:
         """write(row, first, last, k, m, streaming, ahead): outputs and shares of elements first to last."""
         op, kinds, width = self.op, self.kinds, self.width

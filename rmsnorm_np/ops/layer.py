@@ -34,6 +34,7 @@ from rmsnorm_np.ops.primitives import (
     minus,
     minus_product,
     nearest,
+    normalised,
     over,
     plus,
     plus_product,
@@ -61,7 +62,7 @@ def add_element(s: Sum, h: Any, c: Columns, m: None, inside: Any) -> Sum:
 
 def mean(s: Sum, n: Any, k: Any, eps: Any, m: None) -> Mean:
     near = nearest(over(s.total, n))
-    return Mean(near, over(minus_product(s.total, near, n), n))
+    return Mean(near, over(normalised(minus_product(s.total, near, n)), n))
 
 
 class Squares(NamedTuple):
@@ -175,5 +176,6 @@ LAYER_NORM_BACKWARD = Operation(
     extent_backward,
     (("x", None), ("dy", 0.0)),
     share,
+    always=("dbias",),
     recentring=True,
 )

@@ -83,6 +83,7 @@ class Operation(NamedTuple):
     trivial: arrays that make a row trivial, and the number that all elements have then (None: one and the same).
     singles: float32 is enough to compute in where what is read has 16 bits.
     recentring: the result does not change if a number is added to all elements of the first array.
+    always: totals whose shares need no numbers of the row: those of a row out of range keep their place in the sum.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Operation(NamedTuple):
     keep: str | None = None
     singles: bool = False
     recentring: bool = False
+    always: tuple[str, ...] = ()
 
 
 def scale(c: Columns) -> Any:

@@ -76,6 +76,11 @@ def as_single(a: Any) -> Any:
     return a.as_single() if hasattr(a, "as_single") else np.asarray(a, np.float32).astype(np.result_type(a))
 
 
+def constant(number: float, like: Any) -> Any:
+    """A number, of the type of another."""
+    return like.constant(number) if hasattr(like, "constant") else np.result_type(like).type(number)
+
+
 def is_narrow(a: Any) -> bool:
     """Whether a product of two such numbers is exact: they were loaded from a narrower type than the one they have."""
     return bool(getattr(a, "narrow", False))
@@ -123,6 +128,14 @@ def rounded(a: Any) -> Any:
         return a.head
     total = a.head + a.tail
     return either(is_number(total), total, a.head)
+
+
+def normalised(a: Any) -> Any:
+    """The same number, the head of a pair the nearest one number to it: after a subtraction all may be in the tail."""
+    if not is_pair(a) or a.tail is None:
+        return a
+    head = a.head + a.tail
+    return Pair(head, a.tail - (head - a.head))
 
 
 # ------------------------------------------------------------------------------------------- what formulas call
@@ -183,7 +196,7 @@ def reciprocal_root(a: Any) -> Any:
     head = root(a.head)
     rest = fma(-head, head, a.head)
     rest = rest if a.tail is None else rest + a.tail
-    return over(Pair(a.head * 0.0 + 1.0, None), Pair(head, rest / (head + head)))
+    return over(Pair(constant(1.0, head), None), Pair(head, rest / (head + head)))
 
 
 def nearest(a: Any) -> Any:
@@ -238,7 +251,7 @@ def scaled_and_shifted(xhat: Any, scale: Any, shift: Any) -> Any:
             tail = part * other if tail is None else fma(part, other, tail)
     if tail is None:
         return a.head * b.head
-    return fma(a.head, b.head, either(is_finite(tail), tail, a.head * 0.0))
+    return fma(a.head, b.head, either(is_finite(tail), tail, constant(0.0, tail)))
 
 
 def _numpy_fma(a: Any, b: Any, c: Any) -> Any:

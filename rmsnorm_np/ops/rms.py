@@ -117,4 +117,5 @@ RMS_NORM_BACKWARD = Operation(
     extent_backward,
     (("x", 0.0), ("dy", 0.0)),
     share,
+    always=("dbias",),
 )
