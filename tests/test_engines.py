@@ -242,10 +242,10 @@ def test_gradients_of_float64_at_the_ends_of_the_range(rng):
 @pytest.mark.parametrize("n", [7, 100] if JIT_OFF else [7, 100, 70001])
 @pytest.mark.parametrize("op", OPS)
 def test_padding_needs_no_kernels_of_its_own(op, n, rng, monkeypatch):
-    """Rows with dy = 0 are usual, as extreme rows are not: no kernels for those need be compiled."""
-    from rmsnorm_np.cpu import extreme
+    """Rows with dy = 0 are usual, as rows out of range are not: no kernels for those need be compiled."""
+    from rmsnorm_np.cpu import rare
 
-    monkeypatch.setattr(extreme, "backward", None)
+    monkeypatch.setattr(rare, "backward", None)
     x, weight, bias, dy = arrays(rng, (5, n), np.float64)
     dy[1::2], x[2] = 0, 0
     assert_exact(op, x, weight, bias, dy, 1e-6, "cpu")

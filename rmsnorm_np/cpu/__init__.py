@@ -210,7 +210,7 @@ def warmup(
                 report(f"{name}, {' and '.join(parameters) or 'x alone'}")
             for rows, n in shapes:
                 x = np.ones((rows, n), dtype)
-                x[-1] = np.finfo(np.float32).max if dtype.itemsize == 2 else 1e300  # for the kernels of `rare`
+                x[-1] = np.inf  # for the kernels of `rare`
                 columns = Columns(
                     *(np.ones((1, n), dtype) if p in parameters else None for p in ("weight", "bias")), 0.0
                 )

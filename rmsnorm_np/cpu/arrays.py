@@ -86,7 +86,8 @@ def pointers(typing_context, record):
             return types.CPointer(kind.dtype)
         if isinstance(kind, types.Float):
             return kind
-        return types.NamedTuple([kind_of(k) for k in kind], kind.instance_class)
+        kinds = [kind_of(k) for k in kind]
+        return types.NamedTuple(kinds, kind.instance_class) if hasattr(kind, "instance_class") else types.Tuple(kinds)
 
     def found(context, builder, kind, value):
         if isinstance(kind, types.NoneType):

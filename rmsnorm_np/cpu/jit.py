@@ -45,16 +45,17 @@ def piece(function: Callable[..., Any]) -> Any:
     return _jit(function, no_cpython_wrapper=True)
 
 
-def compiled(label: str, make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]) -> Callable[..., Any]:
+def compiled(label: str | None, make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]) -> Callable[..., Any]:
     """The machine code of the function that `make` makes, for arguments of the types of these.
 
-    label: tells kernels apart in the cache. Records among the arguments are typed as such here; the code takes them as
+    label: tells kernels apart in the cache on disk; None for one that is not kept there, as its sources lie elsewhere. Records among the arguments are typed as such here; the code takes them as
     plain tuples, which Python makes in a tenth of the time.
     """
     threads.layer()
     signature = tuple(map(_type_of, args))
     dispatcher = _jit(make())
-    dispatcher._cache = KernelCache(label)
+    if label is not None:
+        dispatcher._cache = KernelCache(label)
     code: Callable[..., Any] = dispatcher.compile(signature)
     return code
 

@@ -84,6 +84,7 @@ class Call(NamedTuple):
     marks: Any
 
 
+@np.errstate(all="ignore")  # a result beyond the range of a 16-bit float is infinity, in silence as in the kernels
 def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
     """The rows of y that are marked. run(call) gives y of rows that need no marks."""
     x = call.reads[0]
