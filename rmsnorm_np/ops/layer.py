@@ -113,6 +113,7 @@ LAYER_NORM = Operation(
     extent,
     (("x", None),),
     keep="h",
+    recentring=True,
 )
 
 
@@ -174,4 +175,5 @@ LAYER_NORM_BACKWARD = Operation(
     extent_backward,
     (("x", None), ("dy", 0.0)),
     share,
+    recentring=True,
 )

@@ -82,6 +82,7 @@ class Operation(NamedTuple):
     extent: ``extent(s, n, k, eps, m)``, from the sums of the last stage and the numbers of the one before, an `Extent`.
     trivial: arrays that make a row trivial, and the number that all elements have then (None: one and the same).
     singles: float32 is enough to compute in where what is read has 16 bits.
+    recentring: the result does not change if a number is added to all elements of the first array.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Operation(NamedTuple):
     share: Callable[..., Any] | None = None
     keep: str | None = None
     singles: bool = False
+    recentring: bool = False
 
 
 def scale(c: Columns) -> Any:

@@ -76,6 +76,11 @@ def as_single(a: Any) -> Any:
     return a.as_single() if hasattr(a, "as_single") else np.asarray(a, np.float32).astype(np.result_type(a))
 
 
+def zero_of(a: Any) -> Any:
+    """Zero, of a's type, whatever a is."""
+    return a.constant(0.0) if hasattr(a, "constant") else np.zeros_like(a)
+
+
 def is_narrow(a: Any) -> bool:
     """Whether a product of two such numbers is exact: they were loaded from a narrower type than the one they have."""
     return bool(getattr(a, "narrow", False))
@@ -178,12 +183,26 @@ def over(a: Any, b: Any) -> Any:
 
 def reciprocal_root(a: Any) -> Any:
     """1 / sqrt(a)."""
+    if hasattr(a.head if is_pair(a) else a, "reciprocal_root"):
+        return _refined(a)
     if not is_pair(a):
         return 1.0 / root(a)
     head = root(a.head)
     rest = fma(-head, head, a.head)
     rest = rest if a.tail is None else rest + a.tail
     return over(Pair(a.head * 0.0 + 1.0, None), Pair(head, rest / (head + head)))
+
+
+def _refined(a: Any) -> Any:
+    """1 / sqrt(a) of numbers that have it themselves; of pairs with a step of Newton's method, which divides nothing."""
+    if not is_pair(a):
+        return a.reciprocal_root()
+    near = a.head.reciprocal_root()
+    square, tail = two_product(near, near)
+    rest = fma(-a.head, square, 1.0) - a.head * tail
+    rest = rest if a.tail is None else rest - a.tail * square
+    tail = near * rest * 0.5
+    return Pair(near, either(is_number(tail), tail, zero_of(tail)))
 
 
 def nearest(a: Any) -> Any:
@@ -238,7 +257,7 @@ def scaled_and_shifted(xhat: Any, scale: Any, shift: Any) -> Any:
             tail = part * other if tail is None else fma(part, other, tail)
     if tail is None:
         return a.head * b.head
-    return fma(a.head, b.head, either(is_finite(tail), tail, a.head * 0.0))
+    return fma(a.head, b.head, either(is_finite(tail), tail, zero_of(tail)))
 
 
 def _numpy_fma(a: Any, b: Any, c: Any) -> Any:

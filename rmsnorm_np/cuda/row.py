@@ -1,0 +1,434 @@
+"""The program for one row, or a piece of one, of any operation: what its team reads, sums, finds and writes.
+
+`Program` makes it from the formulas of an operation (:mod:`rmsnorm_np.ops`) and a `Plan`. A team of threads holds its
+row as 32-bit words in registers, decodes them for the sums and again for what it writes. Trip t of thread `lane` is the
+vector at element (t * team + lane) * lanes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numba.cuda import types
+
+from rmsnorm_np.cuda.launch import Plan
+from rmsnorm_np.cuda.number import DOUBLE, LONG, WORD, Condition, Number, opaque
+from rmsnorm_np.cuda.tracing import given, like, mapped, step, tried, zero
+from rmsnorm_np.cuda.words import ITEMSIZE, Apart, Together, element, encoded, load, store, words_of
+from rmsnorm_np.ops.operation import Columns
+from rmsnorm_np.ops.primitives import Pair, either, is_pair, plus, rounded
+
+# Squares and products between these and their inverses lose nothing that counts.
+BOUNDS = {"single": 2.0**90, "pair": 2.0**90, "double": 2.0**300, "exact": 2.0**300}
+LEAST_NUMBER, MOST_NUMBER = 2.0**-110, 2.0**120  # of a row's numbers in float32, so that tails have their digits
+MOST_SHARE = 2.0**80  # of what is summed over rows in float32: far from the end of the range, in any number of rows
+
+
+class Place(NamedTuple):
+    """Where a team is: the row's first element, this thread's place in the team, elements that are there; the first
+    elements of weight and of bias; elements that are in the RMS.
+    """
+
+    start: Any
+    lane: Any
+    stop: Any
+    weight: Any
+    bias: Any
+    k: Any
+
+
+class Size(NamedTuple):
+    """The numbers of a call: rows of n elements, k of them in the RMS.
+
+    m: rows of the totals; weight_m, bias_m: of weight and bias, where row r uses row r % weight_m. chunks: how many blocks
+    share a row of the totals.
+    """
+
+    rows: Any
+    n: Any
+    k: Any
+    inverse_n: Any
+    inverse_k: Any
+    eps: Any
+    offset: Any
+    weight_m: Any
+    bias_m: Any
+    m: Any
+    chunks: Any
+
+
+class Arrays(NamedTuple):
+    """Pointers to all arrays of a call. totals: partial sums, of float64."""
+
+    reads: Any
+    columns: Any
+    writes: Any
+    totals: Any
+
+
+class Scales(NamedTuple):
+    """What brings a row into the range: x' = (x - first) · x, and so on. The factors are powers of two.
+
+    undo: of what has the scale of dy · rstd, in two factors, as is dh.
+    """
+
+    first: Any
+    x: Any
+    dy: Any
+    dh: Any
+    dh_again: Any
+    undo: Any
+    undo_again: Any
+
+
+class Program:
+    """The steps of an operation on arrays of a plan's kinds."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.kinds, self.op = plan, plan.kinds, plan.kinds.operation
+        self.kind = "f32" if plan.work in ("single", "pair") else "f64"
+        self.exact = plan.work in ("pair", "exact")  # whether what is written has as many digits as the type inside
+        kinds, last = self.kinds, len(self.op.stages) - 1
+        kept = self.op.keep and getattr(kinds.writes, self.op.keep)
+        self.kept = self.op.keep if kept else None
+        # what is kept lies where the first array would
+        self.held = like(kinds.reads, [kept, *[None] * (len(kinds.reads) - 1)]) if kept else kinds.reads
+        self.words = given(self.held, lambda name: ("u32",) * (plan.trips * words_of(name, plan.lanes)))
+        # 16-bit columns that stay in registers are widened once: the compiler would do it anyhow, and keep both
+        wider = lambda name: "float32" if ITEMSIZE[name] == 2 and plan.backward else name  # noqa: E731
+        self.columns = given(Columns(*kinds.columns[:2]), wider)
+        self.column_words = given(self.columns, lambda name: ("u32",) * (plan.trips * words_of(name, plan.lanes)))
+        self.added = given(kinds.totals, lambda _: (self.kind,) * (plan.trips * plan.lanes))
+        one = Pair("f64", "f64") if plan.work == "exact" else "f64"
+        self.sums = [stage.Sums(*[one] * len(stage.Sums._fields)) for stage in self.op.stages]
+        # how the elements of a stage are summed: sums before the last need every digit, as a mean far from zero does
+        longer = {"single": "plain", "double": "plain", "exact": "pair"}
+        self.how = [
+            longer.get(plan.work) or ("wide" if s < last else "pair" if plan.short else "plain")
+            for s in range(last + 1)
+        ]
+        self.numbers: list[Any] = []
+        for s in range(last + 1):
+            before = self.numbers[-1] if s else None
+            size = Size(*["u32"] * 3, *["f64"] * 4, *["u32"] * 4)
+            self.numbers.append(tried(lambda b, *a, s=s: self._finish(b, s, *a), self.sums[s], size, before, "f64"))
+
+    # ------------------------------------------------------------------------------------------------ elements
+
+    def _at(self, b: Any, start: Any, lane: Any, t: int) -> Any:
+        vector = b.add(LONG(t * self.plan.team), lane)
+        return b.add(start, b.mul(vector, LONG(self.plan.lanes)))
+
+    def _there(self, b: Any, place: Place, t: int) -> Any:
+        """Which elements of vector t are there."""
+        i, plan = self._at(b, LONG(0), place.lane, t), self.plan
+        checked = not (plan.full and plan.teams == 1)
+        if plan.aligned:
+            return Together(plan.lanes, b.icmp_signed("<", i, place.stop) if checked else None)
+        below = lambda e: b.icmp_signed("<", b.add(i, LONG(e)), place.stop) if checked else None  # noqa: E731
+        return Apart([below(e) for e in range(plan.lanes)])
+
+    def _inside(self, b: Any, place: Place, t: int, e: int) -> Any:
+        """Where element e of vector t is in the RMS; None for everywhere."""
+        if not self.kinds.first_k:
+            return None
+        i = b.add(self._at(b, LONG(0), place.lane, t), LONG(e))
+        return Condition(b, b.icmp_signed("<", i, place.k))
+
+    def _vector(self, names: Any, words: Any, t: int) -> Any:
+        """Vector t of each array."""
+        count = lambda name: words_of(name, self.plan.lanes)  # noqa: E731
+        return given(names, lambda name, w: list(w[t * count(name) : (t + 1) * count(name)]), words)
+
+    def _numbers(self, b: Any, names: Any, vector: Any, e: int, how: str, again: bool = False) -> Any:
+        """Element e of each array. how: "plain", "pair", whose rounding errors are kept, or "wide", float64."""
+        kind = "f64" if how == "wide" else self.kind
+        one = lambda name, w: element(b, w, e, name, again).to(kind)  # noqa: E731
+        return given(names, lambda name, w: Pair(one(name, w), None) if how == "pair" else one(name, w), vector)
+
+    def _columns(self, b: Any, vector: Any, e: int, offset: Number, how: str, again: bool = False) -> Columns:
+        """weight, bias and weight_offset of an element; the offset to all its digits."""
+        found = self._numbers(b, self.columns, vector, e, how, again)
+        if not self.kinds.columns.weight_offset:
+            return Columns(*found[:2])
+        if self.kind == "f64" or how == "wide":
+            return found._replace(weight_offset=Pair(offset, None) if how == "pair" else offset)
+        head = offset.to("f32")
+        return found._replace(weight_offset=Pair(head, (offset - head).to("f32")))
+
+    def _entered(self, e: Any) -> Any:
+        return e[0] if self.kept else self.op.enter(e)
+
+    def _scaled(self, e: Any, scales: Scales | None, but: str | None = None) -> Any:
+        """The element in the range; `but`: a field that stays as it is."""
+        if scales is None:
+            return e
+        moved = {
+            "x": lambda a: (a - scales.first) * scales.x,
+            "dy": lambda a: a * scales.dy,
+            "dh": lambda a: a * scales.dh * scales.dh_again,
+        }
+        change = lambda f, a: a if f == but or a is None else mapped(moved[f], a)  # noqa: E731
+        return like(e, [change(f, a) for f, a in zip(e._fields, e, strict=True)])
+
+    # --------------------------------------------------------------------------------------------------- reading
+
+    def read(self, first: bool) -> Any:
+        """read(arrays, place): the words of a row. first: what is kept is made now, and written; else it is read."""
+        plan, kinds = self.plan, self.kinds
+
+        def body(b: Any, arrays: Arrays, place: tuple[Any, ...]) -> Any:
+            at, found = Place(*place), given(self.held, lambda name: ())
+            for t in range(plan.trips):
+                i, there = self._at(b, at.start, at.lane, t), self._there(b, at, t)
+                if not self.kept:
+                    words = given(kinds.reads, lambda name, a: load(b, a, i, name, there), arrays.reads)
+                else:
+                    name, pointer = self.held[0], getattr(arrays.writes, self.kept)
+                    if first:
+                        read = given(kinds.reads, lambda name, a: load(b, a, i, name, there), arrays.reads)
+                        how = "pair" if self.exact else "plain"
+                        entered = [self.op.enter(self._numbers(b, kinds.reads, read, e, how)) for e in range(plan.lanes)]
+                        made = encoded(b, entered, name, plan.native_bfloat16)
+                        store(b, pointer, i, name, made, there)
+                    else:
+                        made = load(b, pointer, i, name, there)
+                    words = like(self.held, [made, *[None] * (len(self.held) - 1)])
+                found = given(found, lambda old, new: (*old, *new), words)
+            return found
+
+        return step(body, self.words)
+
+    def read_columns(self) -> Any:
+        """read(arrays, start, lane, stop): the words of the columns, for all rows to come; start: of each column."""
+        plan, kinds = self.plan, self.kinds
+
+        def body(b: Any, arrays: Arrays, place: tuple[Any, ...]) -> Any:
+            at, found = Place(*place), given(self.columns, lambda name: ())
+            for t in range(plan.trips):
+                vector = self._load_columns(b, arrays, at, t)
+                for field in ("weight", "bias"):
+                    name, words = getattr(kinds.columns, field), getattr(vector, field)
+                    if name and name != getattr(self.columns, field):
+                        numbers = [element(b, words, e, name) for e in range(plan.lanes)]
+                        words = [opaque(b, word) for number in numbers for word in number.words()]
+                    if name:
+                        found = found._replace(**{field: (*getattr(found, field), *words)})
+            return found
+
+        return step(body, self.column_words)
+
+    def _load_columns(self, b: Any, arrays: Arrays, at: Place, t: int) -> Columns:
+        starts, there = Columns(at.weight, at.bias), self._there(b, at, t)
+        fetch = lambda name, a, start: load(b, a, self._at(b, start, at.lane, t), name, there)  # noqa: E731
+        return given(Columns(*self.kinds.columns[:2]), fetch, Columns(*arrays.columns[:2]), starts)
+
+    # ----------------------------------------------------------------------------------------------- sums, numbers
+
+    def add(self, s: int) -> Any:
+        """add(row, m, place, size, scales): the sums of stage s over what this thread has of the row."""
+        plan, stage, how, shape = self.plan, self.op.stages[s], self.how[s], self.sums[s]
+        last = s == len(self.op.stages) - 1
+        part_kind = {"wide": "f64", "plain": self.kind, "pair": Pair(self.kind, self.kind)}[how]
+        part_shape = stage.Sums(*[part_kind] * len(shape))
+        # sums over rows in float32: a row that could make one of them infinite has to be marked
+        reach = last and any(self.kinds.totals) and self.kind == "f32" and plan.marks
+
+        def add_element(b: Any, e: Any, c: Any, m: Any, old: Any, there: Any, inside: Any) -> Any:
+            new = stage.add(old, e, c, m, inside)
+            if stage.first_k:
+                there = inside if there is None else there & inside if inside is not None else there
+            return new if there is None else given(new, lambda a, z: either(there, a, z), old)
+
+        def body(b: Any, row: Any, m: Any, place: tuple[Any, ...], size: Size, scales: Any) -> Any:
+            at, found, largest = Place(*place), zero(b, shape), None
+            m = m[0] if m is not None else None
+            for t in range(plan.trips):
+                there, vector = self._there(b, at, t), self._vector(self.held, row[0], t)
+                columns = self._vector(self.columns, row[1], t) if plan.backward else None
+                part = found if part_shape == shape else zero(b, part_shape)
+                for e in range(plan.lanes):
+                    read = self._scaled(self._numbers(b, self.held, vector, e, how), scales)
+                    c = self._columns(b, columns, e, size.offset, how) if plan.backward else None
+                    for a in read[1:] if reach else ():
+                        size_of = None if a is None else abs(a.head if is_pair(a) else a)
+                        largest = largest if a is None else size_of if largest is None else largest.maximum(size_of)
+                    # elements that are not there are zeros, but with numbers of a stage before their terms need not be
+                    masked = there.each(e) if m is not None or scales is not None else None
+                    masked = None if masked is None else Condition(b, masked)
+                    part = add_element(b, self._entered(read), c, m, part, masked, self._inside(b, at, t, e))
+                found = part if part_shape == shape else given(part, lambda a, z: plus(z, self._folded(a)), found)
+            if largest is not None:
+                poison = either(largest.exceeds(MOST_SHARE), largest.constant(float("inf")), largest.constant(0.0))
+                found = given(found, lambda a: a + poison.to("f64"))
+            return found
+
+        return step(body, shape)
+
+    @staticmethod
+    def _folded(part: Any) -> Number:
+        """The sum of a vector, as float64."""
+        number: Number = rounded(mapped(lambda a: a.to("f64"), part))
+        return number
+
+    def finish(self, s: int) -> Any:
+        """finish(sums, size, m, eps): (the numbers of stage s as elements take them, a mark), see `_mark`."""
+        return step(lambda b, *a: self._finish(b, s, *a), self.numbers[s])
+
+    def _finish(self, b: Any, s: int, sums: Any, size: Size, m: Any, eps: Number) -> Any:
+        n, k = (
+            Number(b, b.sitofp(count, DOUBLE), inverse=inverse)
+            for count, inverse in ((size.n, size.inverse_n), (size.k, size.inverse_k))
+        )
+        before = None if m is None else given(m[0], self._widened)
+        found = self.op.stages[s].numbers(sums, n, k, eps, before)
+        numbers = given(found, self._narrowed)
+        if s < len(self.op.stages) - 1 or not self.plan.marks or self.plan.rare:
+            return numbers, WORD(0)
+        return numbers, self._mark(b, self.op.extent(sums, n, k, eps, before), found, numbers)
+
+    def _widened(self, a: Any) -> Any:
+        if self.kind == "f64":
+            return a
+        return a.head.to("f64") + a.tail.to("f64") if is_pair(a) else a.to("f64")
+
+    def _narrowed(self, a: Any) -> Any:
+        """A number as elements meet it: for pairs of float32 as a pair, but for one that a float32 can hold."""
+        if self.kind == "f64":
+            return a
+        head = a.to("f32")
+        if self.plan.work == "single" or a.single:
+            return head
+        tail = (a - head).to("f32")
+        return Pair(head, either(tail.is_number(), tail, tail.constant(0.0)))
+
+    def _mark(self, b: Any, extent: Any, wide: Any, narrow: Any) -> Any:
+        """0 for a row in range, 1 for one that is if it is trivial, 2 for one that is not."""
+        bound = BOUNDS[self.plan.work]
+        large = [abs(a).compared("<=", bound) for a in (*extent.within, *extent.nontrivial, *extent.below)]
+        fine = [*large, *(abs(a).compared(">=", 1 / bound) for a in extent.within)]
+        if self.kind == "f32":
+            for a, found in zip(narrow, wide, strict=True):
+                size = abs(a.head if is_pair(a) else a)
+                fine.append(size.compared("<", MOST_NUMBER))
+                fine.append(size.compared(">", LEAST_NUMBER) | found.compared("==", 0.0))
+        wanted = [abs(a).compared(">=", 1 / bound) for a in extent.nontrivial]
+        good = lambda all_: [c.value for c in all_]  # noqa: E731
+        mark = WORD(0)
+        for value in good(wanted):
+            mark = b.select(value, mark, WORD(1))
+        for value in good(fine):
+            mark = b.select(value, mark, WORD(2))
+        return mark
+
+    def equal(self) -> Any:
+        """equal(row, arrays, place): bit j for the j-th test of `Operation.trivial`, over what this thread has."""
+        plan = self.plan
+
+        def body(b: Any, row: Any, arrays: Arrays, place: tuple[Any, ...]) -> Any:
+            at, bits = Place(*place), WORD(0)
+            for j, (field, number) in enumerate(self.op.trivial):
+                f = self.held._fields.index(field)
+                name, holds = self.held[f], b.icmp_signed("==", WORD(0), WORD(0))
+                pointer = getattr(arrays.writes, self.kept) if self.kept else arrays.reads[f]
+                exists = Apart([b.icmp_signed("<", LONG(0), at.stop)])
+                first = element(b, load(b, pointer, at.start, name, exists), 0, name)
+                wanted = first if number is None else first.constant(number)
+                for t in range(plan.trips):
+                    there, vector = self._there(b, at, t), self._vector(self.held, row[0], t)
+                    for e in range(plan.lanes):
+                        same = element(b, vector[f], e, name).compared("==", wanted).value
+                        absent = there.each(e)
+                        same = same if absent is None else b.or_(same, b.not_(absent))
+                        holds = b.and_(holds, same)
+                bits = b.or_(bits, b.select(holds, WORD(1 << j), WORD(0)))
+            return bits
+
+        return step(body, types.uint32)
+
+    # -------------------------------------------------------------------------------------------- what a row gives
+
+    def write(self) -> Any:
+        """write(row, arrays, place, size, m, added, scales): the outputs; returns the sums over rows with its share."""
+        plan, kinds, op = self.plan, self.kinds, self.op
+        how = "pair" if self.exact else "plain"
+
+        def body(
+            b: Any, row: Any, arrays: Arrays, place: tuple[Any, ...], size: Size, m: Any, added: Any, scales: Any
+        ) -> Any:
+            at, total = Place(*place), given(self.added, lambda _, a: list(a), added)
+            m = m[0]
+            heads = given(m, lambda a: a.head if is_pair(a) else a)  # sums over rows have digits enough without tails
+            for t in range(plan.trips):
+                there, vector = self._there(b, at, t), self._vector(self.held, row[0], t)
+                if plan.backward:
+                    columns = self._vector(self.columns, row[1], t)
+                else:
+                    columns = self._load_columns(b, arrays, at, t)
+                left = []
+                for e in range(plan.lanes):
+                    read = self._numbers(b, self.held, vector, e, how, True)
+                    c = self._columns(b, columns, e, size.offset, how, plan.backward)
+                    entered = self._entered(self._scaled(read, scales))
+                    left.append(op.leave(entered, m, c, self._inside(b, at, t, e)))
+                    if op.share is not None:
+                        j = t * plan.lanes + e
+                        plain = self._scaled(given(read, rounded), scales, "dy")
+                        old = given(total, lambda a, j=j: a[j])
+                        for sums, new in zip(total, op.share(old, self._entered(plain), heads), strict=True):
+                            if sums is not None:
+                                sums[j] = new
+                for f, field in enumerate(kinds.writes._fields):
+                    if kinds.writes[f] and field != self.kept:
+                        self._put(b, arrays, at, t, there, field, [given_out[f] for given_out in left], scales)
+            return given(total, tuple)
+
+        return step(body, self.added)
+
+    def _put(self, b: Any, arrays: Any, at: Place, t: int, there: Any, field: str, numbers: Any, scales: Any) -> None:
+        if scales is not None and field == "dx":
+            numbers = [rounded(a) * scales.undo * scales.undo_again for a in numbers]
+        name = getattr(self.kinds.writes, field)
+        words = encoded(b, numbers, name, self.plan.native_bfloat16)
+        store(b, getattr(arrays.writes, field), self._at(b, at.start, at.lane, t), name, words, there)
+
+    def write_totals(self) -> Any:
+        """write(totals, start, lane, stop, added): the sums over rows of this thread's columns."""
+
+        def body(b: Any, totals: Any, place: tuple[Any, ...], added: Any) -> None:
+            at = Place(*place)
+            for t in range(self.plan.trips):
+                i, there = self._at(b, at.start, at.lane, t), self._there(b, at, t)
+                for pointer, sums in zip(totals, added, strict=True):
+                    if pointer is not None:
+                        numbers = sums[t * self.plan.lanes : (t + 1) * self.plan.lanes]
+                        store(b, pointer, i, "float64", encoded(b, numbers, "float64", False), there)
+
+        return step(body)
+
+    def put_sums(self, f: int) -> Any:
+        """put(table, start, lane, sums): the sums of total f to the words of a table, this team's from `start` on."""
+
+        def body(b: Any, table: Any, start: Any, lane: Any, sums: Any) -> None:
+            data = b.extract_value(table, 4)
+            for j, number in enumerate(sums[f]):
+                t, e = divmod(j, self.plan.lanes)
+                place, words = b.add(self._at(b, start, lane, t), LONG(e)), number.words()
+                for w, word in enumerate(words):
+                    b.store(word, b.gep(data, [b.add(b.mul(place, LONG(len(words))), LONG(w))]))
+
+        return step(body)
+
+    def read_totals(self) -> Any:
+        """read(totals, place): what `write_totals` left there, for a program in float64."""
+
+        def body(b: Any, totals: Any, place: tuple[Any, ...]) -> Any:
+            at, found = Place(*place), given(self.added, lambda _: ())
+            for t in range(self.plan.trips):
+                i, there = self._at(b, at.start, at.lane, t), self._there(b, at, t)
+                words = given(self.added, lambda _, pointer: load(b, pointer, i, "float64", there), totals)
+                one = lambda old, w: (*old, *(element(b, w, e, "float64") for e in range(self.plan.lanes)))  # noqa: E731
+                found = given(found, one, words)
+            return found
+
+        return step(body, self.added)
