@@ -26,7 +26,7 @@ from rmsnorm_np.cuda.team import (
     width_of,
 )
 from rmsnorm_np.cuda.tracing import step, zeros
-from rmsnorm_np.cuda.words import ITEMSIZE, Together, encoded, store
+from rmsnorm_np.cuda.words import ITEMSIZE, Apart, encoded, store
 
 COLUMNS = WARP  # of a block that adds up partial sums
 
@@ -302,7 +302,7 @@ def add_partials(name: str, capability: Capability, slices: int) -> Kernel:
     """kernel(partial, tasks, m, n, total): rows h, h + m, … of the partial sums, added in an order fixed by the shape,
     are row h of the total.
     """
-    native, alone, table_shape = rounds_to_bfloat16(capability), Together(1, None), (slices, COLUMNS)
+    native, alone, table_shape = rounds_to_bfloat16(capability), Apart([None]), (slices, COLUMNS)
 
     def body(b: Any, total: Any, i: Any, number: Any) -> None:
         store(b, total, i, name, encoded(b, [number], name, native), alone)
