@@ -68,18 +68,21 @@ class Kinds(NamedTuple):
     def work(self) -> str:
         """How to compute.
 
-        ======  ==========================  =================================================================
-        single  16-bit floats               float32
-        pair    float32                     float32 in pairs, where rounding errors matter
-        double  those beside a float64      float64: the product of two float32 is exact
-        exact   float64                     float64 in pairs
-        ======  ==========================  =================================================================
+        ======  ============================  ===========================================================
+        single  16-bit floats                 float32
+        pair    float32                       float32 in pairs, where rounding errors matter
+        double  those beside a float64        float64: the product of two float32 is exact
+        exact   float64                       float64 in pairs
+        ======  ============================  ===========================================================
+
+        What is written counts, and what the rows are about.
         """
-        if self.about == "float64":
+        results = (self.about, *self.writes)
+        if "float64" in results:
             return "exact"
         if "float64" in self.names:
             return "double"
-        return "pair" if self.about == "float32" else "single"
+        return "pair" if "float32" in results else "single"
 
 
 @dataclass(frozen=True)
