@@ -163,10 +163,8 @@ def totals_writer(program: Program) -> Any:
                 (arrays.totals, (task * size.n, lane, size.n, 0, 0, size.k), sums)
             )
         )
-    first, *others = [team_totals_writer(program, f) for f, there in enumerate(plan.kinds.totals) if there]
-    if not others:
-        return first
-    (second,) = others
+    nothing = inlined(lambda arrays, task, size, lane, sums: None)
+    first, second = (team_totals_writer(program, f) if there else nothing for f, there in enumerate(plan.kinds.totals))
 
     @inlined
     def both(arrays: Any, task: Any, size: Any, lane: Any, sums: Any) -> None:

@@ -457,6 +457,8 @@ class Machine:
             size = int(t[1:]); w = size // len(src)
             out = np.zeros(int(act.sum()), U[size])
             for i, s in enumerate(src):
+                if s.startswith("%") and s not in self.reg:  # half of a register that nothing depends on
+                    continue
                 out |= self.bits(s, f"b{w}", act).astype(U[w]).astype(U[size]) << U[size](w * i)
             self.write(a[0], out, act)
         elif a[0].startswith("{"):
