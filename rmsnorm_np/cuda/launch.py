@@ -156,7 +156,10 @@ class Plan:
         sums = sum(1 for there in self.kinds.totals if there)
         if self.work == "single":
             return max(1, (256 if sums > 1 else 384) // self.block)
-        return max(1, (384 if sums > 1 and self.work in ("double", "exact") else 512) // self.block)
+        threads = 384 if sums > 1 and self.work in ("double", "exact") else 512
+        if self.work == "exact" and len(self.kinds.operation.stages) > 1:  # pairs of float64, twice: 128 registers more
+            threads -= 128
+        return max(1, threads // self.block)
 
     @property
     def demanded(self) -> int:

@@ -193,5 +193,6 @@ def shuffle(builder: Any, mask: Any, word: Any, distance: int) -> Any:
 
 
 def opaque(builder: Any, word: Any) -> Any:
-    """The same word, in no instruction: the compiler takes it for a new one."""
-    return builder.asm(ir.FunctionType(WORD, [WORD]), "", "=r,0", [word], side_effect=True)
+    """The same word, or long word, in no instruction: the compiler takes it for a new one."""
+    letter = "r" if word.type == WORD else "l"
+    return builder.asm(ir.FunctionType(word.type, [word.type]), "", f"={letter},0", [word], side_effect=True)

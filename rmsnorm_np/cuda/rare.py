@@ -22,7 +22,6 @@ from rmsnorm_np.cuda.row import Place, Program, Scales, Size
 from rmsnorm_np.cuda.schedule import MARKS, SIZE, arrays_type, numbers_finder
 from rmsnorm_np.cuda.team import added, inlined, picker, putter, total_of, width_of
 from rmsnorm_np.cuda.tracing import given, step, zeros
-from rmsnorm_np.cuda.words import Apart, element, load
 from rmsnorm_np.ops.operation import scale
 from rmsnorm_np.ops.primitives import either
 
@@ -89,8 +88,7 @@ def survey(program: Program) -> Any:
 def _first(b: Any, program: Program, arrays: Any, at: Place) -> Number:
     """The first element of the row; at.bias: where it is."""
     pointer = getattr(arrays.writes, program.kept) if program.kept else arrays.reads[0]
-    name = program.held[0]
-    return element(b, load(b, pointer, at.bias, name, Apart([None])), 0, name).to("f64")
+    return program.one(b, pointer, program.held[0], at.bias).to("f64")
 
 
 def _exponent(b: Any, number: Number) -> Any:

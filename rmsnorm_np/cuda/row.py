@@ -119,14 +119,29 @@ class Program:
         vector = b.add(LONG(t * self.plan.team), lane)
         return b.add(start, b.mul(vector, LONG(self.plan.lanes)))
 
+    def _place(self, b: Any, place: tuple[Any, ...]) -> Place:
+        """The place, in steps that come after another: for rows that are not aligned new to the compiler, which would
+        keep the conditions of all elements from one step to the next.
+        """
+        at = Place(*place)
+        hide = not (self.plan.aligned or self.plan.full)
+        return at._replace(stop=opaque(b, at.stop), lane=opaque(b, at.lane)) if hide else at
+
     def _there(self, b: Any, place: Place, t: int) -> Any:
         """Which elements of vector t are there."""
         i, plan = self._at(b, LONG(0), place.lane, t), self.plan
-        checked = not (plan.full and plan.teams == 1)
+        checked = not plan.full
         if plan.aligned:
             return Together(plan.lanes, b.icmp_signed("<", i, place.stop) if checked else None)
         below = lambda e: b.icmp_signed("<", b.add(i, LONG(e)), place.stop) if checked else None  # noqa: E731
         return Apart([below(e) for e in range(plan.lanes)])
+
+    def _there_of_row(self, b: Any, place: Place, there: Any) -> Any:
+        """The same, but nothing of a row that is not there, which a team without a row reads in place of its own."""
+        if not (self.plan.full and self.plan.teams > 1):
+            return there
+        exists = b.icmp_signed("<", LONG(0), place.stop)
+        return Together(there.lanes, exists) if self.plan.aligned else Apart([exists] * there.lanes)
 
     def _inside(self, b: Any, place: Place, t: int, e: int) -> Any:
         """Where element e of vector t is in the RMS; None for everywhere."""
@@ -190,7 +205,7 @@ class Program:
                         how = "pair" if self.exact else "plain"
                         entered = [self.op.enter(self._numbers(b, kinds.reads, read, e, how)) for e in range(plan.lanes)]
                         made = encoded(b, entered, name, plan.native_bfloat16)
-                        store(b, pointer, i, name, made, there)
+                        store(b, pointer, i, name, made, self._there_of_row(b, at, there))
                     else:
                         made = load(b, pointer, i, name, there)
                     words = like(self.held, [made, *[None] * (len(self.held) - 1)])
@@ -241,22 +256,24 @@ class Program:
             return new if there is None else given(new, lambda a, z: either(there, a, z), old)
 
         def body(b: Any, row: Any, m: Any, place: tuple[Any, ...], size: Size, scales: Any) -> Any:
-            at, found, largest = Place(*place), zero(b, shape), None
+            at, found, largest = self._place(b, place), zero(b, shape), None
+            # elements that are not there are zeros, but with numbers of a stage before their terms need not be
+            masked = (m is not None or scales is not None) and not plan.full
             m = m[0] if m is not None else None
             for t in range(plan.trips):
                 there, vector = self._there(b, at, t), self._vector(self.held, row[0], t)
                 columns = self._vector(self.columns, row[1], t) if plan.backward else None
-                part = found if part_shape == shape else zero(b, part_shape)
+                before = part = found if part_shape == shape else zero(b, part_shape)
                 for e in range(plan.lanes):
                     read = self._scaled(self._numbers(b, self.held, vector, e, how), scales)
                     c = self._columns(b, columns, e, size.offset, how) if plan.backward else None
                     for a in read[1:] if reach else ():
                         size_of = None if a is None else abs(a.head if is_pair(a) else a)
                         largest = largest if a is None else size_of if largest is None else largest.maximum(size_of)
-                    # elements that are not there are zeros, but with numbers of a stage before their terms need not be
-                    masked = there.each(e) if m is not None or scales is not None else None
-                    masked = None if masked is None else Condition(b, masked)
-                    part = add_element(b, self._entered(read), c, m, part, masked, self._inside(b, at, t, e))
+                    alone = Condition(b, there.each(e)) if masked and isinstance(there, Apart) else None
+                    part = add_element(b, self._entered(read), c, m, part, alone, self._inside(b, at, t, e))
+                if masked and isinstance(there, Together):
+                    part = given(part, lambda a, z: either(Condition(b, there.all), a, z), before)
                 found = part if part_shape == shape else given(part, lambda a, z: plus(z, self._folded(a)), found)
             if largest is not None:
                 poison = either(largest.exceeds(MOST_SHARE), largest.constant(float("inf")), largest.constant(0.0))
@@ -322,29 +339,24 @@ class Program:
         return mark
 
     def equal(self) -> Any:
-        """equal(row, arrays, place): bit j for the j-th test of `Operation.trivial`, over what this thread has."""
-        plan = self.plan
+        """equal(arrays, start, i): bit j for the j-th test of `Operation.trivial`, of element i of the row at start."""
 
-        def body(b: Any, row: Any, arrays: Arrays, place: tuple[Any, ...]) -> Any:
-            at, bits = Place(*place), WORD(0)
+        def body(b: Any, arrays: Arrays, start: Any, i: Any) -> Any:
+            bits = WORD(0)
             for j, (field, number) in enumerate(self.op.trivial):
                 f = self.held._fields.index(field)
-                name, holds = self.held[f], b.icmp_signed("==", WORD(0), WORD(0))
                 pointer = getattr(arrays.writes, self.kept) if self.kept else arrays.reads[f]
-                exists = Apart([b.icmp_signed("<", LONG(0), at.stop)])
-                first = element(b, load(b, pointer, at.start, name, exists), 0, name)
-                wanted = first if number is None else first.constant(number)
-                for t in range(plan.trips):
-                    there, vector = self._there(b, at, t), self._vector(self.held, row[0], t)
-                    for e in range(plan.lanes):
-                        same = element(b, vector[f], e, name).compared("==", wanted).value
-                        absent = there.each(e)
-                        same = same if absent is None else b.or_(same, b.not_(absent))
-                        holds = b.and_(holds, same)
-                bits = b.or_(bits, b.select(holds, WORD(1 << j), WORD(0)))
+                a, first = (self.one(b, pointer, self.held[f], at) for at in (b.add(start, i), start))
+                same = a.compared("==", first if number is None else a.constant(number))
+                bits = b.or_(bits, b.select(same.value, WORD(1 << j), WORD(0)))
             return bits
 
         return step(body, types.uint32)
+
+    @staticmethod
+    def one(b: Any, pointer: Any, name: str, i: Any) -> Number:
+        """A single element of an array."""
+        return element(b, load(b, pointer, i, name, Apart([None])), 0, name)
 
     # -------------------------------------------------------------------------------------------- what a row gives
 
@@ -356,10 +368,11 @@ class Program:
         def body(
             b: Any, row: Any, arrays: Arrays, place: tuple[Any, ...], size: Size, m: Any, added: Any, scales: Any
         ) -> Any:
-            at, total = Place(*place), given(self.added, lambda _, a: list(a), added)
+            total = given(self.added, lambda _, a: list(a), added)
             m = m[0]
             heads = given(m, lambda a: a.head if is_pair(a) else a)  # sums over rows have digits enough without tails
             for t in range(plan.trips):
+                at = self._place(b, place)
                 there, vector = self._there(b, at, t), self._vector(self.held, row[0], t)
                 if plan.backward:
                     columns = self._vector(self.columns, row[1], t)

@@ -73,16 +73,26 @@ def row_adder(program: Program, s: int) -> Any:
 
 
 def mark_finder(program: Program) -> Any:
-    """mark(m, row, arrays, place): whether the row is out of range. One that is trivial is not."""
-    given_mark, equal, vote = mark_of(program), program.equal(), voter(program.plan.team)
+    """mark(m, arrays, place): whether the row is out of range. One that is trivial is not.
+
+    The elements are fetched once more: words that were still needed here would have to be kept, in registers, for all rows.
+    """
+    given_mark, equal, team = mark_of(program), program.equal(), program.plan.team
+    vote, all_tests = voter(team), (1 << len(program.op.trivial)) - 1
     if not program.op.trivial:
-        return inlined(lambda m, row, arrays, place: given_mark((m,)))
+        return inlined(lambda m, arrays, place: given_mark((m,)))
 
     @inlined
-    def find(m: Any, row: Any, arrays: Any, place: Any) -> Any:
+    def find(m: Any, arrays: Any, place: Any) -> Any:
         mark = given_mark((m,))
-        if mark == 1 and vote(equal((row, arrays, place))) != 0:  # the same in all threads of the team
-            mark = np.uint32(0)
+        if mark == 1:  # the same in all threads of the team
+            bits = np.uint32(all_tests)
+            i = place[1]
+            while i < place[2] and bits != 0:
+                bits = np.uint32(bits & equal((arrays, place[0], i)))
+                i += team
+            if vote(bits) != 0:
+                mark = np.uint32(0)
         return mark
 
     return find
@@ -103,14 +113,15 @@ def _single_kernel(plan: Plan) -> Kernel:
     def rows_forward(arrays: Any, marks: Any, size: Any) -> None:
         row = np.int64(cuda.blockIdx.x) * teams + (cuda.threadIdx.x >> levels)
         lane = np.int64(cuda.threadIdx.x & (team - 1) if teams > 1 else cuda.threadIdx.x)
-        stop = size.n if row < size.rows else 0  # teams without a row do the same steps, on zeros
+        stop = size.n if row < size.rows else 0  # teams without a row do the same steps, on the last
+        row = min(row, size.rows - 1)
         place = (row * size.n, lane, stop, row % size.weight_m * size.n, row % size.bias_m * size.n, size.k)
         words = (read((arrays, place)), None)
         m = find(words, place, size, arrays)
-        mark = find_mark(m, words, arrays, place)
+        mark = find_mark(m, arrays, place)
         if marks_rows and lane == 0 and stop > 0:
             marks[row] = mark
-        if mark == 0:
+        if mark == 0 and (teams == 1 or stop > 0):
             write((words, arrays, place, size, m, nothing(()), None))
 
     return Kernel(rows_forward, plan.capability, plan.block, plan.demanded, (arrays_type(plan), MARKS, SIZE))
@@ -137,12 +148,12 @@ def _looping_kernel(plan: Plan) -> Kernel:
         sums = nothing(())
         for base in range(first, last, teams):
             group = base + (cuda.threadIdx.x >> levels)
-            row = group * size.m + h
-            stop = size.n if group < last else 0  # teams without a row do the same steps, on zeros
+            stop = size.n if group < last else 0  # teams without a row do the same steps, on the last
+            row = min(group, last - 1) * size.m + h
             place = (row * size.n, lane, stop, weight, 0, size.k)
             words = (read((arrays, place)), columns)
             m = find(words, place, size, arrays)
-            mark = find_mark(m, words, arrays, place)
+            mark = find_mark(m, arrays, place)
             if marks_rows and lane == 0 and stop > 0:
                 marks[row] = mark
             if mark == 0 and (teams == 1 or stop > 0):
