@@ -49,6 +49,7 @@ class Number:
 
     __slots__ = ("builder", "inverse", "single", "value")
     narrow = True  # a square is added in one step
+    renormalised = True  # a pair is, before it is divided: its head may have cancelled
 
     def __init__(self, builder: Any, value: Any, single: bool = False, inverse: Number | None = None) -> None:
         self.builder, self.value, self.single, self.inverse = builder, value, single, inverse

@@ -170,15 +170,23 @@ def over(a: Any, b: Any) -> Any:
     """a / b. Of pairs, the head of the result is the nearest one number to it."""
     if not is_pair(a):
         return a / rounded(b)
+    if getattr(a.head, "renormalised", False):
+        a = _normalised(a)
     b = _pair(b)
     quotient = a.head / b.head
     rest = fma(-quotient, b.head, a.head)
     rest = rest if a.tail is None else rest + a.tail
     rest = rest if b.tail is None else fma(-quotient, b.tail, rest)
-    tail = rest / b.head
-    total = quotient + tail
+    return _normalised(Pair(quotient, rest / b.head))
+
+
+def _normalised(a: Any) -> Any:
+    """The same pair, its head the nearest one number to it."""
+    if a.tail is None:
+        return a
+    total = a.head + a.tail
     finite = is_number(total)  # infinities, and zero from them, leave NaN in the tail
-    return Pair(either(finite, total, quotient), either(finite, tail - (total - quotient), tail))
+    return Pair(either(finite, total, a.head), either(finite, a.tail - (total - a.head), a.tail))
 
 
 def reciprocal_root(a: Any) -> Any:
@@ -194,7 +202,7 @@ def reciprocal_root(a: Any) -> Any:
 
 
 def _refined(a: Any) -> Any:
-    """1 / sqrt(a) of numbers that have it themselves; of pairs with a step of Newton's method, which divides nothing."""
+    """1 / sqrt(a) of numbers that know it; of pairs with a step of Newton's method, which divides nothing."""
     if not is_pair(a):
         return a.reciprocal_root()
     near = a.head.reciprocal_root()
