@@ -1,9 +1,9 @@
 """The CUDA engine: device arrays in, device arrays out, of any operation of :mod:`rmsnorm_np.ops`.
 
-Here a call gets its memory, its plan and its grid. Read on in `launch` (how work is cut), `schedule` (the kernels: who takes
-which row), `row` (the program for one row), `team` (sums over threads), `rare` (rows out of range). Below: `tracing` (how
-formulas become code), `number` (a number in a register), `words` (what a thread moves), `kernel` (what is launched),
-`arguments`, `copies` and `arrays` (what a caller has).
+Here a call gets its memory, its plan and its grid. Read on in `launch` (how work is cut), `schedule` (the kernels: who
+takes which row), `row` (the program for one row), `team` (sums over threads), `rare` (rows out of range). Below:
+`tracing` (how formulas become code), `number` (a number in a register), `words` (what a thread moves), `kernel` (what
+is launched), `arguments`, `copies` and `arrays` (what a caller has).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from numba import cuda
 
 from rmsnorm_np.cuda import arguments, arrays, launch, rare, schedule
 from rmsnorm_np.cuda.arrays import to_device, use_stream
+from rmsnorm_np.cuda.elements import Size
 from rmsnorm_np.cuda.launch import Kinds, Plan
-from rmsnorm_np.cuda.row import Arrays, Program, Size
+from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.team import width_of
 from rmsnorm_np.cuda.words import BYTES
 from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
@@ -44,9 +45,9 @@ __all__ = [
 def run(operation: Operation, reads: Any, columns: Columns, out: Any, k: int, eps: float) -> tuple[Any, Totals]:
     """(writes, totals) of an operation on device arrays.
 
-    reads: a record of (rows, n), `Seen`. columns: weight and bias of (m, n), or None, and the weight offset. out: a record
-    of arrays to write to, None for those to be made: y and dx have the dtype of x, h that of the residual, and is
-    written where there is one. k: elements in the RMS. totals: the gradients by weight and bias, of the operations
+    reads: a record of (rows, n), `Seen`. columns: weight and bias of (m, n), or None, and the weight offset. out: a
+    record of arrays to write to, None for those to be made: y and dx have the dtype of x, h that of the residual, and
+    is written where there is one. k: elements in the RMS. totals: the gradients by weight and bias, of the operations
     that have them.
     """
     rows, n = reads[0].shape
@@ -107,8 +108,8 @@ class _Call(NamedTuple):
         wanted += [tasks * size.n * 8 if there else 0 for there in plan.kinds.totals]
         marks, *rest = scratch(tuple(wanted), stream)
         kept, sums = rest[: len(widths)], Totals(*rest[len(widths) :])
-        given = Arrays(*self.parts, Totals(*(p if t else None for p, t in zip(sums, plan.kinds.totals, strict=True))))
-        flat = [0 if address is None else address for record in given for address in record]
+        totals = [p if there else None for p, there in zip(sums, plan.kinds.totals, strict=True)]
+        flat = [address or 0 for record in (*self.parts, totals) for address in record]  # in the order of `Arrays`
         numbers = [marks, *size]
         if plan.split:
             for s in range(len(widths)):
@@ -145,18 +146,23 @@ def _call(operation: Operation, reads: Any, columns: Columns, out: Any, k: int, 
     plan = _plan_for(operation, dtypes, sums, offset != 0.0, k < n, n, aligned, arrays.capability_here())
     chunks = _chunks(plan, rows // m, m, n) if backward else min(rows, launch.RARE_BLOCKS)
     size = Size(rows, n, k, 1.0 / n, 1.0 / k, eps, offset, weight_m, bias_m, m, chunks)
-    return _Call(
-        plan, size, tuple([None if a is None else a.address for a in record] for record in records)
-    )
+    return _Call(plan, size, tuple([None if a is None else a.address for a in record] for record in records))
 
 
 @lru_cache(maxsize=1024)
 def _plan_for(
-    operation: Operation, dtypes: Any, sums: Any, offset: bool, first_k: bool, n: int, aligned: bool, capability: Capability
+    operation: Operation,
+    dtypes: Any,
+    sums: Any,
+    offset: bool,
+    first_k: bool,
+    n: int,
+    aligned: bool,
+    capability: Capability,
 ) -> Plan:
     reads, columns, writes = (tuple(None if dtype is None else dtype.name for dtype in record) for record in dtypes)
     kinds = Kinds(
-        operation, operation.Reads(*reads), Columns(*columns[:2], offset or None), operation.Writes(*writes),
+        operation, operation.Reads(*reads), Columns(columns[0], columns[1], offset or None), operation.Writes(*writes),
         Totals(*(there or None for there in sums)), first_k,
     )  # fmt: skip
     return launch.plan_for(n, kinds, aligned, capability)

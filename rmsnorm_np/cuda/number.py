@@ -37,9 +37,6 @@ class Condition:
     def __or__(self, other: Condition) -> Condition:
         return Condition(self.builder, self.builder.or_(self.value, other.value))
 
-    def __invert__(self) -> Condition:
-        return Condition(self.builder, self.builder.not_(self.value))
-
 
 class Number:
     """A number, and the builder that writes code about it.
@@ -56,6 +53,7 @@ class Number:
 
     @property
     def kind(self) -> str:
+        """Which of the types of `KINDS` it has."""
         return KINDS[self.value.type]
 
     def to(self, kind: str) -> Number:
@@ -67,6 +65,7 @@ class Number:
         return Number(self.builder, self.builder.fptrunc(self.value, FLOAT))
 
     def constant(self, number: float) -> Number:
+        """A number of the same type."""
         return Number(self.builder, ir.Constant(self.value.type, float(number)))
 
     def both(self, other: Any) -> tuple[Number, Number]:
@@ -113,6 +112,7 @@ class Number:
         )
 
     def product(self, other: Any) -> Number:
+        """Rounded: not fused with what is added to it."""
         a, b = self.both(other)
         return a.asm("mul.rn.{} $0, $1, $2;", b)
 
@@ -122,6 +122,7 @@ class Number:
         return a.asm("max.{} $0, $1, $2;", b)
 
     def fma(self, b: Any, c: Any) -> Number:
+        """it · b + c, rounded once."""
         a, b = self.both(b)
         a, c = a.both(c)
         b, c = b.both(c)
@@ -143,19 +144,24 @@ class Number:
         return better.is_number().either(better, start).to(self.kind)  # zero and infinity leave NaN in the rest
 
     def as_single(self) -> Number:
+        """The nearest float32, in its own type."""
         return self.to("f32").to(self.kind)
 
     def compared(self, how: str, other: Any) -> Condition:
+        """How it compares; false for NaN."""
         a, b = self.both(other)
         return Condition(self.builder, self.builder.fcmp_ordered(how, a.value, b.value))
 
     def is_number(self) -> Condition:
+        """Not NaN."""
         return self.compared("ord", self)
 
     def is_finite(self) -> Condition:
+        """Neither NaN nor infinite."""
         return abs(self).compared("<", float("inf"))
 
     def exceeds(self, other: Any) -> Condition:
+        """It is larger."""
         return self.compared(">", other)
 
     def words(self) -> list[Any]:
@@ -168,6 +174,7 @@ class Number:
 
     @classmethod
     def of_words(cls, builder: Any, words: list[Any]) -> Number:
+        """The number that these words hold."""
         if len(words) == 1:
             return cls(builder, builder.bitcast(words[0], FLOAT))
         both = builder.insert_element(ir.Constant(TWO_WORDS, ir.Undefined), words[0], WORD(0))

@@ -1,9 +1,9 @@
 """Rows whose sums leave the range of the type they are computed in: found by their marks, and run once more.
 
-A block takes such a row a vector at a time, in float64: of 16 or 32 bits, nothing leaves its range. Where an array is of
-float64, the row is brought into the range by powers of two, which is exact: the norm of s·x with eps·s² is the norm of x
-with eps, and the gradient of s·x and t·dy is t / s times that of x and dy. dweight takes dy as it is, for xhat does not
-depend on s.
+A block takes such a row a vector at a time, in float64: of 16 or 32 bits, nothing leaves its range. Where an array is
+of float64, the row is brought into the range by powers of two, which is exact: the norm of s·x with eps·s² is the norm
+of x with eps, and the gradient of s·x and t·dy is t / s times that of x and dy. dweight takes dy as it is, for xhat
+does not depend on s.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from rmsnorm_np.cuda.elements import Place, Scales, Size
 from rmsnorm_np.cuda.kernel import Kernel
 from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.number import DOUBLE, LONG, Condition, Number
-from rmsnorm_np.cuda.row import Place, Program, Scales, Size
+from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.schedule import MARKS, SIZE, arrays_type, numbers_finder
 from rmsnorm_np.cuda.team import added, inlined, picker, putter, total_of, width_of
 from rmsnorm_np.cuda.tracing import given, step, zeros
@@ -48,7 +49,7 @@ LARGEST = Largest(*["f64"] * 6)
 SCALES = (Scales(*["f64"] * 7), "f64")
 
 
-def larger(a: Largest, b: Largest) -> Largest:
+def larger(a: Largest, b: Largest) -> Any:
     """The larger of each."""
     return given(a, lambda one, other: one.maximum(other), b)
 
@@ -169,7 +170,7 @@ def scaler(program: Program) -> Any:
 
 
 def rare_adder(program: Program, s: int) -> Any:
-    """add((start, weight), m, scales, size, arrays): stage s's sums over the vectors of a row that this thread takes."""
+    """add((start, weight), m, scales, size, arrays): stage s's sums over this thread's vectors of a row."""
     length, backward = program.plan.length, program.plan.backward
     read, read_columns, add = program.read(False), program.read_columns(), program.add(s)
     plus, nothing = step(lambda b, *a: added(*a), program.sums[s]), zeros(program.sums[s])
@@ -192,8 +193,8 @@ def rare_adder(program: Program, s: int) -> Any:
 def rare_kernel(plan: Plan) -> Kernel:
     """kernel(arrays, marks, size): the rows that are marked, of a plan that `launch.rare_plan` made.
 
-    Block `chunk * m + h` takes those of the rows h, h + m, … of one of `chunks` parts, and adds to row `chunk * m + h` of
-    the partial sums.
+    Block `chunk * m + h` takes those of the rows h, h + m, … of one of `chunks` parts, and adds to row `chunk * m + h`
+    of the partial sums.
     """
     program, team = Program(plan), plan.team
     run_row = row_runner(program)

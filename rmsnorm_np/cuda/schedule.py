@@ -9,9 +9,10 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from rmsnorm_np.cuda.elements import Arrays, Size
 from rmsnorm_np.cuda.kernel import Capability, Kernel, array_of
 from rmsnorm_np.cuda.launch import WARP, Plan, rounds_to_bfloat16
-from rmsnorm_np.cuda.row import Arrays, Program, Size
+from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.team import (
     WARP_LEVELS,
     added,
@@ -52,9 +53,7 @@ def numbers_finder(program: Program, adders: list[Any]) -> Any:
     first, first_numbers = adders[0], stages[0]
     if len(stages) == 1:
         return inlined(
-            lambda row, place, size, arrays: first_numbers(
-                first(row, None, place, size, arrays), size, None, size.eps
-            )
+            lambda row, place, size, arrays: first_numbers(first(row, None, place, size, arrays), size, None, size.eps)
         )
     second, second_numbers = adders[1], stages[1]
 
@@ -75,7 +74,8 @@ def row_adder(program: Program, s: int) -> Any:
 def mark_finder(program: Program) -> Any:
     """mark(m, arrays, place): whether the row is out of range. One that is trivial is not.
 
-    The elements are fetched once more: words that were still needed here would have to be kept, in registers, for all rows.
+    The elements are fetched once more: words that were still needed here would have to be kept, in registers, for all
+    rows.
     """
     given_mark, equal, team = mark_of(program), program.equal(), program.plan.team
     vote, all_tests = voter(team), (1 << len(program.op.trivial)) - 1
@@ -218,7 +218,11 @@ def kept_type(plan: Plan) -> Any:
 
 def piece_adder(program: Program, s: int) -> Any:
     """add(row, m, pieces, size, kept): stage s's sums over those of the row's pieces that this thread takes."""
-    pick, plus, nothing = picker(program.sums[s]), step(lambda b, *a: added(*a), program.sums[s]), zeros(program.sums[s])
+    pick, plus, nothing = (
+        picker(program.sums[s]),
+        step(lambda b, *a: added(*a), program.sums[s]),
+        zeros(program.sums[s]),
+    )
     block = program.plan.block
 
     @inlined
@@ -233,7 +237,9 @@ def piece_adder(program: Program, s: int) -> Any:
 
 @lru_cache
 def pieces_kernel(plan: Plan, s: int) -> Kernel:
-    """kernel(arrays, marks, size, kept): block `row * pieces + piece` leaves stage s's sums over that piece of that row."""
+    """kernel(arrays, marks, size, kept): block `row * pieces + piece` leaves stage s's sums over that piece of that
+    row.
+    """
     program, length = Program(plan), plan.length
     read, read_columns, add = program.read(s == 0), program.read_columns(), program.add(s)
     total, put = total_of(plan.team, program.sums[s], added), putter(program.sums[s])
@@ -264,8 +270,8 @@ def pieces_kernel(plan: Plan, s: int) -> Kernel:
 def piece_outputs_kernel(plan: Plan) -> Kernel:
     """kernel(arrays, marks, size, kept): the outputs of all pieces, from the sums that the pieces left.
 
-    Forward, block `(rows - 1 - row) * pieces + piece` takes that piece: what was read last is still in L2. Backward, block
-    `(chunk * m + h) * pieces + piece` takes that piece of all rows of a chunk, see `rows_kernel`.
+    Forward, block `(rows - 1 - row) * pieces + piece` takes that piece: what was read last is still in L2. Backward,
+    block `(chunk * m + h) * pieces + piece` takes that piece of all rows of a chunk, see `rows_kernel`.
     """
     program, length = Program(plan), plan.length
     read, read_columns, write = program.read(False), program.read_columns(), program.write()

@@ -1,8 +1,8 @@
 """Formulas become device code by being run once, on numbers that write LLVM for what is done to them.
 
-A `step` of a kernel is an intrinsic whose code generator calls an ordinary Python function. Loops, ``if``, None, records
-and pairs in it are gone when it is done; what is left is one straight line of instructions on registers. Numba sees the
-loops over rows and the barriers, and hands opaque values (`Traced`) from step to step.
+A `step` of a kernel is an intrinsic whose code generator calls an ordinary Python function. Loops, ``if``, None,
+records and pairs in it are gone when it is done; what is left is one straight line of instructions on registers. Numba
+sees the loops over rows and the barriers, and hands opaque values (`Traced`) from step to step.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def shape_of(value: Any) -> Any:
 
 
 def tried(body: Callable[..., Any], *shapes: Any) -> Any:
-    """The shape of what body(builder, …) returns for values of these shapes: it is run once, and its code thrown away."""
+    """The shape of what body(builder, …) returns for values of these shapes: run once, its code thrown away."""
     function = ir.Function(ir.Module(), ir.FunctionType(ir.VoidType(), []), "trial")
     builder = ir.IRBuilder(function.append_basic_block())
     undefined = lambda kind: seen_leaf(builder, ir.Constant(LLVM[kind], ir.Undefined))  # noqa: E731

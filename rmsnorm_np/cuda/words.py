@@ -76,6 +76,7 @@ class Together:
         self.lanes, self.all = lanes, condition
 
     def each(self, e: int) -> Any:
+        """The condition of element e."""
         return self.all
 
 
@@ -86,6 +87,7 @@ class Apart:
         self.lanes, self.conditions = len(conditions), conditions
 
     def each(self, e: int) -> Any:
+        """The condition of element e."""
         return self.conditions[e]
 
 

@@ -1,8 +1,8 @@
 """How far a result of the CUDA engine may be from the exact one: the units and terms of `tolerances`, other bounds.
 
-float16, bfloat16: as on the CPU. float32 is computed in float32 on a GPU, float64 in float64; what roundings lose is kept
-in a second number, but in the sums of float32 rows of more than 32 vectors: half an ULP for the last rounding, and in
-longer rows those of the sums.
+float16, bfloat16: as on the CPU. float32 is computed in float32 on a GPU, float64 in float64; what roundings lose is
+kept in a second number, but in the sums of float32 rows of more than 32 vectors: half an ULP for the last rounding,
+and in longer rows those of the sums.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Execute a kernel's compiled PTX on the CPU, thread by thread, in NumPy arrays that stand for the GPU's memory.
 
-It runs what the compiler made (vector accesses, shuffles, fused operations), and refuses what a GPU would not forgive: an
-access out of bounds or misaligned, a barrier that not all threads of a block reach, a shuffle whose lanes are not all
-there, a race in shared memory, shared memory that nothing has written, an instruction that it does not know, atomics
-among them.
+It runs what the compiler made (vector accesses, shuffles, fused operations), and refuses what a GPU would not forgive:
+an access out of bounds or misaligned, a barrier that not all threads of a block reach, a shuffle whose lanes are not
+all there, a race in shared memory, shared memory that nothing has written, an instruction that it does not know,
+atomics among them.
 
 All threads of a launch that are at the same instruction do it together; those that are behind go first.
 """
@@ -91,7 +91,9 @@ class SharedMemory:
             at = block, offset + j
             if np.any((self.written_at[at] == now) & (self.writer[at] != thread)):
                 raise PTXError(f"race in shared memory, no barrier after a write: {name}")
-            _, inverse, count = np.unique(block * self.bytes.shape[1] + offset + j, return_inverse=True, return_counts=True)
+            _, inverse, count = np.unique(
+                block * self.bytes.shape[1] + offset + j, return_inverse=True, return_counts=True
+            )
             several = count[inverse] > 1
             if store:
                 if np.any(several) or np.any((self.read_at[at] == now) & (self.reader[at] != thread)):

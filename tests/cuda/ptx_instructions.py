@@ -23,7 +23,9 @@ def as_type(bits, kind):
     """Bits of a register as numbers."""
     if kind == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return bits.astype(f"u{BITS[kind] // 8}").view(FLOATS.get(kind) or f"{'i' if kind[0] == 's' else 'u'}{BITS[kind] // 8}")
+    return bits.astype(f"u{BITS[kind] // 8}").view(
+        FLOATS.get(kind) or f"{'i' if kind[0] == 's' else 'u'}{BITS[kind] // 8}"
+    )
 
 
 def to_bits(values, kind):
@@ -228,7 +230,11 @@ class Instructions:
         if how in ("num", "nan"):
             found = unordered if how == "nan" else ~unordered
         else:
-            plain = how.removesuffix("u") if kind in FLOATS else {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(how, how)
+            plain = (
+                how.removesuffix("u")
+                if kind in FLOATS
+                else {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(how, how)
+            )
             compare = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater}
             found = (compare | {"ge": np.greater_equal})[plain](x, y)
             found = found | unordered if plain != how and kind in FLOATS else found & ~unordered
