@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numba import cuda
 
-from rmsnorm_np.cuda.vector import BYTES, STORED
+from rmsnorm_np.cuda.words import BYTES, STORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,6 +128,14 @@ def viewed(array: Any, shape: tuple[int, ...], strides: tuple[int, ...], dtype: 
     from numba.cuda.cudadrv.devicearray import DeviceNDArray
 
     return DeviceNDArray(shape=shape, strides=strides, dtype=dtype, stream=array.stream, gpu_data=array.gpu_data)
+
+
+def shaped_like(array: Any, other: Seen | None) -> Any:
+    """An array of Numba in the shape that the owner of `other` has; None where one of them is."""
+    if array is None or other is None:
+        return None
+    shape = tuple(other.owner.shape)
+    return viewed(array, shape, _contiguous_strides(shape, array.dtype.itemsize), array.dtype)
 
 
 @lru_cache(maxsize=1024)

@@ -178,25 +178,47 @@ def over(a: Any, b: Any) -> Any:
     """a / b. Of pairs, the head of the result is the nearest one number to it."""
     if not is_pair(a):
         return a / rounded(b)
+    if getattr(a.head, "renormalised", False):
+        a = _normalised(a)
     b = _pair(b)
     quotient = a.head / b.head
     rest = fma(-quotient, b.head, a.head)
     rest = rest if a.tail is None else rest + a.tail
     rest = rest if b.tail is None else fma(-quotient, b.tail, rest)
-    tail = rest / b.head
-    total = quotient + tail
+    return _normalised(Pair(quotient, rest / b.head))
+
+
+def _normalised(a: Any) -> Any:
+    """The same pair, its head the nearest one number to it."""
+    if a.tail is None:
+        return a
+    total = a.head + a.tail
     finite = is_number(total)  # infinities, and zero from them, leave NaN in the tail
-    return Pair(either(finite, total, quotient), either(finite, tail - (total - quotient), tail))
+    return Pair(either(finite, total, a.head), either(finite, a.tail - (total - a.head), a.tail))
 
 
 def reciprocal_root(a: Any) -> Any:
     """1 / sqrt(a)."""
+    if hasattr(a.head if is_pair(a) else a, "reciprocal_root"):
+        return _refined(a)
     if not is_pair(a):
         return 1.0 / root(a)
     head = root(a.head)
     rest = fma(-head, head, a.head)
     rest = rest if a.tail is None else rest + a.tail
     return over(Pair(constant(1.0, head), None), Pair(head, rest / (head + head)))
+
+
+def _refined(a: Any) -> Any:
+    """1 / sqrt(a) of numbers that know it; of pairs with a step of Newton's method, which divides nothing."""
+    if not is_pair(a):
+        return a.reciprocal_root()
+    near = a.head.reciprocal_root()
+    square, tail = two_product(near, near)
+    rest = fma(-a.head, square, 1.0) - a.head * tail
+    rest = rest if a.tail is None else rest - a.tail * square
+    tail = near * rest * 0.5
+    return Pair(near, either(is_number(tail), tail, constant(0.0, tail)))
 
 
 def nearest(a: Any) -> Any:

@@ -1,30 +1,31 @@
-"""The CUDA engine in Numba's simulator or on a GPU. `test_on_device` runs this file in processes of its own."""
+"""The CUDA engine by its public functions, on a GPU or, without one, by executing its compiled PTX."""
 
 from __future__ import annotations
-
-import os
 
 import ml_dtypes
 import numpy as np
 import pytest
+
+pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install rmsnorm_np[cuda13]")
+
 from bounds import DX_ULP, ULP, exact_backward, exact_forward, parameter_tolerance
-from device import SIMULATED, fill, limit, to_device, to_host, view_of
+from device import fill, limit, pretend, to_device, to_host, view_of
 from tolerances import worst_ulp
 
 import rmsnorm_np as rn
-from rmsnorm_np.cli import bench, timing
 from rmsnorm_np.cuda.arrays import seen
+from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
 
-if hasattr(os, "sched_setaffinity"):  # the threads take turns: on one processor twice as fast
-    processors = sorted(os.sched_getaffinity(0))
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    os.sched_setaffinity(0, {processors[worker % len(processors)]})
 
-# A block is two warps, a thread has two vectors at most: small rows cross every border.
-limit(
-    MAX_TEAM=64, BLOCK=32, PIECE_TEAM=64, FORWARD_TRIPS=2, FORWARD_WARP_TRIPS=2, FORWARD_LONG_TRIPS=2,
-    BACKWARD_TRIPS=2, MULTIPROCESSORS=3, ROWS_PER_CHUNK=2, SLICES=(4, 2), MANY_TASKS=3, WARP_PIECES=2,
-)  # fmt: skip
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    """A block is two warps, a thread has two vectors at most: small rows cross every border."""
+    pretend(monkeypatch)
+    limit(
+        monkeypatch, MAX_TEAM=64, BLOCK=32, PIECE_TEAM=64, FORWARD_TRIPS=2, FORWARD_WARP_TRIPS=2, FORWARD_LONG_TRIPS=2,
+        BACKWARD_TRIPS=2, MULTIPROCESSORS=3, ROWS_PER_CHUNK=2, RARE_BLOCKS=3, SLICES=(4, 2), MANY_TASKS=3,
+    )  # fmt: skip
+
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name) for name in ULP}
 FORWARD = {"rms": rn.rms_norm, "layer": rn.layer_norm}
@@ -84,7 +85,7 @@ def rng():
     return np.random.default_rng(4)
 
 
-# Rows of more than a warp take seconds each: all with both norms in float32; in another dtype two kinds, with one norm.
+# Rows of more than a warp: all with both norms in float32; in another dtype two kinds, with one norm.
 LONG = ("a block, not full", "a block", "pieces, not aligned", "pieces", "many pieces")
 CHOSEN = {
     "float16": ("layer", "a block, not full", "pieces"),
@@ -140,10 +141,12 @@ def test_parameters_per_head(rows, m, bias_m, n, rng):
     weight, bias = numbers(rng, (m, n), np.float32), numbers(rng, (bias_m, n), np.float32)
     parameters = [seen("parameter", to_device(a)) for a in (weight, bias)]
     y = to_device(np.zeros_like(x))
-    engine.rms_forward(device[1], *parameters, n, 1e-6, 0.0, seen("y", y))
+    columns = (*parameters, 0.0)
+    engine.forward(RMS_NORM, (device[1], None), columns, (seen("y", y), None), n, 1e-6)
     assert worst_ulp(to_host(y), *exact_forward("rms", x, weight, bias, n, 1e-6, 0.0)) <= ULP["float32"]
     dx = to_device(np.zeros_like(x))
-    _, *grads = engine.rms_backward(*device, *parameters, n, 1e-6, 0.0, seen("dx", dx))
+    reads = device[1], device[0], None
+    _, grads = engine.backward(RMS_NORM_BACKWARD, reads, columns, (seen("dx", dx),), n, 1e-6)
     exact, magnitude, *sums = exact_backward("rms", dy, x, weight, bias, n, 1e-6, 0.0)
     assert worst_ulp(to_host(dx), exact, magnitude) <= DX_ULP["float32"]
     for gradient, sum_ in zip(grads, sums, strict=True):
@@ -361,22 +364,3 @@ def test_errors():
         rn.rms_norm(to_device(np.ones((2, 4), np.int64)), backend="cuda")
     with pytest.raises(TypeError, match="out has dtype float64, expected float32"):
         rn.rms_norm(device, out=to_device(np.ones((2, 4))), backend="cuda")
-
-
-@pytest.mark.skipif(not SIMULATED, reason="expects the -1 ms that the simulator's events say")
-def test_bench_times_the_device(monkeypatch):
-    """On arrays there, by events there, against a copy there."""
-    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-
-    def once(contenders, *, rounds, measure):
-        return {name: timing.Timing((measure(call, 1),)) for name, call in contenders.items()}
-
-    copied = []
-    monkeypatch.setattr(bench, "interleave", once)
-    monkeypatch.setattr(FakeCUDAArray, "copy_to_device", lambda target, source: copied.append(target.size))
-    for case in bench.measure([(2, 40)], np.dtype(np.float32), "cuda", 1, lambda text: None):
-        assert [entry.contender for entry in case.entries] == [bench.OURS, bench.OURS_INTO, bench.LIMIT]
-        assert [entry.seconds for entry in case.entries] == [(-1e-3,)] * 3
-        if case.direction == "forward":
-            assert case.entries[0].ulp == case.entries[1].ulp <= 1
-    assert copied == [320, 800] * 2  # half of the bytes that are moved: of 2 arrays, of 5
