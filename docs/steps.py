@@ -8,8 +8,6 @@ from __future__ import annotations
 import numba
 import numpy as np
 from numba import prange
-
-from rmsnorm_np.cpu import jit  # noqa: F401  (tells Numba how lanes compile)
 from rmsnorm_np.cpu.simd import (
     LANES,
     across,
@@ -22,6 +20,8 @@ from rmsnorm_np.cpu.simd import (
     stream,
     zeros,
 )
+
+from rmsnorm_np.cpu import jit  # noqa: F401  (tells Numba how lanes compile)
 
 BLOCK = 4096  # elements: a block of rows that is read twice stays in a first-level cache
 

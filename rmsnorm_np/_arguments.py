@@ -226,7 +226,7 @@ class Checked(NamedTuple):
     """The arguments as an engine takes them: reads (rows, n); weight, bias (m, n); weight_offset, a float.
 
     out: arrays (rows, n) that an engine may write straight to, or None. restore: gives results their public shape, and
-    writes them to where the caller asked for them; None: the engine's results are the answer.
+    writes them to where the caller asked for them.
     """
 
     reads: tuple[Any, ...]
@@ -234,7 +234,7 @@ class Checked(NamedTuple):
     out: tuple[Any, ...]
     k: int
     eps: float
-    restore: Restore | None
+    restore: Restore
 
 
 def result_dtypes(reads: tuple[Any, ...], results: int) -> tuple[Any, ...]:
@@ -310,7 +310,10 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
 
 
 def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What an engine takes, as `Checked`, of the arguments of a `Call`: plain tuples, which Python makes faster."""
+    """What an engine takes, as `Checked`, of the arguments of a `Call`: plain tuples, which Python makes faster.
+
+    restore is None where the engine's results are the answer.
+    """
     # The engine needs less than a microsecond for a small array, far less than the checks in `prepare` take. So the
     # ordinary call, of contiguous native arrays and axis -1, goes past them. What is not ordinary is not judged here.
     _, reads, (weight, bias, weight_offset), out, eps, p, axis = call

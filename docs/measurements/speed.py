@@ -14,11 +14,11 @@ from pathlib import Path
 import numba
 import numpy as np
 from numba import prange
+from rmsnorm_np.cpu.simd import LANES, across, add_product, data, float64, load
 
 from rmsnorm_np.cli import limit
 from rmsnorm_np.cli.timing import interleave, ratio
 from rmsnorm_np.cpu import describe, jit, memory  # noqa: F401  (jit tells Numba how lanes compile)
-from rmsnorm_np.cpu.simd import LANES, across, add_product, data, float64, load
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

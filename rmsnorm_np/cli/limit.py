@@ -60,11 +60,11 @@ def _kernel(count: int, streaming: bool) -> Callable[..., None]:
     move_vector = step(move)
 
     @piece
-    def move_piece(p, reads, y, n):
+    def move_piece(p: Any, reads: Any, y: Any, n: Any) -> Any:
         for i in range(p * PIECE, min(p * PIECE + PIECE, n), LANES):
             move_vector((reads, y, i))
 
-    def kernel(reads, y, on_threads):
+    def kernel(reads: Any, y: Any, on_threads: Any) -> Any:
         in_parallel(move_piece, -(-len(y) // PIECE), on_threads, (pointers(reads), pointers(y), len(y)))
 
     array = np.empty(LANES)

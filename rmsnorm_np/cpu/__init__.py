@@ -12,7 +12,7 @@ import numpy as np
 
 from rmsnorm_np import _arguments as arguments
 from rmsnorm_np._threads import get_num_threads
-from rmsnorm_np.cpu import cache, kernel, long_rows, memory, mode, rare, threads
+from rmsnorm_np.cpu import cache, kernel, long_rows, memory, rare, threads
 from rmsnorm_np.ops.operation import Columns
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
         reads_, columns_, writes_ = _stored(reads), (*_stored(columns[:2]), offset), _stored(writes_)
     if entry.code(reads_, columns_, writes_, None if k == n else k, eps, streaming, marks, on_threads):
         call = rare.Call(operation, operation.Reads(x if h is None else h), Columns(*columns), k, eps, marks)
-        with mode.standard():
+        with rare.standard_here():
             rare.forward(_forward_unmarked, call, y)
     return y, h
 
@@ -109,13 +109,14 @@ def backward(
     if weight is not None and x.itemsize == 2:
         weight, offset = _scale(x, weight, offset)
     long = n > long_rows.LONG_ROW
+    partials: tuple[Any, Any] = _NO_TOTALS
+    sums: tuple[Any, ...] = totals
+    chunks = 1
     if long:
-        chunks, partials = 1, _NO_TOTALS
         sums = tuple(t if t is None or len(t) == m else np.empty((m, n)) for t in totals)
     else:
         chunks = min(CHUNKS // m or 1, rows // m // ROWS_PER_CHUNK or 1)
         room = chunks * m, n
-        sums = totals
         partials = None if dweight is None else np.empty(room), None if dbias is None else np.empty(room)
     key = (
         operation.name, x.dtype, reads[1].dtype, reads[2] is None or reads[2].dtype, weight is None or weight.dtype,
@@ -137,7 +138,7 @@ def backward(
             entry = kernel.entry(("again", *key), operation, reads, own, (dx,), sums)
             entry.code(*arrays[:4], sums, settings, marks, on_threads)
         call = rare.Call(operation, operation.Reads(*reads), Columns(*columns), k, eps, marks)
-        with mode.standard():
+        with rare.standard_here():
             shares = rare.backward(_backward_unmarked, call, dx, m)
         sums = tuple(
             t if t is None else np.concatenate(parts)
@@ -147,7 +148,7 @@ def backward(
         return (dx,), totals
     for total, rows_of_sums in zip(totals, sums, strict=True):
         if total is not None and total is not rows_of_sums:
-            kernel.add_rows(rows_of_sums, *_stored((total,)), total.dtype.name, on_threads)
+            kernel.add_rows(rows_of_sums, _stored((total,))[0], total.dtype.name, on_threads)
     return (dx,), totals
 
 
@@ -211,9 +212,8 @@ def warmup(
             for rows, n in shapes:
                 x = np.ones((rows, n), dtype)
                 x[-1] = np.inf  # for the kernels of `rare`
-                columns = Columns(
-                    *(np.ones((1, n), dtype) if p in parameters else None for p in ("weight", "bias")), 0.0
-                )
+                weight, bias = (np.ones((1, n), dtype) if p in parameters else None for p in ("weight", "bias"))
+                columns = weight, bias, 0.0
                 for operation in (rms.RMS_NORM, layer.LAYER_NORM):
                     forward(operation, (x, None), columns, (None, None), n, 1e-6)
                 for operation in (rms.RMS_NORM_BACKWARD, layer.LAYER_NORM_BACKWARD):

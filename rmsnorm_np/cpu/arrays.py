@@ -34,16 +34,16 @@ class Size(NamedTuple):
 
 
 @intrinsic
-def lengths(typing_context, reads, columns):
+def lengths(typing_context: Any, reads: Any, columns: Any) -> Any:
     """(rows, n, rows of weight, rows of bias)."""
 
-    def shape(context, builder, kind, record, j):
+    def shape(context: Any, builder: Any, kind: Any, record: Any, j: Any) -> Any:
         if isinstance(kind[j], types.NoneType):
             return [context.get_constant(types.intp, 1)]
         array = context.make_array(kind[j])(context, builder, value=builder.extract_value(record, j))
         return cgutils.unpack_tuple(builder, array.shape)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         weight, bias = (shape(context, builder, columns, args[1], j)[0] for j in range(2))
         found = [*shape(context, builder, reads, args[0], 0), weight, bias]
         return context.make_tuple(builder, signature.return_type, found)
@@ -52,10 +52,10 @@ def lengths(typing_context, reads, columns):
 
 
 @intrinsic
-def counters(typing_context, count):
+def counters(typing_context: Any, count: Any) -> Any:
     """Room on the stack for so many int64, all zero. Stack that a loop asks for is not given back before the end."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         room = builder.alloca(ir.IntType(64), args[0])
         cgutils.memset(builder, room, builder.mul(args[0], ir.Constant(args[0].type, 8)), 0)
         return room
@@ -64,22 +64,24 @@ def counters(typing_context, count):
 
 
 @intrinsic
-def add_atomically(typing_context, numbers, i, number):
+def add_atomically(typing_context: Any, numbers: Any, i: Any, number: Any) -> Any:
     """Add to the int64 in place i while no other thread does; returns what it was before."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), args[2], "monotonic")
 
     return types.int64(numbers, i, number), codegen
 
 
 @intrinsic
-def pointers(typing_context, record):
-    """A record of arrays and numbers as one of pointers to their first elements. Pointers count no references: passing an array to
-    a function costs two atomic additions, on one cache line for all threads (measured: 6 times slower at n = 64).
+def pointers(typing_context: Any, record: Any) -> Any:
+    """A record of arrays and numbers as one of pointers to their first elements.
+
+    Pointers count no references: passing an array to a function costs two atomic additions, on one cache line for all
+    threads (measured: 6 times slower at n = 64).
     """
 
-    def kind_of(kind):
+    def kind_of(kind: Any) -> Any:
         if isinstance(kind, types.NoneType):
             return types.none
         if isinstance(kind, types.Array):
@@ -89,7 +91,7 @@ def pointers(typing_context, record):
         kinds = [kind_of(k) for k in kind]
         return types.NamedTuple(kinds, kind.instance_class) if hasattr(kind, "instance_class") else types.Tuple(kinds)
 
-    def found(context, builder, kind, value):
+    def found(context: Any, builder: Any, kind: Any, value: Any) -> Any:
         if isinstance(kind, types.NoneType):
             return context.get_dummy_value()
         if isinstance(kind, types.Array):
@@ -99,13 +101,13 @@ def pointers(typing_context, record):
         items = [found(context, builder, k, builder.extract_value(value, j)) for j, k in enumerate(kind)]
         return context.make_tuple(builder, kind_of(kind), items)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return found(context, builder, record, args[0])
 
     return kind_of(record)(record), codegen
 
 
-def room_for(size):
+def room_for(size: Any) -> Any:
     """A step: room on the stack for so many float64."""
 
     def body(w: Writer) -> Any:
@@ -157,7 +159,7 @@ def clearer() -> Any:
 
 
 @intrinsic
-def hold(typing_context, array):
+def hold(typing_context: Any, array: Any) -> Any:
     """Keep the memory of an array that a kernel made for itself until here, where its pointers were used last. Compiled
     code gives it back after the last line that names the array, and a pointer does not.
     """

@@ -29,7 +29,7 @@ def blocks(kinds: Kinds) -> Any:
     eps_of = program.eps_of()
 
     @inlined
-    def row_at(arrays, size, r, total_start):
+    def row_at(arrays: Any, size: Any, r: Any, total_start: Any) -> Any:
         weight = 0 if size.weight_m == 1 else r % size.weight_m * size.n
         bias = 0 if size.bias_m == 1 else r % size.bias_m * size.n
         return move((arrays, r * size.n, weight, bias, total_start))
@@ -42,7 +42,7 @@ def blocks(kinds: Kinds) -> Any:
         first_k = kinds.operation.stages[s].first_k and kinds.first_k
 
         @inlined
-        def measure(arrays, size, first, step_, count, room, ahead):
+        def measure(arrays: Any, size: Any, first: Any, step_: Any, count: Any, room: Any, ahead: Any) -> Any:
             for j in range(count):
                 row = row_at(arrays, size, first + j * step_, 0)
                 m = get((room, BLOCK, j))
@@ -61,12 +61,12 @@ def blocks(kinds: Kinds) -> Any:
         measure_first, measure_second = measure, measured(1)
 
         @inlined
-        def measure(arrays, size, first, step_, count, room, ahead):
+        def measure(arrays: Any, size: Any, first: Any, step_: Any, count: Any, room: Any, ahead: Any) -> Any:
             measure_first(arrays, size, first, step_, count, room, ahead)
             measure_second(arrays, size, first, step_, count, room, ahead)
 
     @piece
-    def block(arrays, size, marks, first, step_, count, total_start):
+    def block(arrays: Any, size: Any, marks: Any, first: Any, step_: Any, count: Any, total_start: Any) -> Any:
         numbers = room(())
         # while this block's sums are taken, and its outputs written, the next block is fetched
         ahead = count * step_ * size.n if size.streaming else 0

@@ -3,9 +3,9 @@
 Numba's own cache looks at the file of the kernel alone: it would keep machine code after a change of a function that
 the kernel calls in another module. Here the name of a cached file is a digest of everything the machine code depends
 on: the sources of the engine and of the formulas, the versions of Numba, llvmlite and Python, the processor, the
-signature. So a file is right or not looked at; it is written whole, under another name first, so processes that compile at once do not disturb
-each other; and it carries its checksum, so a damaged file is compiled anew. Where no folder can be written, kernels are
-compiled in each process.
+signature. So a file is right or not looked at; it is written whole, under another name first, so processes that compile
+at once do not disturb each other; and it carries its checksum, so a damaged file is compiled anew. Where no folder can
+be written, kernels are compiled in each process.
 
 The folder: ``NUMBA_CACHE_DIR`` where that is set; else ``__pycache__`` beside this file, else the user's cache folder.
 Kernels are looked for in all of them, and kept in the first that can be written: an image can bring them read-only.

@@ -48,8 +48,8 @@ def piece(function: Callable[..., Any]) -> Any:
 def compiled(label: str | None, make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]) -> Callable[..., Any]:
     """The machine code of the function that `make` makes, for arguments of the types of these.
 
-    label: tells kernels apart in the cache on disk; None for one that is not kept there, as its sources lie elsewhere. Records among the arguments are typed as such here; the code takes them as
-    plain tuples, which Python makes in a tenth of the time.
+    label: tells kernels apart in the cache on disk; None for one that is not kept there, as its sources lie elsewhere.
+    Records among the arguments are typed as such here; the code takes them as plain tuples.
     """
     threads.layer()
     signature = tuple(map(_type_of, args))

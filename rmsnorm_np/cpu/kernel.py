@@ -31,9 +31,9 @@ class Entry:
     def __init__(self, kinds: Kinds, long: bool) -> None:
         self.kinds, self.long, self.marks = kinds, long, kinds.marks
         self.halves = any(name in ("float16", "bfloat16") for record in kinds[1:5] for name in record)
-        self.code: Callable[..., int] = self._first_call
+        self.code: Callable[..., Any] = self._first_call
 
-    def _first_call(self, reads: Any, columns: Any, writes: Any, *rest: Any) -> int:
+    def _first_call(self, reads: Any, columns: Any, writes: Any, *rest: Any) -> Any:
         """Compile for the types of these arguments, then call."""
         kinds, operation = self.kinds, self.kinds.operation
         records = operation.Reads(*reads), Columns(*columns), operation.Writes(*writes)

@@ -29,7 +29,7 @@ TILE = 1024  # columns whose sums over the rows stay in the first-level cache fr
 
 
 @inlined
-def pieces_of(n):
+def pieces_of(n: Any) -> Any:
     return (n + PIECE - 1) // PIECE
 
 
@@ -44,7 +44,7 @@ def measured(kinds: Kinds, program: Program, s: int) -> Any:
     stops_at_k = kinds.operation.stages[s].first_k and kinds.first_k
 
     @piece
-    def sum_piece(p, row, size, numbers, r, parts, segments):
+    def sum_piece(p: Any, row: Any, size: Any, numbers: Any, r: Any, parts: Any, segments: Any) -> Any:
         m = get_before((numbers, size.rows, r))
         stop = size.k if stops_at_k else size.n
         for first in range(p * PIECE, min(p * PIECE + PIECE, stop), SEGMENT):
@@ -52,7 +52,7 @@ def measured(kinds: Kinds, program: Program, s: int) -> Any:
             put_part((parts, segments, first // SEGMENT, found))
 
     @piece
-    def measure(row, size, numbers, r, parts, threads):
+    def measure(row: Any, size: Any, numbers: Any, r: Any, parts: Any, threads: Any) -> Any:
         stop = size.k if stops_at_k else size.n
         segments = (stop + SEGMENT - 1) // SEGMENT
         in_parallel(sum_piece, pieces_of(stop), threads, (row, size, numbers, r, parts, segments))
@@ -66,8 +66,8 @@ def measured(kinds: Kinds, program: Program, s: int) -> Any:
 
 
 def column_sums(kinds: Kinds, program: Program) -> Any:
-    """task(turn, arrays, totals, size, marks, numbers): the columns of a piece, in the rows h, h + m, … that share row h
-    of the totals (with m = 1: all rows). Each adds dweight and dbias over the rows by itself.
+    """task(turn, arrays, totals, size, marks, numbers): the columns of a piece, in the rows h, h + m, … that share row
+    h of the totals (with m = 1: all rows). Each adds dweight and dbias over the rows by itself.
 
     No partial sums stand between: at this n those would cost more traffic than reading x and dy again.
     """
@@ -79,7 +79,7 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
         [types.none if name is None else types.CPointer(types.float64) for name in kinds.totals], Totals
     )
 
-    def tile_at(w: Writer, data: Any, shift: Any) -> Totals:
+    def tile_at(w: Writer, data: Any, shift: Any) -> Any:
         """The sums of both, whose element 0 is `shift` behind the beginning."""
         places = Totals(*(w.builder.add(shift, ir.Constant(shift.type, j * TILE)) for j in range(2)))
         return given(kinds.totals, lambda name, place: w.pointer(data, place), places)
@@ -96,7 +96,7 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
     has_marks = kinds.marks
 
     @piece
-    def task(turn, arrays, totals, size, marks, numbers):
+    def task(turn: Any, arrays: Any, totals: Any, size: Any, marks: Any, numbers: Any) -> Any:
         p, h = pieces_of(size.n) - 1 - turn // size.m, turn % size.m
         data = room(())
         for first in range(p * PIECE, min(p * PIECE + PIECE, size.n), TILE):
@@ -117,7 +117,7 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
 
 
 def long_kernel(kinds: Kinds) -> Any:
-    """The kernel for long rows, and how many rows it marks; arguments as of `schedule.rows_kernel`, without partial sums.
+    """The kernel for long rows; arguments and result as of `schedule.rows_kernel`, but no partial sums.
 
     Forward each row is finished before the next. Backward, first the sums of all rows, then the columns, if no row was
     marked; rows that are marked already are left out.
@@ -129,17 +129,17 @@ def long_kernel(kinds: Kinds) -> Any:
     ordinary, trivial = program.tests()
     eps_of = program.eps_of()
     get_numbers, write = program.get_numbers(stages - 1), program.write()[1]
-    columns_task = column_sums(kinds, program) if has_totals else None
+    columns_task: Any = column_sums(kinds, program) if has_totals else None
     count = program.size
 
     @piece
-    def write_piece(turn, row, size, numbers, r):
+    def write_piece(turn: Any, row: Any, size: Any, numbers: Any, r: Any) -> Any:
         p = pieces_of(size.n) - 1 - turn  # from the back: what was read last is still in the cache
         m = get_numbers((numbers, size.rows, r))
         write(row, p * PIECE, min(p * PIECE + PIECE, size.n), size.k, m, size.streaming, AHEAD)
 
     @inlined
-    def run(arrays, totals, size, marks, threads):
+    def run(arrays: Any, totals: Any, size: Any, marks: Any, threads: Any) -> Any:
         room = np.empty((count, size.rows))
         parts_room = np.empty((count, (size.n + SEGMENT - 1) // SEGMENT))
         numbers, parts = pointers(room), pointers(parts_room)
@@ -167,13 +167,17 @@ def long_kernel(kinds: Kinds) -> Any:
         hold(parts_room)
         return marked
 
-    def forward(reads, columns, writes, k, eps, streaming, marks, threads):
+    def forward(
+        reads: Any, columns: Any, writes: Any, k: Any, eps: Any, streaming: Any, marks: Any, threads: Any
+    ) -> Any:
         rows, n, weight_m, bias_m = lengths(reads, columns)
         size = Size(k, eps, streaming, 1, 1, rows, n, weight_m, bias_m, 1)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
         return run(arrays, NO_TOTALS, size, pointers(marks), threads)
 
-    def backward(reads, columns, writes, partials, totals, settings, marks, threads):
+    def backward(
+        reads: Any, columns: Any, writes: Any, partials: Any, totals: Any, settings: Any, marks: Any, threads: Any
+    ) -> Any:
         rows, n, weight_m, bias_m = lengths(reads, columns)
         k, eps, streaming, m, chunks = settings
         size = Size(k, eps, streaming, m, chunks, rows, n, weight_m, bias_m, 1)

@@ -7,9 +7,6 @@ numbers become zero there, and not on other threads. Directed rounding would bre
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -30,27 +27,6 @@ def standard_mode() -> int:
 
 def restore_mode(mode: int) -> None:
     """Set a mode that `standard_mode` returned."""
-
-
-@contextlib.contextmanager
-def standard() -> Iterator[None]:
-    """A block of Python in the standard mode of this thread: NumPy, too, would find zeros for subnormal numbers."""
-    set_it, restore_it = _functions()
-    before = set_it()
-    try:
-        yield
-    finally:
-        restore_it(before)
-
-
-@functools.cache
-def _functions() -> tuple[Any, Any]:
-    from rmsnorm_np.cpu.jit import compiled
-
-    return (
-        compiled("standard_mode", lambda: lambda: standard_mode(), ()),
-        compiled("restore_mode", lambda: lambda before: restore_mode(before), (0,)),
-    )
 
 
 def set_standard(builder: Any) -> Any:

@@ -8,15 +8,38 @@ the range unless the result does.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rmsnorm_np.cpu.jit import compiled
+from rmsnorm_np.cpu.mode import restore_mode, standard_mode
 from rmsnorm_np.ops.operation import Columns, Operation, Totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+@contextlib.contextmanager
+def standard_here() -> Iterator[None]:
+    """A block of Python in the standard mode of this thread: NumPy, too, would find zeros for subnormal numbers."""
+    set_it, restore_it = _functions()
+    before = set_it()
+    try:
+        yield
+    finally:
+        restore_it(before)
+
+
+@functools.cache
+def _functions() -> tuple[Any, Any]:
+    return (
+        compiled("standard_mode", lambda: lambda: standard_mode(), ()),
+        compiled("restore_mode", lambda: lambda before: restore_mode(before), (0,)),
+    )
 
 
 GOAL = 100
@@ -101,7 +124,8 @@ def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
 
 @np.errstate(all="ignore")
 def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
-    """The rows of dx that are marked; returns their shares of the totals, float64 (m, n), zero where the kernel adds them.
+    """The rows of dx that are marked; returns their shares of the totals, float64 (m, n), but for those that the kernel
+    adds.
 
     run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. For dx each row of dy is
     scaled to its size. Not for dweight, where a large dy meets small ones of other rows: xhat has no scale, and dy has
@@ -115,7 +139,7 @@ def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
         largest = np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True)
         ready = call._replace(columns=own, eps=eps, marks=None)
         d = _exponent(largest)
-        further = None if dh is None else np.ldexp(dh[rows].astype(np.float64), d - e)
+        further: Any = None if dh is None else np.ldexp(dh[rows].astype(np.float64), d - e)
         fits = np.True_ if further is None else np.isfinite(further) | ~np.isfinite(dh[rows])
         reads = np.ldexp(chosen, e), np.ldexp(gradient, d), None if dh is None else np.where(fits, further, 0.0)
         result = np.ldexp(run(ready._replace(reads=reads), False)[0], e - d)

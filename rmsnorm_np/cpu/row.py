@@ -32,8 +32,8 @@ STORAGE = {"float16": types.uint16, "bfloat16": types.uint16, "float32": types.f
 class Kinds(NamedTuple):
     """What a kernel is compiled for: an operation, and the dtypes of its arrays, None for one that is absent.
 
-    totals: the dtypes of the sums over rows. first_k: whether fewer than n elements are in the RMS. row_eps: whether each
-    row has its own eps. marks: whether rows that leave the range are marked, and left out.
+    totals: the dtypes of the sums over rows. first_k: whether fewer than n elements are in the RMS. row_eps: whether
+    each row has its own eps. marks: whether rows that leave the range are marked, and left out.
     """
 
     operation: Operation
@@ -176,13 +176,13 @@ class Program:
 
         shape = (lane_sums,) * ways
         zeros = step(lambda w: w.zeros(shape), shape)
-        add_all = step(lambda *a: several(*a, ways), shape)
-        add_two = step(lambda *a: several(*a, 2), shape)
+        add_all = step(lambda w, row, i, k, m, sums, ahead: several(w, row, i, k, m, sums, ahead, ways), shape)
+        add_two = step(lambda w, row, i, k, m, sums, ahead: several(w, row, i, k, m, sums, ahead, 2), shape)
         add_last, total = step(last, shape), step(across, self.sums[s])
         four = ways == 4
 
         @inlined
-        def segment(row, start, stop, k, m, ahead):
+        def segment(row: Any, start: Any, stop: Any, k: Any, m: Any, ahead: Any) -> Any:
             sums = zeros(())
             i = start
             while i + ways * width <= stop:
@@ -258,7 +258,7 @@ class Program:
 
         def one(position: int, number: float | None) -> Any:
             @piece
-            def all_equal(reads, n):
+            def all_equal(reads: Any, n: Any) -> Any:
                 data = reads[position]
                 first = data[0] if number is None else number
                 for i in range(n):  # noqa: SIM110 (Numba has no generators to give to `all`)
@@ -304,6 +304,7 @@ class Program:
     def write_always(self) -> Any:
         """write_always(row, first, last): the shares of elements first to last that need no numbers of the row."""
         op, width, plain = self.op, self.width, Work("double", self.width)
+        share: Any = op.share
         wanted = Totals(
             *(name if f in op.always else None for f, name in zip(Totals._fields, self.kinds.totals, strict=True))
         )
@@ -315,12 +316,12 @@ class Program:
             e = self.element(w, row, i, count, False)
             data = given(wanted, lambda name, d: d, row.totals)
             old = given(data, lambda d: w.load(d, "float64", i, plain, count))
-            given(data, lambda d, t: w.store(d, "float64", i, t, count), op.share(old, e, none))
+            given(data, lambda d, t: w.store(d, "float64", i, t, count), share(old, e, none))
 
         add = step(body)
 
         @piece
-        def write_always(row, first, last):
+        def write_always(row: Any, first: Any, last: Any) -> Any:
             for i in range(first, last, width):
                 add((row, i, min(width, last - i)))
 
@@ -357,11 +358,12 @@ class Program:
         def until(w: Writer, row: Arrays, i: Any) -> Any:
             return w.until_aligned(getattr(row.writes, target), getattr(kinds.writes, target), i, width)
 
-        store, write_part = step(lambda *a: vector(*a[:5], False, a[5])), step(part)
-        stream, until_aligned = step(lambda *a: vector(*a[:5], True, a[5])), step(until, types.int64)
+        store = step(lambda w, row, i, k, m, ahead: vector(w, row, i, k, m, False, ahead))
+        stream = step(lambda w, row, i, k, m, ahead: vector(w, row, i, k, m, True, ahead))
+        write_part, until_aligned = step(part), step(until, types.int64)
 
         @inlined
-        def whole(row, n, k, m, streaming, ahead):
+        def whole(row: Any, n: Any, k: Any, m: Any, streaming: Any, ahead: Any) -> Any:
             for i in range(0, n, width):
                 if streaming:
                     stream((row, i, k, m, ahead))
@@ -369,7 +371,7 @@ class Program:
                     store((row, i, k, m, ahead))
 
         @inlined
-        def write(row, first, last, k, m, streaming, ahead):
+        def write(row: Any, first: Any, last: Any, k: Any, m: Any, streaming: Any, ahead: Any) -> Any:
             head = min(first + until_aligned((row, first)), last) if streaming else first
             body = last - (last - head) % width
             for i in range(head, body, width):

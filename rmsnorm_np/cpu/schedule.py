@@ -29,7 +29,7 @@ APART = 8  # places between two queues: a cache line
 
 
 @inlined
-def part_start(part, items, parts):
+def part_start(part: Any, items: Any, parts: Any) -> Any:
     return items * part // parts
 
 
@@ -47,7 +47,7 @@ def totals_task(name: str) -> Any:
     put = step(lambda w, total, i, sums, count: w.store(total, name, i, sums, count) and None)
 
     @piece
-    def task(p, partial, total, rows, m, n):
+    def task(p: Any, partial: Any, total: Any, rows: Any, m: Any, n: Any) -> Any:
         for h in range(m):
             for i in range(p * SEGMENT, min(p * SEGMENT + SEGMENT, n), LANES):
                 count = min(LANES, n - i)
@@ -66,7 +66,7 @@ def adder(name: str | None) -> Any:
     task = totals_task(name)
 
     @inlined
-    def add(partial, total, threads):
+    def add(partial: Any, total: Any, threads: Any) -> Any:
         rows, n = partial.shape
         pieces = (n + SEGMENT - 1) // SEGMENT
         adders = threads if rows * n >= PARALLEL_ELEMENTS else 1
@@ -85,8 +85,8 @@ def rows_kernel(kinds: Kinds) -> Any:
     """The kernel for blocks of rows, and how many rows it marks.
 
     Forward: kernel(reads, columns, writes, k, eps, streaming, marks, threads).
-    Backward: kernel(reads, columns, writes, partials, totals, (k, eps, streaming, m, chunks), marks, threads), with partial
-    sums (chunks * m, n), and totals that they are added up in if no row was marked.
+    Backward: kernel(reads, columns, writes, partials, totals, (k, eps, streaming, m, chunks), marks, threads), with
+    partial sums (chunks * m, n), and totals that they are added up in if no row was marked.
     """
     block, clear = blocks(kinds), clearer()
     block_elements = BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1)
@@ -96,7 +96,7 @@ def rows_kernel(kinds: Kinds) -> Any:
     if has_totals:
 
         @inlined
-        def groups_of(unit, size):
+        def groups_of(unit: Any, size: Any) -> Any:
             """(h, first, last): the unit has the rows g · m + h, for g from first to last."""
             h, chunk, groups = unit % size.m, unit // size.m, size.rows // size.m
             return h, part_start(chunk, groups, size.chunks), part_start(chunk + 1, groups, size.chunks)
@@ -104,12 +104,12 @@ def rows_kernel(kinds: Kinds) -> Any:
     else:
 
         @inlined
-        def groups_of(unit, size):
+        def groups_of(unit: Any, size: Any) -> Any:
             first = unit * size.block
             return 0, first, min(first + size.block, size.rows)
 
     @piece
-    def task(t, tasks, queues, arrays, size, marks):
+    def task(t: Any, tasks: Any, queues: Any, arrays: Any, size: Any, marks: Any) -> Any:
         units = size.chunks * size.m
         share = 1 if has_totals else max(1, min(16, units // (8 * tasks)))
         marked = 0
@@ -129,7 +129,9 @@ def rows_kernel(kinds: Kinds) -> Any:
         if marked > 0:
             add_atomically(queues, tasks * APART, marked)
 
-    def forward(reads, columns, writes, k, eps, streaming, marks, threads):
+    def forward(
+        reads: Any, columns: Any, writes: Any, k: Any, eps: Any, streaming: Any, marks: Any, threads: Any
+    ) -> Any:
         rows, n, weight_m, bias_m = lengths(reads, columns)
         height = min(BLOCK, max(1, block_elements // n))
         chunks = (rows + height - 1) // height
@@ -139,7 +141,9 @@ def rows_kernel(kinds: Kinds) -> Any:
         in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))
         return queues[threads * APART]
 
-    def backward(reads, columns, writes, partials, totals, settings, marks, threads):
+    def backward(
+        reads: Any, columns: Any, writes: Any, partials: Any, totals: Any, settings: Any, marks: Any, threads: Any
+    ) -> Any:
         rows, n, weight_m, bias_m = lengths(reads, columns)
         k, eps, streaming, m, chunks = settings
         height = min(BLOCK, max(1, block_elements // n))

@@ -13,7 +13,7 @@ class Leaf(NamedTuple):
     """What a number is in LLVM: its type, and how many of them a vector holds (0: it is no vector)."""
 
     element: str
-    count: int
+    lanes: int
 
     @classmethod
     def of(cls, value: Any) -> Leaf:
@@ -24,7 +24,7 @@ class Leaf(NamedTuple):
     @property
     def llvm(self) -> Any:
         element = FLOAT if self.element == "f32" else DOUBLE
-        return ir.VectorType(element, self.count) if self.count else element
+        return ir.VectorType(element, self.lanes) if self.lanes else element
 
 
 SCALAR = Leaf("f64", 0)

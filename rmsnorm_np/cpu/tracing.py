@@ -49,7 +49,7 @@ def step(body: Callable[..., Any], result: Any = None) -> Any:
     if isinstance(result, (Leaf, tuple)):
         result = Traced(result)
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def written(typing_context: Any, items: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             writer = Writer(context, builder)

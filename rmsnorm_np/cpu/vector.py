@@ -96,10 +96,10 @@ class Number:
         """In another type, rounded if need be; one number in each lane of a vector."""
         b, value = self.builder, self.value
         if self.leaf.element != leaf.element:
-            kind = Leaf(leaf.element, self.leaf.count).llvm
+            kind = Leaf(leaf.element, self.leaf.lanes).llvm
             value = b.fpext(value, kind) if leaf.element == "f64" else b.fptrunc(value, kind)
-        if leaf.count and not self.leaf.count:
-            value = llvm.splat(b, value, leaf.count)
+        if leaf.lanes and not self.leaf.lanes:
+            value = llvm.splat(b, value, leaf.lanes)
         return Number(b, value)
 
     def _both(self, other: Any) -> tuple[Number, Number]:
@@ -109,10 +109,9 @@ class Number:
         mine, its = self.leaf, other.leaf
         if mine == its:
             return self, other
-        if bool(mine.count) != bool(its.count):
-            leaf = mine if mine.count else its
-        else:
-            leaf = Leaf("f64", mine.count)
+        leaf = Leaf("f64", mine.lanes)
+        if bool(mine.lanes) != bool(its.lanes):
+            leaf = mine if mine.lanes else its
         return self.to(leaf), other.to(leaf)
 
     def _do(self, name: str, other: Any) -> Number:
@@ -142,7 +141,7 @@ class Number:
 
     def _call(self, name: str, *others: Number) -> Number:
         kind, leaf = self.value.type, self.leaf
-        suffix = f"v{leaf.count}{leaf.element}" if leaf.count else leaf.element
+        suffix = f"v{leaf.lanes}{leaf.element}" if leaf.lanes else leaf.element
         operands = [self.value, *(other.value for other in others)]
         return Number(self.builder, llvm.intrinsic(self.builder, f"llvm.{name}.{suffix}", kind, operands))
 
@@ -162,7 +161,7 @@ class Number:
         return self._call("sqrt")
 
     def as_single(self) -> Number:
-        return self.to(Leaf("f32", self.leaf.count)).to(self.leaf)
+        return self.to(Leaf("f32", self.leaf.lanes)).to(self.leaf)
 
     def _compared(self, how: str, other: Any) -> Condition:
         a, b = self._both(other)
@@ -193,7 +192,7 @@ class Writer:
         return Number(self.builder, self.builder.sitofp(integer, DOUBLE))
 
     def constant(self, leaf: Leaf, number: float) -> Number:
-        return Number(self.builder, ir.Constant(leaf.llvm, [number] * leaf.count if leaf.count else number))
+        return Number(self.builder, ir.Constant(leaf.llvm, [number] * leaf.lanes if leaf.lanes else number))
 
     def zeros(self, shape: Any) -> Any:
         """A record of this shape, all of it zero."""
@@ -282,11 +281,8 @@ class Writer:
     def across(self, number: Any) -> Any:
         """The sum over the lanes in float64, by halves: 8 to 4 to 2 to 1."""
         b = self.builder
-        if is_pair(number):
-            parts = [number.head, number.tail]
-        else:
-            parts = [number.to(Leaf("f64", number.leaf.count))]
-        while (half := parts[0].leaf.count // 2) > 0:
+        parts = list(number) if is_pair(number) else [number.to(Leaf("f64", number.leaf.lanes))]
+        while (half := parts[0].leaf.lanes // 2) > 0:
             places = [ir.Constant(ir.VectorType(I32, half), list(range(f, f + half))) for f in (0, half)]
             sides = [[Number(b, b.shuffle_vector(p.value, p.value, at)) for p in parts] for at in places]
             total = plus(*(Pair(*side) if len(side) == 2 else side[0] for side in sides))

@@ -45,7 +45,7 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     weights, biases = (None if a is None else arrays.seen(name, a) for name, a in (("weight", weight), ("bias", bias)))
     out_names = names[len(given) :]
     targets = [None if a is None else arrays.seen(name, a) for name, a in zip(out_names, out, strict=True)]
-    source = reads[0]
+    source: Any = reads[0]
     stream = arrays.stream_for((*reads, weights, biases, *targets))
     shape = source.shape
     plain = type(axis) is int and type(p) is float  # True is 1 to a cache

@@ -66,8 +66,10 @@ def rms_norm(
     check_backend(backend)
     call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, p, axis)
     (x,), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
-    y = forward(*widen(x, w, b), k, eps, weight_offset)
-    return restore([rounded(y, x.dtype)])[0]
+    wide_x, w, b = widen(x, w, b)
+    y = forward(wide_x, w, b, k, eps, weight_offset)
+    result: Array = restore([rounded(y, x.dtype)])[0]
+    return result
 
 
 @np.errstate(all="ignore")
@@ -97,7 +99,8 @@ def rms_norm_backward(
     _arguments.check_given("dy", dy)
     call = _arguments.Call(("x", "dy", "out"), (x, dy), (weight, bias, weight_offset), (out,), eps, p, axis)
     (x, dy), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
-    dx, dweight, dbias = backward(*widen(x, dy, w, b), k, eps, weight_offset)
+    wide_x, wide_dy, w, b = widen(x, dy, w, b)
+    dx, dweight, dbias = backward(wide_x, wide_dy, w, b, k, eps, weight_offset)
     return RMSNormGrads(restore([rounded(dx, x.dtype)])[0], like(weight, dweight), like(bias, dbias))
 
 
@@ -132,7 +135,8 @@ def add_rms_norm(
     call = _arguments.Call(names, (x, residual), parameters, outs, eps, p, axis)
     (x, residual), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
     h = added(x, residual)  # (..., n), rounded to the residual's dtype: what follows is about the rounded h
-    y = forward(*widen(h, w, b), k, eps, weight_offset)  # (..., n)
+    wide_h, w, b = widen(h, w, b)
+    y = forward(wide_h, w, b, k, eps, weight_offset)  # (..., n)
     return AddNorm(*restore([rounded(y, x.dtype), h]))
 
 
