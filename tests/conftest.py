@@ -4,7 +4,6 @@ import importlib.util
 from pathlib import Path
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 
@@ -83,10 +82,3 @@ def dtype(request):
 def rng():
     """Random numbers, the same ones in every run."""
     return np.random.default_rng(1910_07467)
-
-
-@pytest.fixture(autouse=numba.config.DISABLE_JIT)
-def kernels_in_python_are_as_silent_as_compiled_ones():
-    """Without the JIT the kernels run on NumPy, which warns of an overflow that compiled code takes in silence."""
-    with np.errstate(all="ignore"):
-        yield

@@ -26,8 +26,6 @@ kept = [dispatcher.stats for dispatcher in made if dispatcher.stats.cache_path i
 print(sum(sum(stats.cache_hits.values()) for stats in kept), sum(sum(stats.cache_misses.values()) for stats in kept))
 """
 
-compiled = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="nothing is compiled without the JIT")
-
 
 def run(folder):
     """(hits, misses) of a process that compiles one kernel or finds it in the folder."""
@@ -39,7 +37,6 @@ def run(folder):
     return tuple(map(int, out.stdout.split()))
 
 
-@compiled
 def test_a_second_process_finds_it_and_a_damaged_file_is_compiled_anew(tmp_path):
     assert run(tmp_path) == (0, 1)
     assert run(tmp_path) == (1, 0)
@@ -50,7 +47,6 @@ def test_a_second_process_finds_it_and_a_damaged_file_is_compiled_anew(tmp_path)
     assert run(tmp_path) == (1, 0)
 
 
-@compiled
 def test_damage_of_any_kind_is_seen(tmp_path, monkeypatch):
     class Codegen:
         def codegen(self):
@@ -71,7 +67,6 @@ def test_damage_of_any_kind_is_seen(tmp_path, monkeypatch):
 
 
 @pytest.mark.engine
-@compiled
 def test_without_a_folder_kernels_are_compiled_in_each_process(tmp_path):
     blocked = tmp_path / "a file, not a folder"
     blocked.write_text("")
@@ -108,8 +103,8 @@ def test_each_kernel_and_signature_has_a_file_of_its_own():
     assert len(names) == 4
 
 
-# What no machine code depends on: a change there must recompile nothing, and one anywhere else in `cpu` or `ops`
-# everything.
+# What no machine code depends on: a change there must recompile nothing, and one anywhere else in `cpu` or `ops` must
+# recompile everything.
 HOST_FILES = {"cpu/__init__.py", "cpu/cache.py", "cpu/memory.py", "cpu/rare.py"}
 
 

@@ -10,7 +10,6 @@ import collections
 import re
 import sys
 
-import numba
 import numpy as np
 import pytest
 from calls import Same, assert_close, calls
@@ -171,7 +170,6 @@ def test_many_calls(call):
 
 
 @pytest.mark.slow  # hardly a call in the time that its kernel takes to compile
-@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="the same checks, on kernels in plain Python")
 @settings(quiet, max_examples=500)
 @given(call=calls(mixed=False))
 def test_any_call_of_the_compiled_engine(call):

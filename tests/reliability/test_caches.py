@@ -13,9 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from programs import PATIENCE, ROOT, command, compiled, environment, run
+from programs import PATIENCE, ROOT, command, environment, run
 
-pytestmark = [compiled, pytest.mark.engine]
+pytestmark = [pytest.mark.engine]
 
 # One kernel: how often it was found and how often compiled; 1, or the factor that a changed package multiplies by; and
 # where kernels are kept.

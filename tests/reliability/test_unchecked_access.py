@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import pytest
 from conftest import DTYPES
-from programs import compiled, run
+from programs import run
 from unchecked import CASES
 
 import rmsnorm_np as rn
@@ -28,7 +28,6 @@ FIRST = ("out_beside_a_cache_line", "recycled_memory_of_another_size", "arrays_o
 PROGRAM = Path(__file__).with_name("unchecked.py")
 
 
-@compiled
 @pytest.mark.skipif(sys.platform == "win32", reason="pages are protected by mprotect")
 @pytest.mark.parametrize(
     "case",
