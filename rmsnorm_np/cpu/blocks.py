@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rmsnorm_np.cpu.arrays import moved, room_for
-from rmsnorm_np.cpu.jit import inlined, piece
+from rmsnorm_np.cpu.jit import block_piece, inlined
 from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Kinds, Program
 
 SHORT_ROW = 64  # up to here what is done once a row counts: with 16 elements 1.35 times as fast, with 64 the same
@@ -65,7 +65,7 @@ def blocks(kinds: Kinds) -> Any:
             measure_first(arrays, size, first, step_, count, room, ahead)
             measure_second(arrays, size, first, step_, count, room, ahead)
 
-    @piece
+    @block_piece
     def block(arrays: Any, size: Any, marks: Any, first: Any, step_: Any, count: Any, total_start: Any) -> Any:
         numbers = room(())
         # while this block's sums are taken, and its outputs written, the next block is fetched

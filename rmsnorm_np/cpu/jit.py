@@ -6,11 +6,14 @@ to reorder sums, NaN and infinities keep their meaning, and the bits are the sam
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numba
 from numba.core import types
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.registry import CPUDispatcher
 
 from rmsnorm_np.cpu import threads
@@ -25,16 +28,62 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def _jit(function: Callable[..., Any], **options: bool) -> Any:
+class _PieceLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """Code that is only linked into a kernel: it is machine code, and optimised as a whole, there."""
+
+    def _optimize_final_module(self) -> None:
+        codegen = self._codegen
+        passes, builder = codegen._module_pass_manager(
+            loop_vectorize=False, slp_vectorize=False, opt=codegen._opt_level, cost="cheap"
+        )
+        passes.run(self._final_module, builder)
+
+    def _finalize_specific(self) -> None:
+        pass
+
+
+class _BlockLibrary(_PieceLibrary):
+    """The same, optimised before it is linked: loops over rows become loops over vectors of rows."""
+
+    _optimize_final_module = JITCodeLibrary._optimize_final_module
+
+
+class _PieceCompiler(Compiler):  # type: ignore[misc]
+    library = _PieceLibrary
+
+    def __init__(self, typingctx: Any, targetctx: Any, library: Any, args: Any, restype: Any, flags: Any, names: Any):
+        flags.no_compile = True
+        own = self.library(targetctx.codegen(), f"piece{next(_numbers)}")
+        super().__init__(typingctx, targetctx, own, args, restype, flags, names)
+
+
+class _BlockCompiler(_PieceCompiler):
+    library = _BlockLibrary
+
+
+class _PieceDispatcher(CPUDispatcher):  # type: ignore[misc]
+    def add_overload(self, compiled: Any) -> None:
+        entry: list[Any] = []  # there is none; Numba wants some built-in function that stands for the code
+        self.targetctx.insert_user_function(entry.append, compiled.fndesc, [compiled.library])
+        super().add_overload(compiled._replace(entry_point=entry.append))
+
+
+_numbers = itertools.count()
+
+
+def _jit(function: Callable[..., Any], pipeline: Any = None, **options: bool) -> Any:
     """`numba.njit`, but of NUMBA_DISABLE_JIT=1, which is for looking at one's own code: without a compiler there are
     no kernels.
     """
+    if pipeline is not None:
+        options["no_cpython_wrapper"] = True
+        return _PieceDispatcher(function, targetoptions={**_OPTIONS, **options}, pipeline_class=pipeline)
     return CPUDispatcher(function, targetoptions={**_OPTIONS, **options})
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """A piece of a kernel that passes lanes: always inlined, so that lanes stay in registers."""
-    return _jit(function, no_cpython_wrapper=True, forceinline=True)
+    return _jit(function, _PieceCompiler, forceinline=True)
 
 
 def piece(function: Callable[..., Any]) -> Any:
@@ -42,7 +91,12 @@ def piece(function: Callable[..., Any]) -> Any:
 
     It has no entry from Python or C, which spares 2/5 of the time of compiling it.
     """
-    return _jit(function, no_cpython_wrapper=True)
+    return _jit(function, _PieceCompiler)
+
+
+def block_piece(function: Callable[..., Any]) -> Any:
+    """A `piece` that is optimised by itself first."""
+    return _jit(function, _BlockCompiler)
 
 
 def compiled(label: str | None, make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]) -> Callable[..., Any]:
