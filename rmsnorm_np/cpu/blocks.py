@@ -28,11 +28,16 @@ def blocks(kinds: Kinds) -> Any:
 
     eps_of = program.eps_of()
 
+    # Rows of weight and bias: a division a row costs as much as 16 elements. Backward all rows of a block share one.
+    turns = kinds.operation.share is None
+
     @inlined
-    def row_at(arrays: Any, size: Any, r: Any, total_start: Any) -> Any:
-        weight = 0 if size.weight_m == 1 else r % size.weight_m * size.n
-        bias = 0 if size.bias_m == 1 else r % size.bias_m * size.n
-        return move((arrays, r * size.n, weight, bias, total_start))
+    def start_of(first: Any, m: Any) -> Any:
+        return 0 if m == 1 else first % m
+
+    @inlined
+    def next_of(h: Any, m: Any) -> Any:
+        return h + 1 if turns and h + 1 < m else 0 if turns else h
 
     def measured(s: int) -> Any:
         """The sums of stage s of all rows, then their numbers."""
@@ -43,8 +48,10 @@ def blocks(kinds: Kinds) -> Any:
 
         @inlined
         def measure(arrays: Any, size: Any, first: Any, step_: Any, count: Any, room: Any, ahead: Any) -> Any:
+            h, bias_h = start_of(first, size.weight_m), start_of(first, size.bias_m)
             for j in range(count):
-                row = row_at(arrays, size, first + j * step_, 0)
+                row = move((arrays, (first + j * step_) * size.n, h * size.n, bias_h * size.n, 0))
+                h, bias_h = next_of(h, size.weight_m), next_of(bias_h, size.bias_m)
                 m = get((room, BLOCK, j))
                 sums = zero(())
                 stop = size.k if first_k else size.n
@@ -74,9 +81,11 @@ def blocks(kinds: Kinds) -> Any:
         # then memory.streams has seen to it that rows are aligned
         short = size.n <= SHORT_ROW and size.n % width == 0
         marked = 0
+        h, bias_h = start_of(first, size.weight_m), start_of(first, size.bias_m)
         for j in range(count):
             r = first + j * step_
-            row = row_at(arrays, size, r, total_start)
+            row = move((arrays, r * size.n, h * size.n, bias_h * size.n, total_start))
+            h, bias_h = next_of(h, size.weight_m), next_of(bias_h, size.bias_m)
             if has_marks:
                 found = ordinary((numbers, BLOCK, j, size.n, size.k, eps_of(size.eps, r)))
                 if found < 0 or (found == 0 and not trivial(row.reads, size.n)):
