@@ -39,7 +39,7 @@ class AddNorm(NamedTuple):
 
 def added(x: Array, residual: Array) -> Array:
     """x + residual, rounded once to the residual's dtype: a sum of float32 is exact enough in float64 for that."""
-    wide = np.result_type(x.dtype, residual.dtype, np.float64)
+    wide = np.result_type(np.result_type(x.dtype, np.float64), np.result_type(residual.dtype, np.float64))
     return rounded(x.astype(wide) + residual.astype(wide), residual.dtype)
 
 
