@@ -16,12 +16,12 @@ import sys
 
 import ml_dtypes
 import numpy as np
-from rmsnorm_np.cpu.simd import LANES
 
 import rmsnorm_np as rn
 from rmsnorm_np import cpu
 from rmsnorm_np.cpu import long_rows, memory, threads
 from rmsnorm_np.cpu.blocks import SHORT_ROW
+from rmsnorm_np.cpu.vector import LANES
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
