@@ -1,7 +1,8 @@
 """The machine's limit: the traffic of a norm with next to no arithmetic, measured in the same run as the norms.
 
-Forward reads one array and writes one (copy); backward reads two and writes one (triad). Stores go past the cache
-where the engine's would. Nothing that moves the same bytes with the same processor can be much faster.
+Forward reads one array and writes one (copy), or two and two where a residual is added; backward reads two, or three,
+and writes one (triad). Stores go past the cache where the engine's would. Nothing that moves the same bytes with the
+same processor can be much faster.
 
 These kernels are compiled in each process: the cache on disk keeps those of `rmsnorm_np.cpu` alone.
 """
@@ -24,24 +25,29 @@ from rmsnorm_np.cpu.vector import LANES, Work, Writer
 PIECE = 1 << 14  # float64 that a thread takes at a time, 128 KiB
 
 
-def calls(nbytes: int) -> dict[str, Callable[[], None]]:
-    """The copy and the copy followed by the triad, on arrays of about `nbytes`; by the direction they are limits of."""
-    count = -(-nbytes // (8 * LANES)) * LANES  # whole vectors of float64: bytes are bytes, and these need no conversion
-    x, z, y = (memory.empty((1, count), np.dtype(np.float64)) for _ in range(3))
-    for array in (x, z, y):
-        array[...] = 1.0
-    streaming = bool(memory.streams(y))
+def calls(nbytes: int, adds: bool = False) -> dict[str, Callable[[], None]]:
+    """The copy and the copy followed by the triad, on arrays of about `nbytes`; by the direction they are limits of.
 
-    def run(*reads: Any) -> None:
-        args = reads, y[0], threads.choose(2 * count)
-        _kernel(len(reads), streaming)(*args)
+    adds: with the residual's arrays: two copies, and a triad that reads three.
+    """
+    count = -(-nbytes // (8 * LANES)) * LANES  # whole vectors of float64: bytes are bytes, and these need no conversion
+    arrays = [memory.empty((1, count), np.dtype(np.float64)) for _ in range(5 if adds else 3)]
+    for array in arrays:
+        array[...] = 1.0
+    streaming = bool(memory.streams(arrays[2]))
+    x, z, y, *more = (array[0] for array in arrays)  # more: residual and h
+
+    def run(y: Any, *reads: Any) -> None:
+        _kernel(len(reads), streaming)(reads, y, threads.choose(2 * count))
 
     def forward() -> None:
-        run(x[0])
+        run(y, x)
+        if adds:
+            run(more[1], more[0])
 
     def both() -> None:
         forward()
-        run(x[0], z[0])
+        run(y, x, z, *more[1:])
 
     return {"forward": forward, "forward+backward": both}
 
