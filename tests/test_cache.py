@@ -109,7 +109,7 @@ HOST_FILES = {"cpu/__init__.py", "cpu/cache.py", "cpu/memory.py", "cpu/rare.py"}
 
 
 def test_kernels_are_compiled_anew_after_a_change_to_what_they_are_compiled_from(tmp_path, monkeypatch):
-    """A blank in a docstring of norms.py recompiled every kernel; an edit to vector.py that recompiles none is worse."""
+    """A blank in a docstring of norms.py recompiled every kernel; one to vector.py that recompiles none is worse."""
     package = Path(cache.__file__).parents[1]
     copy = tmp_path / "rmsnorm_np"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "data"))

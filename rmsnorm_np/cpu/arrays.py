@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.extending import intrinsic
 
-from rmsnorm_np.cpu.row import STORAGE, Arrays, Kinds, given
+from rmsnorm_np.cpu.kinds import STORAGE, Arrays, Kinds, given
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import Writer
 from rmsnorm_np.ops.operation import Columns, Totals

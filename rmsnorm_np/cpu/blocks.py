@@ -6,7 +6,8 @@ from typing import Any
 
 from rmsnorm_np.cpu.arrays import moved, room_for
 from rmsnorm_np.cpu.jit import block_piece, inlined
-from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Kinds, Program
+from rmsnorm_np.cpu.kinds import Kinds
+from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Program
 
 SHORT_ROW = 64  # up to here what is done once a row counts: with 16 elements 1.35 times as fast, with 64 the same
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rmsnorm_np.cpu.jit import compiled
+from rmsnorm_np.cpu.kinds import Kinds, given
 from rmsnorm_np.cpu.long_rows import long_kernel
-from rmsnorm_np.cpu.row import Kinds, given
 from rmsnorm_np.cpu.schedule import adding_kernel, rows_kernel
 from rmsnorm_np.ops.operation import Columns, Totals
 

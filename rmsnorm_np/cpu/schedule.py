@@ -13,7 +13,8 @@ from typing import Any
 from rmsnorm_np.cpu.arrays import Size, add_atomically, clearer, counters, lengths, pointers
 from rmsnorm_np.cpu.blocks import blocks
 from rmsnorm_np.cpu.jit import inlined, piece
-from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Arrays, Kinds
+from rmsnorm_np.cpu.kinds import Arrays, Kinds
+from rmsnorm_np.cpu.row import BLOCK, SEGMENT
 from rmsnorm_np.cpu.threads import PARALLEL_ELEMENTS, in_parallel
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import LANES, Work, Writer

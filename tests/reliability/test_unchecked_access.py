@@ -127,12 +127,14 @@ def test_a_key_stands_for_one_combination_of_types(x_dtype):
         for kind, bias_kind, offset in itertools.product(kinds, kinds, (0.0, 1.0)):
             weight, bias = given(kind, heads, n), given(bias_kind, bias_heads, n)
             columns = weight, bias, offset if kind is not None else 0.0
+            cpu.forward(rms.RMS_NORM, (x, None), columns, (None, None), n, 1e-6)
             for residual in residuals:
                 cpu.forward(rms.RMS_NORM, (x, residual), columns, (None, None), n // 2, 1e-6)
                 cpu.forward(layer.LAYER_NORM, (x, residual), columns, (None, None), n, 1e-6)
             for dy, dh in itertools.product(dys, residuals):
                 cpu.backward(rms.RMS_NORM_BACKWARD, (x, dy, dh), columns, (None,), n // 2, 1e-6)
             for dy in dys:
+                cpu.backward(rms.RMS_NORM_BACKWARD, (x, dy, None), columns, (None,), n, 1e-6)
                 cpu.backward(layer.LAYER_NORM_BACKWARD, (x, dy, dy), columns, (None,), n, 1e-6)
     assert len(kernel.entries) > 100
 
@@ -158,7 +160,7 @@ LAYOUTS = {
 @pytest.mark.usefixtures("recorders")
 def test_kernels_get_arrays_of_one_layout(layout, n):
     """Each argument by itself in another layout, after a call that fixed the types."""
-    shapes = {name: (12, n) for name in ("x", "dy", "residual", "dh", "out", "out_h")} | {"weight": (n,), "bias": (n,)}
+    shapes = dict.fromkeys(("x", "dy", "residual", "dh", "out", "out_h"), (12, n)) | {"weight": (n,), "bias": (n,)}
 
     def call(**changed):
         a = {name: np.ones(shape) for name, shape in shapes.items()} | changed
