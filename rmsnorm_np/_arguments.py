@@ -335,16 +335,8 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
         )
         and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
         and ((a := reads[1]) is None or (_is_ordinary(a) and a.shape == shape))
-        and (len(reads) == 2 or (b := reads[2]) is None or (_is_ordinary(b) and b.shape == shape))
-        and (out[0] is None or _is_ordinary_out(out[0], x, reads, (weight, bias)))
-        and (
-            len(out) == 1
-            or out[1] is None
-            or (
-                _is_ordinary_out(out[1], a, reads, (weight, bias))
-                and not (out[0] is not None and np.may_share_memory(*out))
-            )
-        )
+        and ((b := reads[-1]) is a or b is None or (_is_ordinary(b) and b.shape == shape))
+        and ((out[0] is None and out[-1] is None) or _are_ordinary_out(out, reads, (weight, bias)))
     ):
         k = n if type(p) is float and p == 1.0 else elements_in_rms(n, p)
         if not (type(eps) is float and 0.0 <= eps < _INFINITY):
@@ -365,11 +357,17 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, restore
 
 
-def _is_ordinary_out(out: Any, like: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any]) -> bool:
-    """Whether an engine may write straight to out a result that has the shape and dtype of another array."""
-    return bool(
-        _is_ordinary(out) and out.shape == like.shape and out.dtype == like.dtype and may_write(out, reads, parameters)
-    )
+def _are_ordinary_out(out: tuple[Any, ...], reads: tuple[Any, ...], parameters: tuple[Any, Any]) -> bool:
+    """Whether an engine may write straight to out what has the shapes and dtypes of the first arrays that are read."""
+    for wanted, like in zip(out, reads, strict=False):
+        if wanted is not None and not (
+            _is_ordinary(wanted)
+            and wanted.shape == like.shape
+            and wanted.dtype == like.dtype
+            and may_write(wanted, reads, parameters)
+        ):
+            return False
+    return len(out) == 1 or out[0] is None or out[1] is None or not np.may_share_memory(*out)
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy import ndarray
 
 from rmsnorm_np import reference
 
@@ -32,12 +33,15 @@ def select(x: Any, backend: str | None) -> ModuleType:
     ImportError
         If the engine's requirements are not installed. No other engine takes its place.
     """
-    on_device = type(x) is not np.ndarray and hasattr(x, "__cuda_array_interface__")
+    if backend is None and type(x) is ndarray:
+        engine = _engines.get("cpu")
+        return _load("cpu") if engine is None else engine
+    on_device = hasattr(x, "__cuda_array_interface__")
     if backend is None:
         backend = "cuda" if on_device else "cpu"
     elif backend == "cuda":
         # Arrays of numba's CUDA simulator carry no interface: refuse only what is certain to lie on the host.
-        if isinstance(x, (np.ndarray, np.generic, list, tuple, int, float, complex)):
+        if isinstance(x, (ndarray, np.generic, list, tuple, int, float, complex)):
             raise TypeError(
                 f"x is a host array ({type(x).__name__}), backend 'cuda' takes device arrays: "
                 "move it with numba.cuda.to_device(x)"

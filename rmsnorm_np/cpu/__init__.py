@@ -45,22 +45,23 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
     weight, bias, offset = columns
     y, h = out
     rows, n = x.shape
-    if n <= long_rows.LONG_ROW and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
+    long, whole = n > long_rows.LONG_ROW, k == n
+    if not long and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
         # a small call: the kernel takes about a microsecond, so each question that is not asked here counts
         if y is None:
             y = np.empty((rows, n), x.dtype)
-        if residual is not None and h is None:
+        if h is None and residual is not None:
             h = np.empty((rows, n), residual.dtype)
         streaming, on_threads = 0, 1
     else:
         if y is None:
             y = memory.empty((rows, n), x.dtype, x)
-        if residual is not None and h is None:
+        if h is None and residual is not None:
             h = memory.empty((rows, n), residual.dtype, x, y)
         streaming, on_threads = memory.streams(y), threads.choose(x.size)
     key = (
         operation.name, x.dtype, residual is None or residual.dtype, weight is None or weight.dtype,
-        bias is None or bias.dtype, k == n, offset != 0.0, n > long_rows.LONG_ROW, type(eps),
+        bias is None or bias.dtype, whole, offset != 0.0, long, type(eps),
     )  # fmt: skip
     entry = kernel.entries.get(key)
     if entry is None:
@@ -69,7 +70,7 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
     reads_, columns_, writes_ = reads, columns, (y, h)
     if entry.halves:
         reads_, columns_, writes_ = _stored(reads), (*_stored(columns[:2]), offset), _stored(writes_)
-    if entry.code(reads_, columns_, writes_, None if k == n else k, eps, streaming, marks, on_threads):
+    if entry.code(reads_, columns_, writes_, None if whole else k, eps, streaming, marks, on_threads):
         call = rare.Call(operation, operation.Reads(x if h is None else h), Columns(*columns), k, eps, marks)
         with rare.standard_here():
             rare.forward(_forward_unmarked, call, y)
