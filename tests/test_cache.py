@@ -17,12 +17,13 @@ PROGRAM = """
 import numpy as np
 import rmsnorm_np as rn
 from numba.core.registry import CPUDispatcher
+from rmsnorm_np.cpu import cache
 made = []
 init = CPUDispatcher.__init__
 CPUDispatcher.__init__ = lambda self, *args, **kwargs: made.append(self) or init(self, *args, **kwargs)
 y = rn.rms_norm(np.array([[3.0, 4.0]], np.float32), eps=0.0)
 assert abs(y - [[0.84852814, 1.13137085]]).max() < 1e-6
-kept = [dispatcher.stats for dispatcher in made if dispatcher.stats.cache_path is not None]
+kept = [dispatcher.stats for dispatcher in made if isinstance(dispatcher._cache, cache.KernelCache)]
 print(sum(sum(stats.cache_hits.values()) for stats in kept), sum(sum(stats.cache_misses.values()) for stats in kept))
 """
 
@@ -64,6 +65,31 @@ def test_damage_of_any_kind_is_seen(tmp_path, monkeypatch):
     for content in (b"", b"short", b"\0" * 32, b"\0" * 32 + b"a pickle that is none", os.urandom(1000)):
         path.write_bytes(content)
         assert store.load_overload("signature", Codegen()) is None
+
+
+CALLS = """
+import sys
+import numpy as np
+import rmsnorm_np as rn
+for name in sys.argv[1:]:
+    call, dtype = getattr(rn, name.split()[0]), name.split()[1]
+    x = np.random.default_rng(0).standard_normal((3, 40)).astype(dtype)
+    weight = x[0] + 1
+    np.testing.assert_allclose(call(x, weight), call(x, weight, backend="reference"), 1e-3)
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "calls", [("rms_norm float32", "layer_norm float32"), ("rms_norm float32", "rms_norm float16")], ids=str
+)
+def test_kernels_of_different_processes_meet_in_one(calls, tmp_path):
+    """Numba numbers functions anew in each process: by their numbers, one kernel would run another's functions."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for each in ([calls[0]], [calls[1]], calls, calls[::-1]):
+        command = [sys.executable, "-W", "error", "-c", CALLS, *each]
+        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert out.returncode == 0, out.stderr
 
 
 @pytest.mark.engine

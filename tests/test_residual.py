@@ -112,6 +112,15 @@ def test_rows_out_of_range(norm, scale, rng):
     assert worst_ulp(got.dx, want.dx.astype(L), np.abs(want.dx).max(axis=1, keepdims=True)) <= 1.5
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_constant_x_does_not_make_the_row_trivial(norm, rng):
+    """Whether a row is constant, and need not be brought into the range, is asked of the sum."""
+    x, residual = np.zeros((1, 50)), 1e-320 * rng.standard_normal((1, 50))
+    one = {"rms": rn.rms_norm, "layer": rn.layer_norm}[norm]
+    assert np.array_equal(functions(norm)[0](x, residual, eps=1e-30).y, one(residual, eps=1e-30))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_errors(norm, backend):
     forward, backward = functions(norm)

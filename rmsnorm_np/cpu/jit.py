@@ -6,8 +6,10 @@ to reorder sums, NaN and infinities keep their meaning, and the bits are the sam
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import numba
@@ -69,12 +71,17 @@ class _PieceDispatcher(CPUDispatcher):  # type: ignore[misc]
 
 
 _numbers = itertools.count()
+_suffix = ContextVar("suffix", default="")  # of the names of all functions of the kernel that is being made
 
 
 def _jit(function: Callable[..., Any], pipeline: Any = None, **options: bool) -> Any:
     """`numba.njit`, but of NUMBA_DISABLE_JIT=1, which is for looking at one's own code: without a compiler there are
     no kernels.
+
+    Numba tells functions of one name apart by a number that starts anew in each process. Of two kernels that were
+    compiled in different processes and are loaded into one, one would run the other's functions.
     """
+    function.__qualname__ += _suffix.get()
     if pipeline is not None:
         options["no_cpython_wrapper"] = True
         return _PieceDispatcher(function, targetoptions={**_OPTIONS, **options}, pipeline_class=pipeline)
@@ -107,7 +114,11 @@ def compiled(label: str | None, make: Callable[[], Callable[..., Any]], args: tu
     """
     threads.layer()
     signature = tuple(map(_type_of, args))
-    dispatcher = _jit(make())
+    token = _suffix.set("" if label is None else hashlib.sha256(f"{label} {signature}".encode()).hexdigest()[:16])
+    try:
+        dispatcher = _jit(make())
+    finally:
+        _suffix.reset(token)
     if label is not None:
         dispatcher._cache = KernelCache(label)
     code: Callable[..., Any] = dispatcher.compile(signature)

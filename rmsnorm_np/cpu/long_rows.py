@@ -154,7 +154,7 @@ def long_kernel(kinds: Kinds) -> Any:
                 measure_second(row, size, numbers, r, parts, threads)
             if has_marks:
                 found = ordinary((numbers, size.rows, r, size.n, size.k, eps_of(size.eps, r)))
-                if found < 0 or (found == 0 and not trivial(row.reads, size.n)):
+                if found < 0 or (found == 0 and not trivial(row, size.n)):
                     marked += marks[r] == 0
                     marks[r] = 1
                     continue

@@ -207,16 +207,21 @@ class Program:
         """`is_ordinary` and `is_trivial`, where rows are marked."""
         if self.kinds.marks:
             return self.is_ordinary(), self.is_trivial()
-        return step(lambda w, *a: ir.Constant(ir.IntType(64), 1), types.int64), piece(lambda reads, n: True)
+        return step(lambda w, *a: ir.Constant(ir.IntType(64), 1), types.int64), piece(lambda row, n: True)
 
     def is_trivial(self) -> Any:
-        """trivial(reads, n): whether an array makes the row trivial, as the operation tells it."""
-        fields = [(self.kinds.reads._fields.index(name), number) for name, number in self.op.trivial]
+        """trivial(row, n): whether an array makes the row trivial, as the operation tells it."""
 
-        def one(position: int, number: float | None) -> Any:
+        def one(name: str, number: float | None) -> Any:
+            f = self.kinds.reads._fields.index(name)
+            get = inlined(lambda row: row.reads[f])
+            if self.kept and f == 0:  # then the row is about what is kept
+                kept = self.kinds.writes._fields.index(self.kept)
+                get = inlined(lambda row: row.writes[kept])
+
             @piece
-            def all_equal(reads: Any, n: Any) -> Any:
-                data = reads[position]
+            def all_equal(row: Any, n: Any) -> Any:
+                data = get(row)
                 first = data[0] if number is None else number
                 for i in range(n):  # noqa: SIM110 (Numba has no generators to give to `all`)
                     if data[i] != first:
@@ -225,10 +230,10 @@ class Program:
 
             return all_equal
 
-        if not fields:
-            return piece(lambda reads, n: False)
-        first, *_, last = [one(*field) for field in fields * 2]
-        return piece(lambda reads, n: first(reads, n) or last(reads, n))
+        if not self.op.trivial:
+            return piece(lambda row, n: False)
+        first, *_, last = [one(*field) for field in self.op.trivial * 2]
+        return piece(lambda row, n: first(row, n) or last(row, n))
 
     def is_ordinary(self) -> Any:
         """ordinary(room, stride, j, n, k, eps): 1 in range, 0 if only a trivial row is, -1 out of range.
