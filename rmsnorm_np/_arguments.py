@@ -1,7 +1,8 @@
 """Check the arguments of a call and bring them into the one form that the engines take.
 
-Every error about an argument is raised here; `_hints` writes the longer messages. Past this file there is no question
-left about shape, dtype, axis, layout or missing values: x is (rows, n), C-contiguous, aligned, in native byte order.
+Every error about an argument but `backend` is raised here; `_hints` writes the longer messages. Past this file there is
+no question left about shape, dtype, axis, layout or missing values: x is (rows, n), C-contiguous, aligned, in native
+byte order.
 
 The functions that take a shape or a dtype, and not an array, serve arrays on any device.
 """
@@ -209,7 +210,7 @@ def check_out(name: str, out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
 
 
 class Call(NamedTuple):
-    """The arguments of a call, as given. reads: arrays of one shape, the first of which is normalised, or None; names:
+    """The arguments of a call, as given. reads: arrays of one shape or None, of which the first gives the shape; names:
     theirs, and then those of out. parameters: weight, bias, weight_offset. out: arrays to write to, or None.
     """
 

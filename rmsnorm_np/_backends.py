@@ -40,7 +40,7 @@ def select(x: Any, backend: str | None) -> ModuleType:
     if backend is None:
         backend = "cuda" if on_device else "cpu"
     elif backend == "cuda":
-        # Arrays of numba's CUDA simulator carry no interface: refuse only what is certain to lie on the host.
+        # Refuse only what is certain to lie on the host: the engine's own error is the better one for all else.
         if isinstance(x, (ndarray, np.generic, list, tuple, int, float, complex)):
             raise TypeError(
                 f"x is a host array ({type(x).__name__}), backend 'cuda' takes device arrays: "

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-# the names of the arrays in error messages: what is read, what is written
-_X, _X_DY = ("x", "residual", "out", "residual_out"), ("x", "dy", "dh", "out")
+# names of the arrays in error messages: what is read, what is written
+_FORWARD, _BACKWARD = ("x", "residual", "out", "residual_out"), ("x", "dy", "dh", "out")
 
 
 def rms_norm(
@@ -131,7 +131,7 @@ def rms_norm(
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.rms_norm(x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out)
-    call = _X, (x, None), (weight, bias, weight_offset), (out, None), eps, p, axis
+    call = _FORWARD, (x, None), (weight, bias, weight_offset), (out, None), eps, p, axis
     y: Array = _backends.forward(engine, RMS_NORM, call)[0]
     return y
 
@@ -211,7 +211,7 @@ def rms_norm_backward(
         return reference.rms_norm_backward(
             dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out
         )
-    call = _X_DY, (x, dy, None), (weight, bias, weight_offset), (out,), eps, p, axis
+    call = _BACKWARD, (x, dy, None), (weight, bias, weight_offset), (out,), eps, p, axis
     return RMSNormGrads(*_backends.backward(engine, RMS_NORM_BACKWARD, call))
 
 
@@ -270,7 +270,7 @@ def layer_norm(
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.layer_norm(x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out)
-    call = _X, (x, None), (weight, bias, weight_offset), (out, None), eps, 1.0, axis
+    call = _FORWARD, (x, None), (weight, bias, weight_offset), (out, None), eps, 1.0, axis
     y: Array = _backends.forward(engine, LAYER_NORM, call)[0]
     return y
 
@@ -335,5 +335,5 @@ def layer_norm_backward(
         return reference.layer_norm_backward(
             dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out
         )
-    call = _X_DY, (x, dy, None), (weight, bias, weight_offset), (out,), eps, 1.0, axis
+    call = _BACKWARD, (x, dy, None), (weight, bias, weight_offset), (out,), eps, 1.0, axis
     return LayerNormGrads(*_backends.backward(engine, LAYER_NORM_BACKWARD, call))

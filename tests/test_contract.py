@@ -628,7 +628,7 @@ def test_backend_follows_its_name(spies):
     assert _backends.select(np.ones(3), "cpu") is spies["cpu"]
     assert _backends.select(np.ones(3), "reference") is reference
     assert _backends.select(DeviceArray(), "cuda") is spies["cuda"]
-    assert _backends.select(object(), "cuda") is spies["cuda"]  # an array of the CUDA simulator has no interface
+    assert _backends.select(object(), "cuda") is spies["cuda"]  # the engine tells what is wrong with it
 
 
 @pytest.mark.usefixtures("spies")

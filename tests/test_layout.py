@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from rmsnorm_np import ops
+
 PACKAGE = Path(__file__).parents[1] / "rmsnorm_np"
-NORM = re.compile(r"rms_?norm(?!_np)|layer_?norm", re.IGNORECASE)
-LISTS = ("warmup",)  # functions that have to list the operations: these are compiled ahead of time
+NAMES = (operation.name.replace("_", "_?") for operation in ops.FORWARD)
+NORM = re.compile("|".join(f"{name}(?!_np)" for name in NAMES), re.IGNORECASE)
 
 
 def norms_named(source):
     """(line, what) where code names a norm: identifiers and strings, but docstrings and comments."""
     tree = ast.parse(source)
     left_out = {node.body[0].value for node in ast.walk(tree) if _has_docstring(node)}
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and function.name in LISTS:
-            left_out.update(ast.walk(function))
     for node in ast.walk(tree):
         if node in left_out:
             continue

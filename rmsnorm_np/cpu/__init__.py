@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments as arguments
+from rmsnorm_np import ops
 from rmsnorm_np._threads import get_num_threads
 from rmsnorm_np.cpu import cache, kernel, long_rows, memory, rare, threads
 from rmsnorm_np.ops.operation import Columns
@@ -184,11 +185,11 @@ def _stored(arrays: Any) -> tuple[Any, ...]:
 def warmup(
     dtypes: Sequence[str] = ("float32", "float64", "float16", "bfloat16"), report: Callable[[str], None] | None = None
 ) -> None:
-    """Compile the kernels of all four functions, so that no later call has to, and keep them if a folder is writable.
+    """Compile the kernels of all norms and gradients before they are called, and keep them if a folder is writable.
 
-    These are the kernels for rows of any length and number, where weight and bias have the dtype of x or are absent,
-    `dy` has it too, and `weight_offset` is 0. Other combinations compile at their first call, as do a weight and a
-    bias for different axes with rows longer than 65,536.
+    These are the kernels for rows of any length and number, without a residual, where weight and bias have the dtype
+    of x or are absent, `dy` has it too, and `weight_offset` is 0. Other combinations compile at their first call, as do
+    a weight and a bias for different axes with rows longer than 65,536.
 
     Parameters
     ----------
@@ -204,8 +205,6 @@ def warmup(
             dtype = np.dtype(ml_dtypes.bfloat16)
         else:
             dtype = np.dtype(name)
-        from rmsnorm_np.ops import layer, rms
-
         shapes = [(2, 64), (SCALED_ROWS, 64), (1, long_rows.LONG_ROW + 1)]
         for parameters in (("weight",), (), ("weight", "bias")):
             if report is not None:
@@ -215,9 +214,9 @@ def warmup(
                 x[-1] = np.inf  # for the kernels of `rare`
                 weight, bias = (np.ones((1, n), dtype) if p in parameters else None for p in ("weight", "bias"))
                 columns = weight, bias, 0.0
-                for operation in (rms.RMS_NORM, layer.LAYER_NORM):
+                for operation in ops.FORWARD:
                     forward(operation, (x, None), columns, (None, None), n, 1e-6)
-                for operation in (rms.RMS_NORM_BACKWARD, layer.LAYER_NORM_BACKWARD):
+                for operation in ops.BACKWARD:
                     backward(operation, (x, x, None), columns, (None,), n, 1e-6)
 
 

@@ -12,5 +12,12 @@ leave      outputs of an element
 share      what an element adds to the sums over rows: dweight, dbias
 =========  =============================================================================================
 
-`rms` and `layer` are the operations, `primitives` is what their formulas call.
+`rms` and `layer` are the operations, `primitives` is what their formulas call. Start with `operation`, then `rms`.
 """
+
+from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
+from rmsnorm_np.ops.operation import Operation
+from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
+
+FORWARD: tuple[Operation, ...] = RMS_NORM, LAYER_NORM
+BACKWARD: tuple[Operation, ...] = RMS_NORM_BACKWARD, LAYER_NORM_BACKWARD

@@ -50,10 +50,11 @@ class Totals(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """Numbers of a row that have to stay in the range in which pairs and squares lose nothing.
+    """Numbers of a row, each a plain one (`primitives.rounded`), that tell whether it is in range. Name every sum whose
+    square, root or product the formulas use.
 
-    within: not too large and not too small. nontrivial: so, unless the row is trivial (see `Operation`). below: not too
-    large.
+    within: 1/B <= |a| <= B. nontrivial: the same, but if the row is trivial (see `Operation`) it may be smaller.
+    below: |a| <= B. B is an engine's own (`BOUNDS` in `cpu/row.py` and `cuda/row.py`).
     """
 
     within: tuple[Any, ...]
@@ -66,8 +67,8 @@ class Stage(NamedTuple):
 
     ``add(s, e, c, m, inside)`` gives the sums s with one more element e, whose columns are c; m are the numbers of the
     stage before (None in the first); inside tells where the element is one of the first k (None: everywhere).
-    ``numbers(s, n, k, eps, m)`` gives the row's numbers. `Sums` is the record of the sums. `first_k`: all its sums are
-    over the first k elements alone.
+    ``numbers(s, n, k, eps, m)`` gives the row's numbers, a record of numbers and pairs; k is n where there is no p.
+    `Sums` is the record of the sums. `first_k`: all its sums are over the first k elements alone.
     """
 
     Sums: type[Any]
@@ -77,11 +78,19 @@ class Stage(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """See :mod:`rmsnorm_np.ops`.
+    """See :mod:`rmsnorm_np.ops`. The records have the fields of those above; an operation has one or two stages.
 
+    A row out of range is computed from s·x and s²·eps, s a power of two: this must not change y, and divide dx by s.
+
+    name: no other operation's, as kernels are found by it.
+    enter: ``enter(reads)``, what everything is about.
+    leave: ``leave(e, m, c, inside)``, the outputs of an element: from what `enter` gave, the numbers of the last stage,
+    the columns, and where the element is one of the first k.
+    share: ``share(totals, e, m)``, the totals with one more element; fields of m are None for those in `always`.
+    keep: the output that holds what `enter` gave, where that is asked for.
     extent: ``extent(s, n, k, eps, m)``, from the sums of the last stage and the numbers of the one before, an `Extent`.
     trivial: arrays that make a row trivial, and the number that all elements have then (None: one and the same).
-    singles: float32 is enough to compute in where what is read has 16 bits.
+    singles: float32 is enough to compute in where what is read has 16 bits: nothing cancels. (CPU; a GPU always does.)
     recentring: the result does not change if a number is added to all elements of the first array.
     always: totals whose shares need no numbers of the row: those of a row out of range keep their place in the sum.
     """

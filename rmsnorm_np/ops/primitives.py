@@ -4,7 +4,8 @@ A number is anything with ``+ - * /``: a NumPy array here; in an engine, an obje
 done to it. Where rounding errors matter, an engine hands in ``Pair(x, None)``, x exactly, and every operation keeps
 what it rounds off. The left operand decides: a pair on the left gives a pair, a plain number gives a plain number.
 
-None stands for what is absent: adding or multiplying by it changes nothing, and its product is None.
+None stands for what is absent: on the right of an addition or multiplication it changes nothing, on the left the
+result is None.
 
 The pairs are the classic error-free kind: Knuth's two-sum, and the error of a product by fused multiply-add (Ogita,
 Rump and Oishi, "Accurate sum and dot product", 2005).
@@ -48,7 +49,7 @@ def root(a: Any) -> Any:
 
 
 def either(condition: Any, a: Any, b: Any) -> Any:
-    """a where the condition holds, b elsewhere; a where the condition is None. A pair part by part."""
+    """a where the condition holds, b elsewhere; a where the condition is None. Both pairs, or both plain numbers."""
     if condition is None:
         return a
     if is_pair(a):
@@ -67,7 +68,7 @@ def is_finite(a: Any) -> Any:
 
 
 def exceeds(a: Any, b: float) -> Any:
-    """Where a > b."""
+    """Where a > b, of plain numbers."""
     return a.exceeds(b) if hasattr(a, "exceeds") else a > b
 
 
