@@ -337,7 +337,11 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
         and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
         and ((a := reads[1]) is None or (_is_ordinary(a) and a.shape == shape))
         and ((b := reads[-1]) is a or b is None or (_is_ordinary(b) and b.shape == shape))
-        and ((out[0] is None and out[-1] is None) or _are_ordinary_out(out, reads, (weight, bias)))
+        and (
+            (y := out[0]) is None
+            or (_is_ordinary(y) and y.shape == shape and y.dtype == x.dtype and may_write(y, reads, (weight, bias)))
+        )
+        and (len(out) == 1 or out[1] is None or _fits(out[1], reads, (weight, bias), y))
     ):
         k = n if type(p) is float and p == 1.0 else elements_in_rms(n, p)
         if not (type(eps) is float and 0.0 <= eps < _INFINITY):
@@ -358,17 +362,16 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, restore
 
 
-def _are_ordinary_out(out: tuple[Any, ...], reads: tuple[Any, ...], parameters: tuple[Any, Any]) -> bool:
-    """Whether an engine may write straight to out what has the shapes and dtypes of the first arrays that are read."""
-    for wanted, like in zip(out, reads, strict=False):
-        if wanted is not None and not (
-            _is_ordinary(wanted)
-            and wanted.shape == like.shape
-            and wanted.dtype == like.dtype
-            and may_write(wanted, reads, parameters)
-        ):
-            return False
-    return len(out) == 1 or out[0] is None or out[1] is None or not np.may_share_memory(*out)
+def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], first: Array | None) -> bool:
+    """Whether an engine may write straight to the second array of out, which is like the second that is read."""
+    like = reads[1]
+    return bool(
+        _is_ordinary(second)
+        and second.shape == like.shape
+        and second.dtype == like.dtype
+        and may_write(second, reads, parameters)
+        and (first is None or not np.may_share_memory(first, second))
+    )
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:

@@ -70,7 +70,8 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
     marks = np.zeros(rows, np.uint8) if entry.marks else None
     reads_, columns_, writes_ = reads, columns, (y, h)
     if entry.halves:
-        reads_, columns_, writes_ = _stored(reads), (*_stored(columns[:2]), offset), _stored(writes_)
+        reads_, writes_ = (_stored(x), _stored(residual)), (_stored(y), _stored(h))
+        columns_ = _stored(weight), _stored(bias), offset
     if entry.code(reads_, columns_, writes_, None if whole else k, eps, streaming, marks, on_threads):
         call = rare.Call(operation, operation.Reads(x if h is None else h), Columns(*columns), k, eps, marks)
         with rare.standard_here():
@@ -131,7 +132,8 @@ def backward(
     marks = np.zeros(rows, np.uint8) if entry.marks else None
     arrays: Any = reads, own, (dx,), partials, sums
     if entry.halves:
-        arrays = _stored(reads), (*_stored(own[:2]), offset), _stored((dx,)), partials, _stored(sums)
+        stored = tuple(map(_stored, reads)), (_stored(weight), None, offset), (_stored(dx),)
+        arrays = *stored, partials, tuple(map(_stored, sums))
     settings = None if k == n else k, eps, memory.streams(dx), m, chunks
     on_threads = threads.choose(x.size)
     if entry.code(*arrays, settings, marks, on_threads):
@@ -150,7 +152,7 @@ def backward(
         return (dx,), totals
     for total, rows_of_sums in zip(totals, sums, strict=True):
         if total is not None and total is not rows_of_sums:
-            kernel.add_rows(rows_of_sums, _stored((total,))[0], total.dtype.name, on_threads)
+            kernel.add_rows(rows_of_sums, _stored(total), total.dtype.name, on_threads)
     return (dx,), totals
 
 
@@ -177,9 +179,9 @@ def _scale(x: Any, weight: Any, weight_offset: float) -> tuple[Any, float]:
     return scale, 0.0
 
 
-def _stored(arrays: Any) -> tuple[Any, ...]:
-    """The arrays as the kernels see them."""
-    return tuple(a if a is None or a.itemsize > 2 else a.view(_BITS) for a in arrays)
+def _stored(a: Any) -> Any:
+    """An array as the kernels see it."""
+    return a if a is None or a.itemsize > 2 else a.view(_BITS)
 
 
 def warmup(
