@@ -42,12 +42,14 @@ def _functions() -> tuple[Any, Any]:
     )
 
 
+# Exponent of the standard deviation where a mean is taken off: an element next to it is a small difference, whose low
+# part must not be subnormal.
 GOAL = 100
 LARGE = 2.0**900  # dy from here on leaves no room for a factor of 2**GOAL
 
 
 def goal_of(operation: Operation) -> int:
-    """The exponent that the root mean square of a row is to have."""
+    """The exponent that the root mean square of a row, less its mean if that is taken off, is to have."""
     return GOAL if operation.recentring else 0
 
 
