@@ -106,7 +106,8 @@ class Elements:
         checked = not plan.full
         if plan.aligned:
             return Together(plan.lanes, b.icmp_signed("<", i, place.stop) if checked else None)
-        below = lambda e: b.icmp_signed("<", b.add(i, LONG(e)), place.stop) if checked else None  # noqa: E731
+        left = b.sub(place.stop, i)  # one subtraction, and not an addition for each element
+        below = lambda e: b.icmp_signed("<", LONG(e), left) if checked else None  # noqa: E731
         return Apart([below(e) for e in range(plan.lanes)])
 
     def _there_of_row(self, b: Any, place: Place, there: Any) -> Any:

@@ -147,10 +147,11 @@ class Plan:
         Measured on an H200. Backward: 384 threads, of 168 registers, for half types, where the sums of weights and
         biases leave 256; 512 for others. A few of the registers go to memory for it. With what the compiler chose by
         itself, bfloat16 had .80 of a copy's speed instead of .93. Forward: the compiler's choice, but in large blocks
-        of float32, where it left one of two places empty.
+        of float32, where it left one of two places empty, and for pieces, which it gave the same 64 registers on older
+        GPUs, but kept a number in memory for it.
         """
         if self.split:
-            return 0
+            return 0 if self.backward else 3
         if not self.backward:
             return 1024 // self.block if self.work == "pair" and self.block > BLOCK else 0
         sums = sum(1 for there in self.kinds.totals if there)

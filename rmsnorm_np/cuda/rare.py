@@ -212,7 +212,8 @@ def rare_kernel(plan: Plan) -> Kernel:
                     if marks[marked * size.m + h] != 0:
                         run_row(arrays, marked * size.m + h, size, task)
 
-    return Kernel(rare_rows, plan.capability, plan.block, 0, (arrays_type(plan), MARKS, SIZE))
+    # room for two blocks: left to itself, the compiler makes room for more, and keeps numbers in memory for it
+    return Kernel(rare_rows, plan.capability, plan.block, 2, (arrays_type(plan), MARKS, SIZE))
 
 
 def row_runner(program: Program) -> Any:

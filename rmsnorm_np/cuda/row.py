@@ -54,6 +54,7 @@ class Program(Elements):
         part_shape = stage.Sums(*[part_kind] * len(shape))
         # sums over rows in float32: a row that could make one of them infinite has to be marked
         reach = last and any(self.kinds.totals) and self.kind == "f32" and plan.marks
+        again = s > 0 and not plan.backward  # with both, backward, there are too many registers for it to help
 
         def add_element(b: Any, e: Any, c: Any, m: Any, old: Any, there: Any, inside: Any) -> Any:
             new = stage.add(old, e, c, m, inside)
@@ -71,7 +72,7 @@ class Program(Elements):
                 columns = self._vector(self.columns, row[1], t) if plan.backward else None
                 before = part = found if part_shape == shape else zero(b, part_shape)
                 for e in range(plan.lanes):
-                    read = self._scaled(self._numbers(b, self.held, vector, e, how), scales)
+                    read = self._scaled(self._numbers(b, self.held, vector, e, how, again), scales)
                     c = self._columns(b, columns, e, size.offset, how) if plan.backward else None
                     for a in read[1:] if reach else ():
                         size_of = None if a is None else abs(a.head if is_pair(a) else a)

@@ -306,7 +306,7 @@ def piece_outputs_kernel(plan: Plan) -> Kernel:
             write_sums((arrays.totals, (task * size.n + begin, lane, stop, 0, 0, size.k), sums))
 
     types_ = (arrays_type(plan), MARKS, SIZE, kept_type(plan))
-    return Kernel(piece_outputs, plan.capability, plan.block, 0, types_)
+    return Kernel(piece_outputs, plan.capability, plan.block, plan.demanded, types_)
 
 
 # ----------------------------------------------------------------------------------------------- dweight and dbias
