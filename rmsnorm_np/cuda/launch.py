@@ -38,6 +38,8 @@ RARE_BLOCKS = 4 * MULTIPROCESSORS  # that look for rows out of range
 SLICES = (32, 8)  # of the partial sums, added side by side by the warps of a block: where they are many, where few
 MANY_TASKS = 64
 
+ROUNDS_TO_BFLOAT16 = (8, 0)  # GPUs from this compute capability on
+
 
 class Kinds(NamedTuple):
     """What a call computes: an operation, and the dtypes of its arrays, None for one that is absent.
@@ -113,7 +115,7 @@ class Plan:
     @property
     def native_bfloat16(self) -> bool:
         """Whether the GPU rounds to bfloat16 by itself."""
-        return rounds_to_bfloat16(self.capability)
+        return self.capability >= ROUNDS_TO_BFLOAT16
 
     @property
     def short(self) -> bool:
@@ -129,11 +131,6 @@ class Plan:
     def block(self) -> int:
         """Threads of a block."""
         return self.team * self.teams
-
-    @property
-    def warps(self) -> int:
-        """Warps of a team, 1 for a part of a warp too."""
-        return max(1, self.team // WARP)
 
     @property
     def length(self) -> int:
@@ -171,11 +168,6 @@ class Plan:
     def registers(self) -> int:
         """Registers that a thread may have for so many blocks to fit a multiprocessor."""
         return min(255, 65536 // self.block // max(1, self.demanded) // 8 * 8)
-
-
-def rounds_to_bfloat16(capability: Capability) -> bool:
-    """Whether GPUs of this compute capability have an instruction for it."""
-    return capability >= (8, 0)
 
 
 def team_shape(vectors: int, trips: int, warp_trips: int, long_trips: int) -> tuple[int, int] | None:
