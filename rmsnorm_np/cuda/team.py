@@ -1,6 +1,6 @@
-"""Sums over the threads that share a row: its team, which is part of a warp, a warp, or a whole block.
+"""What the threads that share a row find together: its team, which is part of a warp, a warp, or a whole block.
 
-The order of additions follows from the team's size alone.
+Sums, the row's numbers and its mark. The order of additions follows from the team's size alone.
 """
 
 from __future__ import annotations
