@@ -8,10 +8,11 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.extending import intrinsic
 
-from rmsnorm_np.cpu.kinds import STORAGE, Arrays, Kinds, given
+from rmsnorm_np.cpu.kinds import STORAGE, Arrays, Kinds
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import Writer
 from rmsnorm_np.ops.operation import Columns, Totals
+from rmsnorm_np.ops.records import given
 
 
 class Size(NamedTuple):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rmsnorm_np.cpu.jit import compiled
-from rmsnorm_np.cpu.kinds import Kinds, given
+from rmsnorm_np.cpu.kinds import Kinds
 from rmsnorm_np.cpu.long_rows import long_kernel
 from rmsnorm_np.cpu.schedule import adding_kernel, rows_kernel
 from rmsnorm_np.ops.operation import Columns, Totals
+from rmsnorm_np.ops.records import given
 
 if TYPE_CHECKING:
     from collections.abc import Callable

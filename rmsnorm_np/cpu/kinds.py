@@ -47,8 +47,3 @@ class Arrays(NamedTuple):
     columns: Any
     writes: Any
     totals: Any
-
-
-def given(record: Any, make: Any, *others: Any) -> Any:
-    """make(item, …) for each item of the records, None where the first has None."""
-    return type(record)(*(None if item[0] is None else make(*item) for item in zip(record, *others, strict=True)))

@@ -14,13 +14,14 @@ from numba.core import types
 
 from rmsnorm_np.cpu.arrays import Size, clearer, hold, lengths, moved, pointer_types, pointers, room_for
 from rmsnorm_np.cpu.jit import inlined, piece
-from rmsnorm_np.cpu.kinds import Arrays, Kinds, given
+from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.mode import restore_mode, standard_mode
 from rmsnorm_np.cpu.row import SEGMENT, Program
 from rmsnorm_np.cpu.threads import in_parallel
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import LANES, Work, Writer
 from rmsnorm_np.ops.operation import Totals
+from rmsnorm_np.ops.records import given
 
 LONG_ROW = 65536
 NO_TOTALS = Totals()  # of a kernel: a record without arrays

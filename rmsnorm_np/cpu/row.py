@@ -15,12 +15,13 @@ from llvmlite import ir
 from numba.core import types
 
 from rmsnorm_np.cpu.jit import inlined, piece
-from rmsnorm_np.cpu.kinds import Arrays, Kinds, given
-from rmsnorm_np.cpu.shapes import SCALAR, Leaf, leaves, rebuilt
+from rmsnorm_np.cpu.kinds import Arrays, Kinds
+from rmsnorm_np.cpu.shapes import SCALAR, Leaf
 from rmsnorm_np.cpu.tracing import step, tried
 from rmsnorm_np.cpu.vector import Number, Work, Writer
 from rmsnorm_np.ops.operation import Columns, Totals
 from rmsnorm_np.ops.primitives import Pair, either, plus
+from rmsnorm_np.ops.records import given, leaves, rebuilt
 
 SEGMENT = 2048  # elements summed in the lanes before the lanes are added up: bounds the error of float32 sums
 BLOCK = 64  # rows that are worked on together, at most

@@ -14,8 +14,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic, models, register_model
 
-from rmsnorm_np.cpu.shapes import Leaf, leaves, rebuilt, shape_of
+from rmsnorm_np.cpu.shapes import Leaf, shape_of
 from rmsnorm_np.cpu.vector import Number, Writer
+from rmsnorm_np.ops.records import leaves, rebuilt
 
 
 class Traced(types.Type):  # type: ignore[misc]

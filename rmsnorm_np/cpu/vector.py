@@ -28,8 +28,9 @@ from llvmlite import ir
 
 from rmsnorm_np.cpu import llvm
 from rmsnorm_np.cpu.llvm import DOUBLE, FLOAT, I16, I32, I64
-from rmsnorm_np.cpu.shapes import Leaf, leaves, rebuilt
+from rmsnorm_np.cpu.shapes import Leaf
 from rmsnorm_np.ops.primitives import Pair, is_pair, plus, rounded
+from rmsnorm_np.ops.records import leaves, rebuilt
 
 LANES = 8  # of float64: one AVX-512 register, two AVX2 registers
 

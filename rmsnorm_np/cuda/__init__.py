@@ -9,7 +9,7 @@ is launched), `arguments`, `copies` and `arrays` (what a caller has).
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numba_cuda  # without it Numba has an older numba.cuda of its own, which will not do
 from numba import cuda
@@ -22,6 +22,7 @@ from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.team import width_of
 from rmsnorm_np.cuda.words import BYTES
 from rmsnorm_np.ops.operation import Columns, Operation, Totals
+from rmsnorm_np.ops.records import given
 
 if TYPE_CHECKING:
     from rmsnorm_np.cuda.arrays import Seen
@@ -38,42 +39,28 @@ __all__ = [
 ]
 
 
-def run(operation: Operation, reads: Any, columns: Columns, out: Any, k: int, eps: float) -> tuple[Any, Totals]:
-    """(writes, totals) of an operation on device arrays.
+def run(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Totals]:
+    """(writes, totals) of an operation on device arrays. Records may be plain tuples.
 
     reads: a record of (rows, n), `Seen`. columns: weight and bias of (m, n), or None, and the weight offset. out: a
     record of arrays to write to, None for those to be made: y and dx have the dtype of x, h that of the residual, and
     is written where there is one. k: elements in the RMS. totals: the gradients by weight and bias, of the operations
     that have them.
     """
+    reads, columns, out = operation.Reads(*reads), Columns(*columns), operation.Writes(*out)
     rows, n = reads[0].shape
     stream = arrays.stream_for((*reads, *columns[:2], *out))
-    made = {f: None if a is None else a.owner for f, a in zip(out._fields, out, strict=True)}
-    for field, like in _missing(operation, reads, out):
-        made[field] = arrays.empty((rows, n), like.dtype, stream)
-        out = out._replace(**{field: arrays.seen("", made[field])})
-    backward = operation.share is not None
-    parameters = Totals(*columns[:2]) if backward else Totals()
+    for field, target in zip(out._fields, out, strict=True):
+        like = reads.residual if field == operation.keep else reads[0]
+        if target is None and like is not None:
+            out = out._replace(**{field: arrays.seen("", arrays.empty((rows, n), like.dtype, stream))})
+    sums, tasks = Totals(reads[0].address, reads[0].address), 0
     if rows > 0:
-        call = _call(operation, reads, columns, out, k, eps)
-        sums, tasks = call.launched(arrays.scratch, stream)
-    else:
-        sums, tasks = Totals(reads[0].address, reads[0].address), 0
-    totals = Totals(
-        *(
-            None if parameter is None else _total(parameter, partial, tasks, n, stream)
-            for parameter, partial in zip(parameters, sums, strict=True)
-        )
-    )
+        sums, tasks = _launched(*_planned(operation, reads, columns, out, k, eps), stream)
+    parameters = Totals(*columns[:2]) if operation.share is not None else Totals()
+    totals = given(parameters, lambda like, partial: _total(like, partial, tasks, n, stream), sums)
     arrays.leave_scratch()
-    return type(out)(**made), totals
-
-
-def _missing(operation: Operation, reads: Any, out: Any) -> list[tuple[str, Seen]]:
-    """(name, an array of the same dtype) for each output that is to be made."""
-    residual = getattr(reads, "residual", None)
-    likes = {field: residual if field == operation.keep else reads[0] for field in out._fields}
-    return [(f, like) for f, like in likes.items() if like is not None and getattr(out, f) is None]
+    return given(out, lambda a: a.owner), totals
 
 
 def _total(parameter: Seen, partial: int, tasks: int, n: int, stream: int) -> Any:
@@ -87,47 +74,10 @@ def _total(parameter: Seen, partial: int, tasks: int, n: int, stream: int) -> An
     return total
 
 
-class _Call(NamedTuple):
-    """What is launched: on which memory, with which numbers."""
-
-    plan: Plan
-    size: Size
-    parts: tuple[Any, ...]  # reads, columns, writes
-
-    def launched(self, scratch: Any, stream: int) -> tuple[Any, int]:
-        """The addresses of the partial sums, and how many rows of them there are."""
-        plan, size = self.plan, self.size
-        tasks = size.chunks * size.m
-        pieces = -(-size.n // plan.length) if plan.split else 0
-        widths = _widths(plan) if plan.split else ()
-        wanted = [size.rows, *(size.rows * pieces * width * 4 for width in widths)]
-        wanted += [tasks * size.n * 8 if there else 0 for there in plan.kinds.totals]
-        marks, *rest = scratch(tuple(wanted), stream)
-        kept, sums = rest[: len(widths)], Totals(*rest[len(widths) :])
-        totals = [p if there else None for p, there in zip(sums, plan.kinds.totals, strict=True)]
-        flat = [address or 0 for record in (*self.parts, totals) for address in record]  # in the order of `Arrays`
-        numbers = [marks, *size]
-        if plan.split:
-            for s in range(len(widths)):
-                schedule.pieces_kernel(plan, s)(size.rows * pieces, stream, *flat, *numbers, *kept)
-            blocks = (tasks if plan.backward else size.rows) * pieces
-            schedule.piece_outputs_kernel(plan)(blocks, stream, *flat, *numbers, *kept)
-        else:
-            blocks = tasks if plan.backward else -(-size.rows // plan.teams)
-            schedule.rows_kernel(plan)(blocks, stream, *flat, *numbers)
-        if plan.marks:
-            rare.rare_kernel(launch.rare_plan(plan))(tasks, stream, *flat, *numbers)
-        return sums, tasks
-
-
-@lru_cache(maxsize=1024)
-def _widths(plan: Plan) -> tuple[int, ...]:
-    """Words of the sums of each stage."""
-    return tuple(map(width_of, Program(plan).sums))
-
-
-def _call(operation: Operation, reads: Any, columns: Columns, out: Any, k: int, eps: float) -> _Call:
-    """The plan of a call, from its shape and dtypes, and what is launched."""
+def _planned(
+    operation: Operation, reads: Any, columns: Columns, out: Any, k: int, eps: float
+) -> tuple[Plan, Size, list[int]]:
+    """The plan of a call, from its shape and dtypes; its numbers; the addresses of its arrays."""
     rows, n = reads[0].shape
     backward, offset = operation.share is not None, columns.weight_offset or 0.0
     weight_m, bias_m = (1 if a is None else a.shape[0] for a in columns[:2])
@@ -135,14 +85,39 @@ def _call(operation: Operation, reads: Any, columns: Columns, out: Any, k: int, 
     used = Columns(columns.weight, None if backward else columns.bias)  # no gradient depends on the bias
     records = (reads, used, out)
     kept = operation.keep and getattr(out, operation.keep)
-    addresses = tuple(a.address for record in records for a in record if a is not None)
-    aligned = arrays.are_aligned(n, BYTES // (kept or reads[0]).dtype.itemsize, addresses)
+    addresses = [0 if a is None else a.address for record in records for a in record]
+    # whether every vector begins at a multiple of its size
+    aligned = n % (BYTES // (kept or reads[0]).dtype.itemsize) == 0 and all(a % BYTES == 0 for a in addresses)
     dtypes = tuple(tuple(None if a is None else a.dtype for a in record) for record in records)
     sums = tuple(a is not None and backward for a in columns[:2])
     plan = _plan_for(operation, dtypes, sums, offset != 0.0, k < n, n, aligned, arrays.capability_here())
     chunks = _chunks(plan, rows // m, m, n) if backward else min(rows, launch.RARE_BLOCKS)
-    size = Size(rows, n, k, 1.0 / n, 1.0 / k, eps, offset, weight_m, bias_m, m, chunks)
-    return _Call(plan, size, tuple([None if a is None else a.address for a in record] for record in records))
+    return plan, Size(rows, n, k, 1.0 / n, 1.0 / k, eps, offset, weight_m, bias_m, m, chunks), addresses
+
+
+def _launched(plan: Plan, size: Size, addresses: list[int], stream: int) -> tuple[Any, int]:
+    """Launches the kernels of a call: the addresses of the partial sums, and how many rows of them there are."""
+    tasks = size.chunks * size.m
+    pieces, widths = (-(-size.n // plan.length), _widths(plan)) if plan.split else (1, ())
+    wanted = [size.rows, *(size.rows * pieces * width * 4 for width in widths)]
+    wanted += [tasks * size.n * 8 if there else 0 for there in plan.kinds.totals]
+    marks, *rest = arrays.scratch(tuple(wanted), stream)
+    kept, sums = rest[: len(widths)], Totals(*rest[len(widths) :])
+    totals = [address if there else 0 for address, there in zip(sums, plan.kinds.totals, strict=True)]
+    common = [*addresses, *totals, marks, *size]  # in the order of `Arrays`
+    for s in range(len(widths)):
+        schedule.pieces_kernel(plan, s)(size.rows * pieces, stream, *common, *kept)
+    blocks = tasks if plan.backward else -(-size.rows // plan.teams)
+    schedule.rows_kernel(plan)(blocks * pieces, stream, *common, *kept)
+    if plan.marks:
+        rare.rare_kernel(launch.rare_plan(plan))(tasks, stream, *common)
+    return sums, tasks
+
+
+@lru_cache(maxsize=1024)
+def _widths(plan: Plan) -> tuple[int, ...]:
+    """Words of the sums of each stage."""
+    return tuple(map(width_of, Program(plan).sums))
 
 
 @lru_cache(maxsize=1024)
@@ -176,14 +151,14 @@ def _chunks(plan: Plan, groups: int, m: int, n: int) -> int:
 
 
 def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> Any:
-    """The outputs of `run`, for records as plain tuples."""
-    return run(operation, operation.Reads(*reads), Columns(*columns), operation.Writes(*out), k, eps)[0]
+    """The outputs of `run`."""
+    return run(operation, reads, columns, out, k, eps)[0]
 
 
 def backward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Any]:
-    """The outputs and totals of `run`, for records as plain tuples; the totals in the shapes of the parameters."""
-    writes, totals = run(operation, operation.Reads(*reads), Columns(*columns), operation.Writes(*out), k, eps)
-    return writes, [arrays.shaped_like(total, given) for total, given in zip(totals, columns[:2], strict=True)]
+    """The outputs and totals of `run`; the totals in the shapes of the parameters."""
+    writes, totals = run(operation, reads, columns, out, k, eps)
+    return writes, [arrays.shaped_like(total, like) for total, like in zip(totals, columns[:2], strict=True)]
 
 
 def describe() -> dict[str, Any]:

@@ -79,39 +79,31 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     read_rows = tuple(map(read, names, reads))
     weights, biases = parameter_of("weight", weights), parameter_of("bias", biases)
     ready: list[Seen | None] = []
-    answers: list[Any] = []  # what the caller gets, and what is copied there first
-    copies: list[tuple[Seen, Any] | None] = []
+    answers: list[Any] = []  # what the caller gets
+    copies: list[tuple[Seen, Seen]] = []  # what is copied there first
     for name, target, wanted, like in zip(out_names, targets, out, read_rows, strict=False):
-        if like is None:  # no such result
-            ready.append(None)
-            answers.append(None)
-            copies.append(None)
-            continue
-        if target is not None:
+        result, answer = None, wanted
+        if target is not None and like is not None:
             _check_target(name, target, shape, like.dtype)
             if _is_direct(target, trailing, read_rows, (weights, biases)):
-                ready.append(rows_of(target, rows))
-                answers.append(wanted)
-                copies.append(None)
-                continue
-        made = arrays.empty(moved, like.dtype, stream)
-        result = arrays.seen("", made)
-        ready.append(rows_of(result, rows))
-        if wanted is None and trailing:
-            answers.append(made)
-            copies.append(None)
-        else:
-            answer = wanted if wanted is not None else arrays.empty(shape, like.dtype, stream)
-            answers.append(answer)
-            copies.append((result, permuted(arrays.seen(name, answer))))
+                result = rows_of(target, rows)
+        if result is None and like is not None:
+            made = arrays.empty(moved, like.dtype, stream)
+            result = rows_of(arrays.seen("", made), rows)
+            if trailing and wanted is None:
+                answer = made
+            else:
+                answer = arrays.empty(shape, like.dtype, stream) if wanted is None else wanted
+                copies.append((arrays.seen("", made), permuted(arrays.seen(name, answer))))
+        ready.append(result)
+        answers.append(answer)
     given_targets = [target for target in targets if target is not None]
     if len(given_targets) > 1 and arrays.overlaps(*given_targets):
         raise ValueError(f"{out_names[0]} and {out_names[1]} share memory, expected two arrays apart")
 
     def restore(_: Any) -> Any:
-        for pair in copies:
-            if pair is not None:
-                copy(*pair, arrays.capability_here(), stream)
+        for source, target in copies:
+            copy(source, target, arrays.capability_here(), stream)
         return answers
 
     return read_rows, (weights, biases, weight_offset), tuple(ready), k, eps, restore

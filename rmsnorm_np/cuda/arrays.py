@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numba import cuda
 
-from rmsnorm_np.cuda.words import BYTES, STORED
+from rmsnorm_np.cuda.words import STORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -205,6 +205,7 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+_ALIGNMENT = 256
 _KEPT = 64 * 2**20  # bytes at most that stay allocated; for more, time to allocate is little against that to compute
 
 
@@ -224,11 +225,3 @@ def leave_scratch() -> None:
     """All that works there has been launched: what is too large to keep is given back."""
     if _scratch.array is not None and _scratch.array.size > _KEPT:
         _scratch.array = None
-
-
-_ALIGNMENT = 256
-
-
-def are_aligned(n: int, lanes: int, addresses: tuple[int, ...]) -> bool:
-    """Whether every vector of these contiguous arrays, in rows of n, begins at a multiple of its size."""
-    return n % lanes == 0 and all(address % BYTES == 0 for address in addresses)

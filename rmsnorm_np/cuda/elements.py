@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.number import LONG, Condition, Number, opaque
-from rmsnorm_np.cuda.tracing import given, like, mapped, step
-from rmsnorm_np.cuda.words import ITEMSIZE, Apart, Together, element, encoded, load, store, words_of
+from rmsnorm_np.cuda.tracing import step
+from rmsnorm_np.cuda.words import ALONE, ITEMSIZE, There, element, encoded, load, store, words_of
 from rmsnorm_np.ops.operation import Columns
 from rmsnorm_np.ops.primitives import Pair
+from rmsnorm_np.ops.records import given, like, mapped
 
 
 class Place(NamedTuple):
@@ -69,6 +71,15 @@ class Scales(NamedTuple):
     undo_again: Any
 
 
+class Vector(NamedTuple):
+    """One of a thread's vectors: trip t, at element i of the row or piece."""
+
+    t: int
+    i: Any
+    there: There
+    inside: list[Any]  # for each element, where it is in the RMS; None for everywhere
+
+
 class Elements:
     """Steps that read, and what the steps of a `row.Program` see."""
 
@@ -80,63 +91,69 @@ class Elements:
         kept = self.op.keep and getattr(kinds.writes, self.op.keep)
         self.kept = self.op.keep if kept else None
         # what is kept lies where the first array would
-        self.held = like(kinds.reads, [kept, *[None] * (len(kinds.reads) - 1)]) if kept else kinds.reads
-        self.words = given(self.held, lambda name: ("u32",) * (plan.trips * words_of(name, plan.lanes)))
+        self.held = self._instead(kept) if kept else kinds.reads
+        words = lambda name: ("u32",) * (plan.trips * words_of(name, plan.lanes))  # noqa: E731
+        self.words = given(self.held, words)
         # 16-bit columns that stay in registers are widened once: the compiler would do it anyhow, and keep both
         wider = lambda name: "float32" if ITEMSIZE[name] == 2 and plan.backward else name  # noqa: E731
         self.columns = given(Columns(*kinds.columns[:2]), wider)
-        self.column_words = given(self.columns, lambda name: ("u32",) * (plan.trips * words_of(name, plan.lanes)))
+        self.column_words = given(self.columns, words)
         self.added = given(kinds.totals, lambda _: (self.kind,) * (plan.trips * plan.lanes))
 
-    def _at(self, b: Any, start: Any, lane: Any, t: int) -> Any:
-        vector = b.add(LONG(t * self.plan.team), lane)
-        return b.add(start, b.mul(vector, LONG(self.plan.lanes)))
+    def _instead(self, first: Any) -> Any:
+        """A record of what is read with one array alone, the first."""
+        return like(self.kinds.reads, [first, *[None] * (len(self.kinds.reads) - 1)])
 
-    def _place(self, b: Any, place: tuple[Any, ...]) -> Place:
-        """The place, in steps that come after another: for rows that are not aligned new to the compiler, which would
-        keep the conditions of all elements from one step to the next.
+    def pointer(self, arrays: Arrays, f: int = 0) -> Any:
+        """The address of the f-th of the arrays that are held."""
+        return getattr(arrays.writes, self.kept) if self.kept else arrays.reads[f]
+
+    def vectors(self, b: Any, place: Place, anew: bool = False) -> Iterator[Vector]:
+        """Each vector of this thread.
+
+        anew: in steps that come after another. The compiler would keep the conditions of all elements of rows that are
+        not aligned from one step to the next; the place is new to it then.
         """
-        at = Place(*place)
-        hide = not (self.plan.aligned or self.plan.full)
-        return at._replace(stop=opaque(b, at.stop), lane=opaque(b, at.lane)) if hide else at
+        plan = self.plan
+        hide = anew and not (plan.aligned or plan.full)
+        for t in range(plan.trips):
+            at = place._replace(stop=opaque(b, place.stop), lane=opaque(b, place.lane)) if hide else place
+            i = b.mul(b.add(LONG(t * plan.team), at.lane), LONG(plan.lanes))
+            if plan.full:
+                there = [None] * plan.lanes
+            elif plan.aligned:
+                there = [b.icmp_signed("<", i, at.stop)] * plan.lanes
+            else:
+                left = b.sub(at.stop, i)  # one subtraction, and not an addition for each element
+                there = [b.icmp_signed("<", LONG(e), left) for e in range(plan.lanes)]
+            below = lambda e, i=i, at=at: Condition(b, b.icmp_signed("<", b.add(i, LONG(e)), at.k))  # noqa: E731
+            inside = [below(e) if self.kinds.first_k else None for e in range(plan.lanes)]
+            yield Vector(t, i, There(there, plan.aligned), inside)
 
-    def _there(self, b: Any, place: Place, t: int) -> Any:
-        """Which elements of vector t are there."""
-        i, plan = self._at(b, LONG(0), place.lane, t), self.plan
-        checked = not plan.full
-        if plan.aligned:
-            return Together(plan.lanes, b.icmp_signed("<", i, place.stop) if checked else None)
-        below = lambda e: b.icmp_signed("<", b.add(i, LONG(e)), place.stop) if checked else None  # noqa: E731
-        return Apart([below(e) for e in range(plan.lanes)])
-
-    def _there_of_row(self, b: Any, place: Place, there: Any) -> Any:
+    def _there_of_row(self, b: Any, place: Place, there: There) -> There:
         """The same, but nothing of a row that is not there, which a team without a row reads in place of its own."""
         if not (self.plan.full and self.plan.teams > 1):
             return there
-        exists = b.icmp_signed("<", LONG(0), place.stop)
-        return Together(there.lanes, exists) if self.plan.aligned else Apart([exists] * there.lanes)
+        return there._replace(conditions=[b.icmp_signed("<", LONG(0), place.stop)] * self.plan.lanes)
 
-    def _inside(self, b: Any, place: Place, t: int, e: int) -> Any:
-        """Where element e of vector t is in the RMS; None for everywhere."""
-        if not self.kinds.first_k:
-            return None
-        i = b.add(self._at(b, LONG(0), place.lane, t), LONG(e))
-        return Condition(b, b.icmp_signed("<", i, place.k))
-
-    def _vector(self, names: Any, words: Any, t: int) -> Any:
+    def vector_of(self, names: Any, words: Any, t: int) -> Any:
         """Vector t of each array."""
         count = lambda name: words_of(name, self.plan.lanes)  # noqa: E731
         return given(names, lambda name, w: list(w[t * count(name) : (t + 1) * count(name)]), words)
 
-    def _numbers(self, b: Any, names: Any, vector: Any, e: int, how: str, again: bool = False) -> Any:
-        """Element e of each array. how: "plain", "pair", whose rounding errors are kept, or "wide", float64."""
+    def numbers_of(self, b: Any, vector: Any, e: int, how: str, again: bool = False, names: Any = None) -> Any:
+        """Element e of each array that is held, or of those with these names.
+
+        how: "plain", "pair", whose rounding errors are kept, or "wide", float64.
+        """
         kind = "f64" if how == "wide" else self.kind
         one = lambda name, w: element(b, w, e, name, again).to(kind)  # noqa: E731
-        return given(names, lambda name, w: Pair(one(name, w), None) if how == "pair" else one(name, w), vector)
+        made = lambda name, w: Pair(one(name, w), None) if how == "pair" else one(name, w)  # noqa: E731
+        return given(names or self.held, made, vector)
 
-    def _columns(self, b: Any, vector: Any, e: int, offset: Number, how: str, again: bool = False) -> Any:
+    def columns_of(self, b: Any, vector: Any, e: int, offset: Number, how: str, again: bool = False) -> Any:
         """weight, bias and weight_offset of an element; the offset to all its digits."""
-        found = self._numbers(b, self.columns, vector, e, how, again)
+        found = self.numbers_of(b, vector, e, how, again, self.columns)
         if not self.kinds.columns.weight_offset:
             return Columns(*found[:2])
         if self.kind == "f64" or how == "wide":
@@ -144,10 +161,11 @@ class Elements:
         head = offset.to("f32")
         return found._replace(weight_offset=Pair(head, (offset - head).to("f32")))
 
-    def _entered(self, e: Any) -> Any:
+    def entered(self, e: Any) -> Any:
+        """What the formulas are about."""
         return e[0] if self.kept else self.op.enter(e)
 
-    def _scaled(self, e: Any, scales: Scales | None, but: str | None = None) -> Any:
+    def scaled(self, e: Any, scales: Scales | None, but: str | None = None) -> Any:
         """The element in the range; `but`: a field that stays as it is."""
         if scales is None:
             return e
@@ -163,57 +181,57 @@ class Elements:
 
     def read(self, first: bool) -> Any:
         """read(arrays, place): the words of a row. first: what is kept is made now, and written; else it is read."""
-        plan, kinds = self.plan, self.kinds
+        kinds = self.kinds
 
-        def body(b: Any, arrays: Arrays, place: tuple[Any, ...]) -> Any:
-            at, found = Place(*place), given(self.held, lambda name: ())
-            for t in range(plan.trips):
-                i, there = self._at(b, at.start, at.lane, t), self._there(b, at, t)
-                if not self.kept:
-                    words = given(kinds.reads, lambda name, a: load(b, a, i, name, there), arrays.reads)
+        def body(b: Any, arrays: Arrays, place: Place) -> Any:
+            found = given(self.held, lambda name: ())
+            for v in self.vectors(b, place):
+                i = b.add(place.start, v.i)
+                fetch = lambda name, a, v=v, i=i: load(b, a, i, name, v.there)  # noqa: E731
+                if self.kept and not first:
+                    words = self._instead(fetch(self.held[0], self.pointer(arrays)))
                 else:
-                    name, pointer = self.held[0], getattr(arrays.writes, self.kept)
-                    if first:
-                        read = given(kinds.reads, lambda name, a: load(b, a, i, name, there), arrays.reads)
-                        how = "pair" if self.exact else "plain"
-                        entered = [
-                            self.op.enter(self._numbers(b, kinds.reads, read, e, how)) for e in range(plan.lanes)
-                        ]
-                        made = encoded(b, entered, name, plan.native_bfloat16)
-                        store(b, pointer, i, name, made, self._there_of_row(b, at, there))
-                    else:
-                        made = load(b, pointer, i, name, there)
-                    words = like(self.held, [made, *[None] * (len(self.held) - 1)])
+                    words = given(kinds.reads, fetch, arrays.reads)
+                if self.kept and first:
+                    words = self._instead(self._entered_words(b, words))
+                    store(b, self.pointer(arrays), i, self.held[0], words[0], self._there_of_row(b, place, v.there))
                 found = given(found, lambda old, new: (*old, *new), words)
             return found
 
         return step(body, self.words)
 
-    def read_columns(self) -> Any:
-        """read(arrays, start, lane, stop): the words of the columns, for all rows to come; start: of each column."""
-        plan, kinds = self.plan, self.kinds
+    def _entered_words(self, b: Any, words: Any) -> list[Any]:
+        """The words of what is kept of a vector, from those of what is read."""
+        how, elements = "pair" if self.exact else "plain", range(self.plan.lanes)
+        numbers = [self.op.enter(self.numbers_of(b, words, e, how, names=self.kinds.reads)) for e in elements]
+        return encoded(b, numbers, self.held[0], self.plan.native_bfloat16)
 
-        def body(b: Any, arrays: Arrays, place: tuple[Any, ...]) -> Any:
-            at, found = Place(*place), given(self.columns, lambda name: ())
-            for t in range(plan.trips):
-                vector = self._load_columns(b, arrays, at, t)
-                for field in ("weight", "bias"):
-                    name, words = getattr(kinds.columns, field), getattr(vector, field)
-                    if name and name != getattr(self.columns, field):
-                        numbers = [element(b, words, e, name) for e in range(plan.lanes)]
-                        words = [opaque(b, word) for number in numbers for word in number.words()]
-                    if name:
-                        found = found._replace(**{field: (*getattr(found, field), *words)})
+    def read_columns(self) -> Any:
+        """read(arrays, place): the words of the columns, for all rows to come."""
+
+        def body(b: Any, arrays: Arrays, place: Place) -> Any:
+            found = given(self.columns, lambda name: ())
+            for v in self.vectors(b, place):
+                words = given(self.columns, lambda to, name, w: self._widened_words(b, w, name, to),
+                              self.kinds.columns, self.load_columns(b, arrays, v, place))  # fmt: skip
+                found = given(found, lambda old, new: (*old, *new), words)
             return found
 
         return step(body, self.column_words)
 
-    def _load_columns(self, b: Any, arrays: Arrays, at: Place, t: int) -> Any:
-        starts, there = Columns(at.weight, at.bias), self._there(b, at, t)
-        fetch = lambda name, a, start: load(b, a, self._at(b, start, at.lane, t), name, there)  # noqa: E731
+    def _widened_words(self, b: Any, words: list[Any], name: str, to: str) -> list[Any]:
+        if name == to:
+            return words
+        numbers = [element(b, words, e, name) for e in range(self.plan.lanes)]
+        return [opaque(b, word) for number in numbers for word in number.words()]
+
+    def load_columns(self, b: Any, arrays: Arrays, v: Vector, place: Place) -> Any:
+        """The words of a vector of weight and of bias."""
+        fetch = lambda name, a, start: load(b, a, b.add(start, v.i), name, v.there)  # noqa: E731
+        starts = Columns(place.weight, place.bias)
         return given(Columns(*self.kinds.columns[:2]), fetch, Columns(*arrays.columns[:2]), starts)
 
     @staticmethod
     def one(b: Any, pointer: Any, name: str, i: Any) -> Number:
         """A single element of an array."""
-        return element(b, load(b, pointer, i, name, Apart([None])), 0, name)
+        return element(b, load(b, pointer, i, name, ALONE), 0, name)

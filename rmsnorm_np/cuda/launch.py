@@ -38,6 +38,8 @@ RARE_BLOCKS = 4 * MULTIPROCESSORS  # that look for rows out of range
 SLICES = (32, 8)  # of the partial sums, added side by side by the warps of a block: where they are many, where few
 MANY_TASKS = 64
 
+ROUNDS_TO_BFLOAT16 = (8, 0)  # GPUs from this compute capability on
+
 
 class Kinds(NamedTuple):
     """What a call computes: an operation, and the dtypes of its arrays, None for one that is absent.
@@ -113,7 +115,7 @@ class Plan:
     @property
     def native_bfloat16(self) -> bool:
         """Whether the GPU rounds to bfloat16 by itself."""
-        return rounds_to_bfloat16(self.capability)
+        return self.capability >= ROUNDS_TO_BFLOAT16
 
     @property
     def short(self) -> bool:
@@ -131,11 +133,6 @@ class Plan:
         return self.team * self.teams
 
     @property
-    def warps(self) -> int:
-        """Warps of a team, 1 for a part of a warp too."""
-        return max(1, self.team // WARP)
-
-    @property
     def length(self) -> int:
         """Elements that a team has room for."""
         return self.team * self.trips * self.lanes
@@ -147,10 +144,11 @@ class Plan:
         Measured on an H200. Backward: 384 threads, of 168 registers, for half types, where the sums of weights and
         biases leave 256; 512 for others. A few of the registers go to memory for it. With what the compiler chose by
         itself, bfloat16 had .80 of a copy's speed instead of .93. Forward: the compiler's choice, but in large blocks
-        of float32, where it left one of two places empty.
+        of float32, where it left one of two places empty, and for pieces, which it gave the same 64 registers on older
+        GPUs, but kept a number in memory for it.
         """
         if self.split:
-            return 0
+            return 0 if self.backward else 3
         if not self.backward:
             return 1024 // self.block if self.work == "pair" and self.block > BLOCK else 0
         sums = sum(1 for there in self.kinds.totals if there)
@@ -170,11 +168,6 @@ class Plan:
     def registers(self) -> int:
         """Registers that a thread may have for so many blocks to fit a multiprocessor."""
         return min(255, 65536 // self.block // max(1, self.demanded) // 8 * 8)
-
-
-def rounds_to_bfloat16(capability: Capability) -> bool:
-    """Whether GPUs of this compute capability have an instruction for it."""
-    return capability >= (8, 0)
 
 
 def team_shape(vectors: int, trips: int, warp_trips: int, long_trips: int) -> tuple[int, int] | None:

@@ -180,11 +180,6 @@ class Number:
         both = builder.insert_element(ir.Constant(TWO_WORDS, ir.Undefined), words[0], WORD(0))
         return cls(builder, builder.bitcast(builder.insert_element(both, words[1], WORD(1)), DOUBLE))
 
-    def shuffled(self, mask: Any, distance: int) -> Number:
-        """The same number of the lane whose place in the warp differs in this bit."""
-        found = [shuffle(self.builder, mask, word, distance) for word in self.words()]
-        return Number.of_words(self.builder, found)
-
 
 def called(builder: Any, name: str, result: Any, *values: Any) -> Any:
     """What an intrinsic function of LLVM returns."""

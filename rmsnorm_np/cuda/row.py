@@ -13,10 +13,11 @@ from numba.cuda import types
 
 from rmsnorm_np.cuda.elements import Arrays, Elements, Place, Size
 from rmsnorm_np.cuda.launch import Plan
-from rmsnorm_np.cuda.number import DOUBLE, LONG, WORD, Condition, Number
-from rmsnorm_np.cuda.tracing import given, mapped, step, tried, zero
-from rmsnorm_np.cuda.words import Apart, Together, element, encoded, load, store
+from rmsnorm_np.cuda.number import DOUBLE, WORD, Condition, Number
+from rmsnorm_np.cuda.tracing import step, tried, zero
+from rmsnorm_np.cuda.words import element, encoded, load, store
 from rmsnorm_np.ops.primitives import Pair, either, is_pair, plus, rounded
+from rmsnorm_np.ops.records import given, mapped
 
 # Squares and products between these and their inverses lose nothing that counts.
 BOUNDS = {"single": 2.0**90, "pair": 2.0**90, "double": 2.0**300, "exact": 2.0**300}
@@ -42,7 +43,7 @@ class Program(Elements):
         for s in range(last + 1):
             before = self.numbers[-1] if s else None
             size = Size(*["u32"] * 3, *["f64"] * 4, *["u32"] * 4)
-            self.numbers.append(tried(lambda b, *a, s=s: self._finish(b, s, *a), self.sums[s], size, before, "f64"))
+            self.numbers.append(tried(lambda b, *a, s=s: self.finish(b, s, *a), self.sums[s], size, before, "f64"))
 
     # ----------------------------------------------------------------------------------------------- sums, numbers
 
@@ -54,33 +55,36 @@ class Program(Elements):
         part_shape = stage.Sums(*[part_kind] * len(shape))
         # sums over rows in float32: a row that could make one of them infinite has to be marked
         reach = last and any(self.kinds.totals) and self.kind == "f32" and plan.marks
+        again = s > 0 and not plan.backward  # with both, backward, there are too many registers for it to help
 
-        def add_element(b: Any, e: Any, c: Any, m: Any, old: Any, there: Any, inside: Any) -> Any:
+        def add_element(e: Any, c: Any, m: Any, old: Any, there: Any, inside: Any) -> Any:
             new = stage.add(old, e, c, m, inside)
             if stage.first_k:
                 there = inside if there is None else there & inside if inside is not None else there
             return new if there is None else given(new, lambda a, z: either(there, a, z), old)
 
-        def body(b: Any, row: Any, m: Any, place: tuple[Any, ...], size: Size, scales: Any) -> Any:
-            at, found, largest = self._place(b, place), zero(b, shape), None
+        def body(b: Any, row: Any, m: Any, place: Place, size: Size, scales: Any) -> Any:
+            found, largest = zero(b, shape), None
             # elements that are not there are zeros, but with numbers of a stage before their terms need not be
             masked = (m is not None or scales is not None) and not plan.full
             m = m[0] if m is not None else None
-            for t in range(plan.trips):
-                there, vector = self._there(b, at, t), self._vector(self.held, row[0], t)
-                columns = self._vector(self.columns, row[1], t) if plan.backward else None
+            for v in self.vectors(b, place, anew=True):
+                vector = self.vector_of(self.held, row[0], v.t)
+                columns = self.vector_of(self.columns, row[1], v.t) if plan.backward else None
                 before = part = found if part_shape == shape else zero(b, part_shape)
-                for e in range(plan.lanes):
-                    read = self._scaled(self._numbers(b, self.held, vector, e, how), scales)
-                    c = self._columns(b, columns, e, size.offset, how) if plan.backward else None
+                for e, there in enumerate(v.there.conditions):
+                    read = self.scaled(self.numbers_of(b, vector, e, how, again), scales)
+                    c = self.columns_of(b, columns, e, size.offset, how) if plan.backward else None
                     for a in read[1:] if reach else ():
                         size_of = None if a is None else abs(a.head if is_pair(a) else a)
                         largest = largest if a is None else size_of if largest is None else largest.maximum(size_of)
-                    alone = Condition(b, there.each(e)) if masked and isinstance(there, Apart) else None
-                    part = add_element(b, self._entered(read), c, m, part, alone, self._inside(b, at, t, e))
-                if masked and isinstance(there, Together):
-                    part = given(part, lambda a, z: either(Condition(b, there.all), a, z), before)
-                found = part if part_shape == shape else given(part, lambda a, z: plus(z, self._folded(a)), found)
+                    alone = Condition(b, there) if masked and not v.there.together else None
+                    part = add_element(self.entered(read), c, m, part, alone, v.inside[e])
+                if masked and v.there.together:
+                    part = given(part, lambda a, z: either(Condition(b, there), a, z), before)
+                if part_shape != shape:
+                    part = given(part, lambda a, z: plus(z, rounded(mapped(lambda c: c.to("f64"), a))), found)
+                found = part
             if largest is not None:
                 poison = either(largest.exceeds(MOST_SHARE), largest.constant(float("inf")), largest.constant(0.0))
                 found = given(found, lambda a: a + poison.to("f64"))
@@ -88,17 +92,8 @@ class Program(Elements):
 
         return step(body, shape)
 
-    @staticmethod
-    def _folded(part: Any) -> Number:
-        """The sum of a vector, as float64."""
-        number: Number = rounded(mapped(lambda a: a.to("f64"), part))
-        return number
-
-    def finish(self, s: int) -> Any:
-        """finish(sums, size, m, eps): (the numbers of stage s as elements take them, a mark), see `_mark`."""
-        return step(lambda b, *a: self._finish(b, s, *a), self.numbers[s])
-
-    def _finish(self, b: Any, s: int, sums: Any, size: Size, m: Any, eps: Number) -> Any:
+    def finish(self, b: Any, s: int, sums: Any, size: Size, m: Any, eps: Number) -> Any:
+        """(The numbers of stage s as elements take them, a mark), see `_mark`."""
         n, k = (
             Number(b, b.sitofp(count, DOUBLE), inverse=inverse)
             for count, inverse in ((size.n, size.inverse_n), (size.k, size.inverse_k))
@@ -136,12 +131,10 @@ class Program(Elements):
                 fine.append(size.compared("<", MOST_NUMBER))
                 fine.append(size.compared(">", LEAST_NUMBER) | found.compared("==", 0.0))
         wanted = [abs(a).compared(">=", 1 / bound) for a in extent.nontrivial]
-        good = lambda all_: [c.value for c in all_]  # noqa: E731
         mark = WORD(0)
-        for value in good(wanted):
-            mark = b.select(value, mark, WORD(1))
-        for value in good(fine):
-            mark = b.select(value, mark, WORD(2))
+        for conditions, otherwise in ((wanted, WORD(1)), (fine, WORD(2))):
+            for condition in conditions:
+                mark = b.select(condition.value, mark, otherwise)
         return mark
 
     def equal(self) -> Any:
@@ -151,8 +144,7 @@ class Program(Elements):
             bits = WORD(0)
             for j, (field, number) in enumerate(self.op.trivial):
                 f = self.held._fields.index(field)
-                pointer = getattr(arrays.writes, self.kept) if self.kept else arrays.reads[f]
-                a, first = (self.one(b, pointer, self.held[f], at) for at in (b.add(start, i), start))
+                a, first = (self.one(b, self.pointer(arrays, f), self.held[f], at) for at in (b.add(start, i), start))
                 same = a.compared("==", first if number is None else a.constant(number))
                 bits = b.or_(bits, b.select(same.value, WORD(1 << j), WORD(0)))
             return bits
@@ -166,81 +158,61 @@ class Program(Elements):
         plan, kinds, op = self.plan, self.kinds, self.op
         how = "pair" if self.exact else "plain"
 
-        def body(
-            b: Any, row: Any, arrays: Arrays, place: tuple[Any, ...], size: Size, m: Any, added: Any, scales: Any
-        ) -> Any:
+        def body(b: Any, row: Any, arrays: Arrays, place: Place, size: Size, m: Any, added: Any, scales: Any) -> Any:
             total = given(self.added, lambda _, a: list(a), added)
             m = m[0]
             heads = given(m, lambda a: a.head if is_pair(a) else a)  # sums over rows have digits enough without tails
-            for t in range(plan.trips):
-                at = self._place(b, place)
-                there, vector = self._there(b, at, t), self._vector(self.held, row[0], t)
+            for v in self.vectors(b, place, anew=True):
+                vector = self.vector_of(self.held, row[0], v.t)
                 if plan.backward:
-                    columns = self._vector(self.columns, row[1], t)
+                    columns = self.vector_of(self.columns, row[1], v.t)
                 else:
-                    columns = self._load_columns(b, arrays, at, t)
+                    columns = self.load_columns(b, arrays, v, place)
                 left = []
                 for e in range(plan.lanes):
-                    read = self._numbers(b, self.held, vector, e, how, True)
-                    c = self._columns(b, columns, e, size.offset, how, plan.backward)
-                    entered = self._entered(self._scaled(read, scales))
-                    left.append(op.leave(entered, m, c, self._inside(b, at, t, e)))
+                    read = self.numbers_of(b, vector, e, how, True)
+                    c = self.columns_of(b, columns, e, size.offset, how, plan.backward)
+                    entered = self.entered(self.scaled(read, scales))
+                    left.append(op.leave(entered, m, c, v.inside[e]))
                     if op.share is not None:
-                        j = t * plan.lanes + e
-                        plain = self._scaled(given(read, rounded), scales, "dy")
+                        j = v.t * plan.lanes + e
+                        plain = self.scaled(given(read, rounded), scales, "dy")
                         old = given(total, lambda a, j=j: a[j])
-                        for sums, new in zip(total, op.share(old, self._entered(plain), heads), strict=True):
+                        for sums, new in zip(total, op.share(old, self.entered(plain), heads), strict=True):
                             if sums is not None:
                                 sums[j] = new
-                for f, field in enumerate(kinds.writes._fields):
-                    if kinds.writes[f] and field != self.kept:
-                        self._put(b, arrays, at, t, there, field, [given_out[f] for given_out in left], scales)
+                for field, name, *numbers in zip(kinds.writes._fields, kinds.writes, *left, strict=True):
+                    if name and field != self.kept:
+                        if scales is not None and field == "dx":
+                            numbers = [rounded(a) * scales.undo * scales.undo_again for a in numbers]
+                        words = encoded(b, numbers, name, plan.native_bfloat16)
+                        store(b, getattr(arrays.writes, field), b.add(place.start, v.i), name, words, v.there)
             return given(total, tuple)
 
         return step(body, self.added)
 
-    def _put(self, b: Any, arrays: Any, at: Place, t: int, there: Any, field: str, numbers: Any, scales: Any) -> None:
-        if scales is not None and field == "dx":
-            numbers = [rounded(a) * scales.undo * scales.undo_again for a in numbers]
-        name = getattr(self.kinds.writes, field)
-        words = encoded(b, numbers, name, self.plan.native_bfloat16)
-        store(b, getattr(arrays.writes, field), self._at(b, at.start, at.lane, t), name, words, there)
-
     def write_totals(self) -> Any:
-        """write(totals, start, lane, stop, added): the sums over rows of this thread's columns."""
+        """write(totals, place, added): the sums over rows of this thread's columns."""
 
-        def body(b: Any, totals: Any, place: tuple[Any, ...], added: Any) -> None:
-            at = Place(*place)
-            for t in range(self.plan.trips):
-                i, there = self._at(b, at.start, at.lane, t), self._there(b, at, t)
+        def body(b: Any, totals: Any, place: Place, added: Any) -> None:
+            for v in self.vectors(b, place):
                 for pointer, sums in zip(totals, added, strict=True):
                     if pointer is not None:
-                        numbers = sums[t * self.plan.lanes : (t + 1) * self.plan.lanes]
-                        store(b, pointer, i, "float64", encoded(b, numbers, "float64", False), there)
-
-        return step(body)
-
-    def put_sums(self, f: int) -> Any:
-        """put(table, start, lane, sums): the sums of total f to the words of a table, this team's from `start` on."""
-
-        def body(b: Any, table: Any, start: Any, lane: Any, sums: Any) -> None:
-            data = b.extract_value(table, 4)
-            for j, number in enumerate(sums[f]):
-                t, e = divmod(j, self.plan.lanes)
-                place, words = b.add(self._at(b, start, lane, t), LONG(e)), number.words()
-                for w, word in enumerate(words):
-                    b.store(word, b.gep(data, [b.add(b.mul(place, LONG(len(words))), LONG(w))]))
+                        numbers = sums[v.t * self.plan.lanes : (v.t + 1) * self.plan.lanes]
+                        words = encoded(b, numbers, "float64", False)
+                        store(b, pointer, b.add(place.start, v.i), "float64", words, v.there)
 
         return step(body)
 
     def read_totals(self) -> Any:
         """read(totals, place): what `write_totals` left there, for a program in float64."""
 
-        def body(b: Any, totals: Any, place: tuple[Any, ...]) -> Any:
-            at, found = Place(*place), given(self.added, lambda _: ())
-            for t in range(self.plan.trips):
-                i, there = self._at(b, at.start, at.lane, t), self._there(b, at, t)
-                words = given(self.added, lambda _, pointer: load(b, pointer, i, "float64", there), totals)
+        def body(b: Any, totals: Any, place: Place) -> Any:
+            found = given(self.added, lambda _: ())
+            for v in self.vectors(b, place):
+                words = given(
+                    self.added, lambda _, p, v=v: load(b, p, b.add(place.start, v.i), "float64", v.there), totals
+                )
                 one = lambda old, w: (*old, *(element(b, w, e, "float64") for e in range(self.plan.lanes)))  # noqa: E731
                 found = given(found, one, words)
             return found

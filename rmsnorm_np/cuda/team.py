@@ -1,6 +1,6 @@
-"""Sums over the threads that share a row: its team, which is part of a warp, a warp, or a whole block.
+"""What the threads that share a row find together: its team, which is part of a warp, a warp, or a whole block.
 
-The order of additions follows from the team's size alone.
+Sums, the row's numbers and its mark. The order of additions follows from the team's size alone.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from numba import cuda
 from numba.cuda import types
 
 from rmsnorm_np.cuda.launch import WARP
-from rmsnorm_np.cuda.number import LONG, WORD, Number, shuffle
+from rmsnorm_np.cuda.number import LONG, WORD, Number, called, shuffle
 from rmsnorm_np.cuda.row import Program
-from rmsnorm_np.cuda.tracing import given, leaves, mapped, step
+from rmsnorm_np.cuda.tracing import step, zeros
 from rmsnorm_np.cuda.words import where
 from rmsnorm_np.ops.primitives import plus
+from rmsnorm_np.ops.records import given, leaves, mapped
 
 WARP_LEVELS = 5
 ALL_LANES = 0xFFFFFFFF
+
+Join = Callable[[Any, Any, Any], Any]  # join(builder, a, b): one value of two
 
 
 def inlined(function: Any) -> Any:
@@ -34,28 +37,16 @@ def levels_of(threads: int) -> int:
     return (threads - 1).bit_length()
 
 
-def masker(team: int) -> Any:
-    """mask(): the lanes of this thread's warp that share its row."""
-    if team >= WARP:
-        return inlined(lambda: np.uint32(ALL_LANES))
-    lanes = (1 << team) - 1
-    return inlined(lambda: np.uint32(lanes << (cuda.threadIdx.x & (WARP - 1) & ~(team - 1))))
-
-
-def across(threads: int, shape: Any, join: Callable[[Any, Any], Any]) -> Any:
-    """A step: across(value, mask), the joined values of so many lanes, in all of them."""
-
-    def body(b: Any, value: Any, mask: Any) -> Any:
-        for level in range(levels_of(threads)):
-            other = mapped(lambda a, level=level: a.shuffled(mask, 1 << level), value)
-            value = join(value, other)
-        return value
-
-    return step(body, shape)
-
-
-def _words(b: Any, leaf: Any) -> list[Any]:
-    return leaf.words() if isinstance(leaf, Number) else [leaf]
+def across(b: Any, value: Any, shape: Any, join: Join, threads: int, team: int = WARP) -> Any:
+    """The joined values of so many lanes, in all of them; no team but this thread's takes part."""
+    mask = WORD(ALL_LANES)
+    if team < WARP:
+        first = b.and_(called(b, "llvm.nvvm.read.ptx.sreg.tid.x", WORD), WORD(WARP - team))  # of the team's lanes
+        mask = b.shl(WORD((1 << team) - 1), first)
+    for level in range(levels_of(threads)):
+        words = [shuffle(b, mask, word, 1 << level) for leaf in leaves(value) for word in words_in(leaf)]
+        value = join(b, value, made_of(b, shape, words))
+    return value
 
 
 def width_of(shape: Any) -> int:
@@ -63,16 +54,25 @@ def width_of(shape: Any) -> int:
     return sum(2 if kind == "f64" else 1 for kind in leaves(shape))
 
 
-def putter(shape: Any) -> Any:
-    """A step: put(array, i, value), the value's words to place i of an array of such values."""
-    width = width_of(shape)
+def words_in(leaf: Any) -> list[Any]:
+    """The words of a number, or a word itself."""
+    return leaf.words() if isinstance(leaf, Number) else [leaf]
 
-    def body(b: Any, array: Any, i: Any, value: Any) -> None:
-        words = [word for leaf in leaves(value) for word in _words(b, leaf)]
-        for j, word in enumerate(words):
-            b.store(word, b.gep(_data(b, array), [b.add(b.mul(i, LONG(width)), LONG(j))]))
 
-    return step(body)
+def made_of(b: Any, shape: Any, words: list[Any]) -> Any:
+    """The value of this shape that the words hold; takes them from the list."""
+    take = lambda kind: [words.pop(0) for _ in range(width_of(kind))]  # noqa: E731
+    return mapped(lambda kind: take(kind)[0] if kind == "u32" else Number.of_words(b, take(kind)), shape)
+
+
+def put(b: Any, array: Any, i: Any, value: Any) -> None:
+    """The value's words to place i of an array of such values."""
+    words = [word for leaf in leaves(value) for word in words_in(leaf)]
+    for j, word in enumerate(words):
+        b.store(word, b.gep(_data(b, array), [b.add(b.mul(i, LONG(len(words))), LONG(j))]))
+
+
+put_value = step(put)
 
 
 def picker(shape: Any) -> Any:
@@ -82,9 +82,7 @@ def picker(shape: Any) -> Any:
     def body(b: Any, array: Any, i: Any, there: Any) -> Any:
         fetch = lambda j: b.load(b.gep(_data(b, array), [b.add(b.mul(i, LONG(width)), LONG(j))]))  # noqa: E731
         words = where(b, there, lambda: [fetch(j) for j in range(width)], [WORD(0)] * width)
-        take = lambda count: [words.pop(0) for _ in range(count)]  # noqa: E731
-        one = lambda kind: take(1)[0] if kind == "u32" else Number.of_words(b, take(2 if kind == "f64" else 1))  # noqa: E731
-        return mapped(one, shape)
+        return made_of(b, shape, words)
 
     return step(body, shape)
 
@@ -94,85 +92,106 @@ def _data(b: Any, array: Any) -> Any:
     return b.extract_value(array, 4) if isinstance(array.type, ir.LiteralStructType) else array
 
 
-def total_of(team: int, shape: Any, join: Callable[[Any, Any], Any]) -> Any:
-    """total(value): the joined values of a team, in all its threads or, of several warps, in those of the first."""
-    warps, width, mask = max(1, team // WARP), width_of(shape), masker(team)
-    in_warp, between = across(min(team, WARP), shape, join), across(1 << levels_of(warps), shape, join)
-    put, pick = putter(shape), picker(shape)
-    if warps == 1:
-        return inlined(lambda value: in_warp((value, mask())))
-    size = warps * width
+def total_of(team: int, shape: Any, join: Join) -> Any:
+    """total(value): the joined values of a team of several warps, in the threads of the first."""
+    warps = team // WARP
+    in_warp = step(lambda b, value: across(b, value, shape, join, WARP), shape)
+    between = step(lambda b, value: across(b, value, shape, join, 1 << levels_of(warps)), shape)
+    pick, size = picker(shape), warps * width_of(shape)
 
     @inlined
     def total(value: Any) -> Any:
         table = cuda.shared.array(size, np.uint32)
-        value = in_warp((value, mask()))
+        joined = in_warp((value,))
         if cuda.threadIdx.x & (WARP - 1) == 0:
-            put((table, np.int64(cuda.threadIdx.x >> WARP_LEVELS), value))
+            put_value((table, np.int64(cuda.threadIdx.x >> WARP_LEVELS), joined))
         cuda.syncthreads()
         if cuda.threadIdx.x < WARP:
-            value = pick((table, np.int64(cuda.threadIdx.x), cuda.threadIdx.x < warps))
-            value = between((value, mask()))
-        return value
+            joined = between((pick((table, np.int64(cuda.threadIdx.x), cuda.threadIdx.x < warps)),))
+        return joined
 
     return total
 
 
-def added(a: Any, b: Any) -> Any:
+def added(b: Any, one: Any, other: Any) -> Any:
     """Two records of sums as one."""
-    return given(a, plus, b)
+    return given(one, plus, other)
 
 
-def completer(program: Program, s: int) -> Any:
-    """complete(sums, size, m, eps): each thread's sums become the numbers of stage s and the row's mark, in all."""
-    team, shape = program.plan.team, program.numbers[s]
-    warps, width = program.plan.warps, width_of(shape)
-    total, finish = total_of(team, program.sums[s], added), program.finish(s)
-    put, pick = putter(shape), picker(shape)
-    if warps == 1:
-        return inlined(lambda sums, size, m, eps: finish((total(sums), size, m, eps)))
+def adder_of(shape: Any) -> tuple[Any, Any]:
+    """Steps for a sum of records of sums: nothing(), and plus(a, b)."""
+    return zeros(shape), step(added, shape)
+
+
+def agreed(team: int, join: Join, shape: Any, finish: Callable[..., Any], result: Any) -> Any:
+    """agree(value, more): finish(builder, the joined values of a team, more), in all its threads.
+
+    shape, result: of a value, and of what finish returns.
+    """
+    if team <= WARP:
+        join_and_finish = lambda b, value, more: finish(b, across(b, value, shape, join, team, team), more)  # noqa: E731
+        whole = step(join_and_finish, result)
+        return inlined(lambda value, more: whole((value, more)))
+    total, pick, width, end = total_of(team, shape, join), picker(result), width_of(result), step(finish, result)
 
     @inlined
-    def complete(sums: Any, size: Any, m: Any, eps: Any) -> Any:
+    def agree(value: Any, more: Any) -> Any:
         shared = cuda.shared.array(width, np.uint32)
-        sums = total(sums)
+        joined = total(value)
         if cuda.threadIdx.x < WARP:
-            found = finish((sums, size, m, eps))
+            found = end((joined, more))
             if cuda.threadIdx.x == 0:
-                put((shared, 0, found))
+                put_value((shared, 0, found))
         cuda.syncthreads()
         return pick((shared, 0, None))
 
-    return complete
+    return agree
 
 
-def voter(team: int) -> Any:
-    """vote(bits): the bits that all threads of the team have set, in all of them."""
-    warps, mask = max(1, team // WARP), masker(team)
-
-    def body(b: Any, bits: Any, lanes: Any) -> Any:
-        for level in range(levels_of(min(team, WARP))):
-            bits = b.and_(bits, shuffle(b, lanes, bits, 1 << level))
-        return bits
-
-    in_warp = step(body, types.uint32)
-    if warps == 1:
-        return inlined(lambda bits: in_warp((bits, mask())))
+def numbers_finder(program: Program, adders: list[Any]) -> Any:
+    """find(row, place, size, arrays, eps): a row's numbers and its mark, from the sums of each stage by its adder."""
+    if not adders:
+        return inlined(lambda row, place, size, arrays, eps: None)
+    s, add = len(adders) - 1, adders[-1]
+    finish = lambda b, sums, more: program.finish(b, s, sums, *more)  # noqa: E731
+    agree = agreed(program.plan.team, added, program.sums[s], finish, program.numbers[s])
+    if s == 0:
+        return inlined(
+            lambda row, place, size, arrays, eps: agree(add(row, None, place, size, arrays), (size, None, eps))
+        )
+    before = numbers_finder(program, adders[:-1])
 
     @inlined
-    def vote(bits: Any) -> Any:
-        table = cuda.shared.array(warps, np.uint32)
-        bits = in_warp((bits, mask()))
-        if cuda.threadIdx.x & (WARP - 1) == 0:
-            table[cuda.threadIdx.x >> WARP_LEVELS] = bits
-        cuda.syncthreads()
-        for warp in range(warps):
-            bits = np.uint32(bits & table[warp])
-        return bits
+    def find(row: Any, place: Any, size: Any, arrays: Any, eps: Any) -> Any:
+        m = before(row, place, size, arrays, eps)
+        return agree(add(row, m, place, size, arrays), (size, m, eps))
 
-    return vote
+    return find
 
 
-def mark_of(program: Program) -> Any:
-    """A step: mark(m), the mark beside the last numbers."""
-    return step(lambda b, m: m[1], types.uint32)
+def mark_finder(program: Program) -> Any:
+    """mark(m, arrays, place): whether the row is out of range. One that is trivial is not.
+
+    The elements are fetched once more: words that were still needed here would have to be kept, in registers, for all
+    rows. Of a piece the row's other elements are not known; its row goes to `rare`.
+    """
+    mark_of, team = step(lambda b, m: m[1], types.uint32), program.plan.team
+    all_tests = (1 << len(program.op.trivial)) - 1
+    if all_tests == 0 or program.plan.split:
+        return inlined(lambda m, arrays, place: mark_of((m,)))
+    both = lambda b, one, other: b.and_(one, other)  # noqa: E731
+    finish = lambda b, bits, more: (None, b.zext(b.icmp_unsigned("==", bits, WORD(0)), WORD))  # noqa: E731
+    agree, equal = agreed(team, both, "u32", finish, (None, "u32")), program.equal()
+
+    @inlined
+    def find(m: Any, arrays: Any, place: Any) -> Any:
+        mark = mark_of((m,))
+        if mark == 1:  # the same in all threads of the team
+            bits, i = np.uint32(all_tests), place.lane
+            while i < place.stop and bits != 0:
+                bits = np.uint32(bits & equal((arrays, place.start, i)))
+                i += team
+            mark = mark_of((agree(bits, None),))
+        return mark
+
+    return find

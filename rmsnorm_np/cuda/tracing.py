@@ -15,6 +15,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic, models, register_model
 
 from rmsnorm_np.cuda.number import KINDS, LLVM, Number
+from rmsnorm_np.ops.records import leaves, mapped, rebuilt
 
 
 class Traced(types.Type):  # type: ignore[misc]
@@ -29,30 +30,6 @@ class Traced(types.Type):  # type: ignore[misc]
 class _TracedModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Traced) -> None:
         super().__init__(manager, kind, ir.LiteralStructType([LLVM[leaf] for leaf in leaves(kind.shape)]))
-
-
-def leaves(value: Any) -> list[Any]:
-    """What is at the ends of nested records, None left out."""
-    if isinstance(value, tuple):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [] if value is None else [value]
-
-
-def mapped(make: Callable[..., Any], value: Any, *others: Any) -> Any:
-    """The nested record with make(leaf, …) in place of each leaf."""
-    if isinstance(value, tuple):
-        return like(value, [mapped(make, *items) for items in zip(value, *others, strict=True)])
-    return None if value is None else make(value, *others)
-
-
-def given(record: Any, make: Callable[..., Any], *others: Any) -> Any:
-    """make(item, …) for each item of the records, None where the first has None."""
-    return like(record, [None if item[0] is None else make(*item) for item in zip(record, *others, strict=True)])
-
-
-def like(record: Any, items: list[Any]) -> Any:
-    """A record, or a tuple, of the same type."""
-    return type(record)(*items) if hasattr(record, "_fields") else tuple(items)
 
 
 def shape_of(value: Any) -> Any:
@@ -105,8 +82,8 @@ def _seen(builder: Any, kind: Any, value: Any) -> Any:
     if isinstance(kind, (types.NoneType, types.Omitted)):
         return None
     if isinstance(kind, Traced):
-        places = iter(range(len(leaves(kind.shape))))
-        return mapped(lambda _: seen_leaf(builder, builder.extract_value(value, next(places))), kind.shape)
+        count = len(leaves(kind.shape))
+        return rebuilt(kind.shape, [seen_leaf(builder, builder.extract_value(value, j)) for j in range(count)])
     if isinstance(kind, types.BaseTuple):
         items = [_seen(builder, k, builder.extract_value(value, j)) for j, k in enumerate(kind)]
         return kind.instance_class(*items) if isinstance(kind, types.BaseNamedTuple) else tuple(items)

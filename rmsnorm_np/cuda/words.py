@@ -7,7 +7,7 @@ bytes of x; of an array with another item size it takes as many elements, in few
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -20,6 +20,19 @@ _GLOBAL = 1  # LLVM's number for the address space of device memory
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 STORED = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
+
+
+class There(NamedTuple):
+    """Which elements of a vector are there: a condition for each, None for always.
+
+    together: they have one condition, and the vector begins at a multiple of its size.
+    """
+
+    conditions: list[Any]
+    together: bool
+
+
+ALONE = There([None], False)  # a single element
 
 
 def words_of(name: str, lanes: int) -> int:
@@ -43,108 +56,68 @@ def where(b: Any, condition: Any, make: Callable[[], list[Any]], otherwise: list
     return values
 
 
+def _accesses(name: str, there: There) -> tuple[int, Any, list[tuple[Any, list[int]]]]:
+    """Bytes and type of one access, and for each condition the elements at which its accesses begin."""
+    count, size = len(there.conditions) if there.together else 1, ITEMSIZE[name]
+    width = min(BYTES, count * size)
+    kind = SHORT if width == 2 else ir.VectorType(WORD, width // 4)
+    parts = range(0, len(there.conditions), count)
+    return width, kind, [(there.conditions[e], list(range(e, e + count, width // size))) for e in parts]
+
+
 def _place(b: Any, pointer: Any, index: Any, kind: Any) -> Any:
     return b.addrspacecast(b.bitcast(b.gep(pointer, [index]), kind.as_pointer()), kind.as_pointer(_GLOBAL))
 
 
-def load(b: Any, pointer: Any, index: Any, name: str, there: Any) -> list[Any]:
-    """The words of a vector that begins at pointer[index]; zeros for what is not there.
-
-    there: a condition for the whole vector, which then begins at a multiple of its size, or `Apart`.
-    """
-    if isinstance(there, Apart):
-        return _load_apart(b, pointer, index, name, there)
-    total = words_of(name, there.lanes)
-    count = min(4, total)
-    kind = ir.VectorType(WORD, count) if count > 1 else WORD
-
-    def loaded() -> list[Any]:
-        found = []
-        for first in range(0, total, count):
-            place = _place(b, pointer, b.add(index, LONG(first * 4 // ITEMSIZE[name])), kind)
-            value = b.load(place, align=4 * count)
-            found += [b.extract_element(value, WORD(j)) for j in range(count)] if count > 1 else [value]
-        return found
-
-    return where(b, there.all, loaded, [WORD(0)] * total)
+def load(b: Any, pointer: Any, index: Any, name: str, there: There) -> list[Any]:
+    """The words of a vector that begins at pointer[index]; zeros for what is not there."""
+    (width, kind, parts), found = _accesses(name, there), []
+    for condition, elements in parts:
+        fetch = lambda e: b.load(_place(b, pointer, b.add(index, LONG(e)), kind), align=width)  # noqa: E731
+        make = lambda elements=elements: [fetch(e) for e in elements]  # noqa: E731
+        found += where(b, condition, make, [ir.Constant(kind, None if width > 2 else 0)] * len(elements))
+    if width > 2:
+        return [b.extract_element(value, WORD(j)) for value in found for j in range(width // 4)]
+    halves = [b.zext(value, WORD) for value in found]
+    return _pairs(b, halves)
 
 
-class Together:
-    """A vector of so many elements, all there or, where the condition is false, none. all = None: all there."""
-
-    def __init__(self, lanes: int, condition: Any) -> None:
-        self.lanes, self.all = lanes, condition
-
-    def each(self, e: int) -> Any:
-        """The condition of element e."""
-        return self.all
-
-
-class Apart:
-    """A vector whose elements are fetched one by one, each where its own condition holds."""
-
-    def __init__(self, conditions: list[Any]) -> None:
-        self.lanes, self.conditions = len(conditions), conditions
-
-    def each(self, e: int) -> Any:
-        """The condition of element e."""
-        return self.conditions[e]
-
-
-def _load_apart(b: Any, pointer: Any, index: Any, name: str, there: Apart) -> list[Any]:
-    size, words = ITEMSIZE[name], []
-    kind = ir.IntType(8 * size)
-    for e in range(there.lanes):
-        place = b.add(index, LONG(e))
-        fetch = lambda place=place: [b.load(_place(b, pointer, place, kind), align=size)]  # noqa: E731
-        (bits,) = where(b, there.each(e), fetch, [kind(0)])
-        if size == 8:
-            words += [b.trunc(bits, WORD), b.trunc(b.lshr(bits, LONG(32)), WORD)]
-        elif size == 4:
-            words.append(bits)
-        elif e % 2:
-            words[-1] = b.or_(words[-1], b.shl(b.zext(bits, WORD), WORD(16)))
-        else:
-            words.append(b.zext(bits, WORD))
-    return words
-
-
-def store(b: Any, pointer: Any, index: Any, name: str, words: list[Any], there: Any) -> None:
+def store(b: Any, pointer: Any, index: Any, name: str, words: list[Any], there: There) -> None:
     """The words of a vector to pointer[index] and on; of what is not there, nothing."""
-    if isinstance(there, Apart):
-        _store_apart(b, pointer, index, name, words, there)
-        return
+    width, kind, parts = _accesses(name, there)
+    if width == 2:
+        values = [_half(b, words[e // 2], e) for e in range(len(there.conditions))]
+    else:
+        values = [_vector(b, kind, words[j : j + width // 4]) for j in range(0, len(words), width // 4)]
+    for condition, elements in parts:
+        moved = [(e, values.pop(0)) for e in elements]
 
-    def stored() -> list[Any]:
-        for first in range(0, len(words), 4):
-            part = words[first : first + 4]
-            kind = ir.VectorType(WORD, len(part)) if len(part) > 1 else WORD
-            value = part[0] if len(part) == 1 else ir.Constant(kind, ir.Undefined)
-            for j, word in enumerate(part if len(part) > 1 else ()):
-                value = b.insert_element(value, word, WORD(j))
-            place = _place(b, pointer, b.add(index, LONG(first * 4 // ITEMSIZE[name])), kind)
-            b.store(value, place, align=4 * len(part))
-        return []
-
-    where(b, there.all, stored, [])
-
-
-def _store_apart(b: Any, pointer: Any, index: Any, name: str, words: list[Any], there: Apart) -> None:
-    size = ITEMSIZE[name]
-    kind = ir.IntType(8 * size)
-    for e in range(there.lanes):
-        if size == 8:
-            bits = b.or_(b.zext(words[2 * e], LONG), b.shl(b.zext(words[2 * e + 1], LONG), LONG(32)))
-        elif size == 4:
-            bits = words[e]
-        else:
-            bits = b.trunc(b.lshr(words[e // 2], WORD(16)) if e % 2 else words[e // 2], SHORT)
-
-        def stored(e: int = e, bits: Any = bits) -> list[Any]:
-            b.store(bits, _place(b, pointer, b.add(index, LONG(e)), kind), align=size)
+        def put(moved: list[tuple[int, Any]] = moved) -> list[Any]:
+            for e, value in moved:
+                b.store(value, _place(b, pointer, b.add(index, LONG(e)), kind), align=width)
             return []
 
-        where(b, there.each(e), stored, [])
+        where(b, condition, put, [])
+
+
+def _vector(b: Any, kind: Any, words: list[Any]) -> Any:
+    value = ir.Constant(kind, ir.Undefined)
+    for j, word in enumerate(words):
+        value = b.insert_element(value, word, WORD(j))
+    return value
+
+
+def _half(b: Any, word: Any, e: int) -> Any:
+    """The 16 bits of element e in its word."""
+    return b.trunc(b.lshr(word, WORD(16)) if e % 2 else word, SHORT)
+
+
+def _pairs(b: Any, halves: list[Any]) -> list[Any]:
+    """Words of 16 bits each as full words, two to one; the last may be alone."""
+    return [
+        halves[j] if j + 1 == len(halves) else b.or_(halves[j], b.shl(halves[j + 1], WORD(16)))
+        for j in range(0, len(halves), 2)
+    ]
 
 
 def element(b: Any, words: list[Any], e: int, name: str, again: bool = False) -> Number:
@@ -161,8 +134,7 @@ def element(b: Any, words: list[Any], e: int, name: str, again: bool = False) ->
     (word,) = parts
     if name == "bfloat16":
         return Number.of_words(b, [b.and_(word, WORD(0xFFFF0000)) if e % 2 else b.shl(word, WORD(16))])
-    half = b.trunc(b.lshr(word, WORD(16)) if e % 2 else word, SHORT)
-    return Number(b, b.fpext(b.bitcast(half, HALF), FLOAT))
+    return Number(b, b.fpext(b.bitcast(_half(b, word, e), HALF), FLOAT))
 
 
 def encoded(b: Any, numbers: list[Any], name: str, native_bfloat16: bool) -> list[Any]:
@@ -179,10 +151,7 @@ def encoded(b: Any, numbers: list[Any], name: str, native_bfloat16: bool) -> lis
         halves = [b.zext(b.asm(convert, instruction, "=h,f", [a.value], side_effect=False), WORD) for a in plain]
     else:
         halves = [_rounded_to_bfloat16(b, a) for a in plain]
-    return [
-        halves[j] if j + 1 == len(halves) else b.or_(halves[j], b.shl(halves[j + 1], WORD(16)))
-        for j in range(0, len(halves), 2)
-    ]
+    return _pairs(b, halves)
 
 
 def _rounded_to_bfloat16(b: Any, number: Number) -> Any:

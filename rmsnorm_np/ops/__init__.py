@@ -12,7 +12,8 @@ leave      outputs of an element
 share      what an element adds to the sums over rows: dweight, dbias
 =========  =============================================================================================
 
-`rms` and `layer` are the operations, `primitives` is what their formulas call. Start with `operation`, then `rms`.
+`rms` and `layer` are the operations, `primitives` is what their formulas call; `records` is for engines, which take
+such records apart. Start with `operation`, then `rms`.
 """
 
 from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD

@@ -10,6 +10,7 @@ import ptx
 from numba import cuda
 from numba.cuda import dispatcher
 
+from rmsnorm_np import cuda as engine
 from rmsnorm_np.cuda import arrays, copies, kernel, launch
 from rmsnorm_np.cuda.words import STORED
 
@@ -77,6 +78,7 @@ def viewed(array, shape, strides, dtype):
 
 def pretend(monkeypatch):
     """Without a GPU: let the engine work on host memory."""
+    engine._plan_for.cache_clear()  # of plans with the limits of another test
     device.memory, device.launched = [], []
     if not EXECUTED:
         return
@@ -115,10 +117,15 @@ def fill(array, host):
     copies.copy(arrays.seen("host", to_device(host)), arrays.seen("array", array), arrays.capability_here(), 0)
 
 
-def limit(monkeypatch, **limits):
-    """Let the engine have these limits in place of those of `launch`."""
-    from rmsnorm_np import cuda as engine
+SMALL = {
+    "MAX_TEAM": 64, "BLOCK": 32, "PIECE_TEAM": 64, "FORWARD_TRIPS": 2, "FORWARD_WARP_TRIPS": 2,
+    "FORWARD_LONG_TRIPS": 2, "BACKWARD_TRIPS": 2, "MULTIPROCESSORS": 3, "ROWS_PER_CHUNK": 2, "RARE_BLOCKS": 3,
+    "SLICES": (4, 2), "MANY_TASKS": 3,
+}  # fmt: skip
 
-    for name, value in limits.items():
+
+def pretend_small(monkeypatch):
+    """And with small limits: a block is two warps, a thread has two vectors at most, small rows cross every border."""
+    pretend(monkeypatch)
+    for name, value in SMALL.items():
         monkeypatch.setattr(launch, name, value)
-    engine._plan_for.cache_clear()
