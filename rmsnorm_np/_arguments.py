@@ -87,6 +87,12 @@ def _scalar(value: Any) -> Any:
     return np.float32(value) if type(value).__name__ == "bfloat16" else value  # Python knows no bfloat16 as Real
 
 
+def check_p(p: Any) -> Any:
+    """Give p as it is, a number with 0 < p <= 1."""
+    elements_in_rms(1, p)
+    return p
+
+
 # Shapes
 
 
@@ -180,6 +186,22 @@ def as_array(name: str, value: Any) -> Array:
     except (TypeError, ValueError, RuntimeError) as error:  # PyTorch's tensors raise the first and the last
         raise _hints.not_an_array(name, value, error) from error
     raise TypeError(f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()")
+
+
+def parameter(name: str, value: Any) -> Any:
+    """A weight or bias that is kept for later calls: None, a device array, or an array of any layout on the host."""
+    if value is None or (type(value) is not ndarray and hasattr(value, "__cuda_array_interface__")):
+        return value
+    a = as_array(name, value)
+    native_dtype(name, a.dtype)
+    if a.ndim == 0:
+        raise ValueError(f"{name} has shape (), expected (n,), one number for each element of a row")
+    return a
+
+
+def is_ordinary_row(a: Any, n: int) -> bool:
+    """Whether an engine can take a weight or bias as it is."""
+    return bool(_is_ordinary(a) and a.shape == (n,))
 
 
 def _contiguous(a: Array, dtype: np.dtype[Any]) -> Array:

@@ -14,6 +14,7 @@ from rmsnorm_np import _arguments as arguments
 from rmsnorm_np import ops
 from rmsnorm_np._threads import get_num_threads
 from rmsnorm_np.cpu import cache, kernel, long_rows, memory, rare, threads
+from rmsnorm_np.cpu.prepared import small
 from rmsnorm_np.ops.operation import Columns
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from rmsnorm_np.ops.operation import Operation
 
-__all__ = ["arguments", "backward", "describe", "forward", "warmup"]
+__all__ = ["arguments", "backward", "describe", "forward", "small", "warmup"]
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
