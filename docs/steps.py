@@ -7,21 +7,12 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from numba import prange
+from numba import prange, types
 
-from rmsnorm_np.cpu import jit  # noqa: F401  (tells Numba how lanes compile)
-from rmsnorm_np.cpu.simd import (
-    LANES,
-    across,
-    add_exact_square,
-    data,
-    float64,
-    load,
-    prefetch,
-    store,
-    stream,
-    zeros,
-)
+from rmsnorm_np.cpu.arrays import pointers
+from rmsnorm_np.cpu.tracing import step
+from rmsnorm_np.cpu.vector import LANES, Work
+from rmsnorm_np.ops.primitives import plus_square
 
 BLOCK = 4096  # elements: a block of rows that is read twice stays in a first-level cache
 
@@ -55,18 +46,37 @@ def parallel(x, w, eps, y):
             y[r, j] = x[r, j] * rstd * w[j]
 
 
+FLOAT64 = Work("double", LANES)
+
+
+def load(w, data, i):
+    """Eight float32, converted to float64."""
+    return w.load(data, "float32", i, FLOAT64)
+
+
+def scaled(w, x, i, rstd, weight, j):
+    """Eight elements of y, before they are rounded."""
+    return load(w, x, i) * rstd * load(w, weight, j)
+
+
+zeros = step(lambda w: w.zeros(FLOAT64.leaf), FLOAT64.leaf)
+add_squares = step(lambda w, total, x, i: plus_square(total, load(w, x, i)), FLOAT64.leaf)
+across = step(lambda w, a, b, c, d: w.across((a + b) + (c + d)), types.float64)
+store = step(lambda w, y, i, *row: w.store(y, "float32", i, scaled(w, *row)))
+stream = step(lambda w, y, i, *row: w.stream(y, "float32", i, scaled(w, *row)))
+prefetch = step(lambda w, x, i: w.prefetch(x, i))
+
+
 @numba.njit(forceinline=True)
 def rstd_of_row(x, start, n, eps):
-    """Eight elements at a time, converted to float64 when loaded, in four independent sums, because an addition takes
-    four cycles.
-    """
-    a, b, c, d = zeros(x, float64), zeros(x, float64), zeros(x, float64), zeros(x, float64)
+    """In four independent sums, because an addition takes four cycles."""
+    a, b, c, d = zeros(()), zeros(()), zeros(()), zeros(())
     for i in range(start, start + n, 4 * LANES):
-        a = add_exact_square(a, load(x, i, float64))
-        b = add_exact_square(b, load(x, i + LANES, float64))
-        c = add_exact_square(c, load(x, i + 2 * LANES, float64))
-        d = add_exact_square(d, load(x, i + 3 * LANES, float64))
-    return 1.0 / np.sqrt(across((a + b) + (c + d)) / n + eps)
+        a = add_squares((a, x, i))
+        b = add_squares((b, x, i + LANES))
+        c = add_squares((c, x, i + 2 * LANES))
+        d = add_squares((d, x, i + 3 * LANES))
+    return 1.0 / np.sqrt(across((a, b, c, d)) / n + eps)
 
 
 @numba.njit(parallel=True)
@@ -74,11 +84,10 @@ def vectors(x, w, eps, y):
     """Explicit vectors. n must be a multiple of 32 here; the library's kernels take any n."""
     n = x.shape[1]
     for r in prange(x.shape[0]):
-        source, weight, target = data(x), data(w), data(y)
+        source, weight, target = pointers(x), pointers(w), pointers(y)
         rstd = rstd_of_row(source, r * n, n, eps)
         for j in range(0, n, LANES):
-            lanes = load(source, r * n + j, float64)
-            store(target, r * n + j, lanes * rstd * load(weight, j, lanes))
+            store((target, r * n + j, source, r * n + j, rstd, weight, j))
 
 
 @numba.njit(parallel=True)
@@ -87,13 +96,12 @@ def streaming(x, w, eps, y):
     rows, n = x.shape
     block = max(1, BLOCK // n)
     for b in prange(-(-rows // block)):
-        source, weight, target = data(x), data(w), data(y)
+        source, weight, target = pointers(x), pointers(w), pointers(y)
         for r in range(b * block, min(rows, (b + 1) * block)):
             rstd = rstd_of_row(source, r * n, n, eps)
             for j in range(0, n, LANES):
-                lanes = load(source, r * n + j, float64)
-                stream(target, r * n + j, lanes * rstd * load(weight, j, lanes))
-                prefetch(source, r * n + j + block * n)
+                stream((target, r * n + j, source, r * n + j, rstd, weight, j))
+                prefetch((source, r * n + j + block * n))
 
 
 def library(x, w, eps, y):

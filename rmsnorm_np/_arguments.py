@@ -1,7 +1,8 @@
 """Check the arguments of a call and bring them into the one form that the engines take.
 
-Every error about an argument is raised here; `_hints` writes the longer messages. Past this file there is no question
-left about shape, dtype, axis, layout or missing values: x is (rows, n), C-contiguous, aligned, in native byte order.
+Every error about an argument but `backend` is raised here; `_hints` writes the longer messages. Past this file there is
+no question left about shape, dtype, axis, layout or missing values: x is (rows, n), C-contiguous, aligned, in native
+byte order.
 
 The functions that take a shape or a dtype, and not an array, serve arrays on any device.
 """
@@ -12,13 +13,13 @@ import contextlib
 import math
 import operator
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy import ndarray
 
 from rmsnorm_np import _hints
-from rmsnorm_np._overlap import folds, may_write
+from rmsnorm_np._overlap import begin_together, folds, may_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array: TypeAlias = npt.NDArray[Any]
-    Restore: TypeAlias = Callable[[Array], Array]
+    Restore: TypeAlias = Callable[[Any], Any]
     Shape: TypeAlias = tuple[int, ...]
 
 _INFINITY = math.inf
@@ -86,6 +87,12 @@ def _scalar(value: Any) -> Any:
     return np.float32(value) if type(value).__name__ == "bfloat16" else value  # Python knows no bfloat16 as Real
 
 
+def check_p(p: Any) -> Any:
+    """Give p as it is, a number with 0 < p <= 1."""
+    elements_in_rms(1, p)
+    return p
+
+
 # Shapes
 
 
@@ -131,10 +138,10 @@ def parameter_lead(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> Shap
     return shape[: len(shape) - len(axes)]
 
 
-def check_dy_shape(shape: Shape, x_shape: Shape) -> None:
+def check_same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape) -> None:
     """Demand exactly the shape of x."""
     if shape != x_shape:
-        raise ValueError(_hints.dy_shape(shape, x_shape))
+        raise ValueError(_hints.same_shape(name, shape, x_name, x_shape))
 
 
 # Arrays
@@ -181,6 +188,22 @@ def as_array(name: str, value: Any) -> Array:
     raise TypeError(f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()")
 
 
+def parameter(name: str, value: Any) -> Any:
+    """A weight or bias that is kept for later calls: None, a device array, or an array of any layout on the host."""
+    if value is None or (type(value) is not ndarray and hasattr(value, "__cuda_array_interface__")):
+        return value
+    a = as_array(name, value)
+    native_dtype(name, a.dtype)
+    if a.ndim == 0:
+        raise ValueError(f"{name} has shape (), expected (n,), one number for each element of a row")
+    return a
+
+
+def is_ordinary_row(a: Any, n: int) -> bool:
+    """Whether an engine can take a weight or bias as it is."""
+    return bool(_is_ordinary(a) and a.shape == (n,))
+
+
 def _contiguous(a: Array, dtype: np.dtype[Any]) -> Array:
     """The array itself where it is C-contiguous, aligned, writable and of this dtype, a copy where it is not.
 
@@ -189,58 +212,83 @@ def _contiguous(a: Array, dtype: np.dtype[Any]) -> Array:
     return a if a.flags.carray and a.dtype == dtype else np.array(a, dtype, order="C")
 
 
-def check_out(out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
+def check_out(name: str, out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
     """Give out as a plain ndarray that takes a result of this shape and dtype. Its byte order and layout are free."""
     if not isinstance(out, ndarray):
-        raise TypeError(f"out is of type {type(out).__name__}, expected a numpy.ndarray")
-    plain = as_array("out", out)
+        raise TypeError(f"{name} is of type {type(out).__name__}, expected a numpy.ndarray")
+    plain = as_array(name, out)
     if plain.shape != shape:
-        raise ValueError(f"out has shape {plain.shape}, expected x.shape {shape}")
+        raise ValueError(f"{name} has shape {plain.shape}, expected x.shape {shape}")
     if plain.dtype != dtype and plain.dtype.newbyteorder("=") != dtype:
-        raise TypeError(f"out has dtype {plain.dtype}, expected {dtype}, the dtype of the result")
+        raise TypeError(f"{name} has dtype {plain.dtype}, expected {dtype}, the dtype of the result")
     if not plain.flags.writeable:
-        raise ValueError("out is read-only, expected a writable array")
+        raise ValueError(f"{name} is read-only, expected a writable array")
     if folds(plain):
-        raise ValueError(f"out has strides {plain.strides}, expected elements that share no memory")
+        raise ValueError(f"{name} has strides {plain.strides}, expected elements that share no memory")
     return plain
 
 
 # A whole call
 
 
-def prepare(
-    x: Any,
-    dy: Any,
-    weight: Any,
-    bias: Any,
-    eps: Any,
-    p: Any,
-    axis: Any,
-    weight_offset: Any,
-    out: Any,
-    complex_too: bool = False,
-) -> tuple[Array, Any, Array | None, Array | None, int, float, float, Array | None, Restore]:
+class Call(NamedTuple):
+    """The arguments of a call, as given. reads: arrays of one shape or None, of which the first gives the shape; names:
+    theirs, and then those of out. parameters: weight, bias, weight_offset. out: arrays to write to, or None.
+    """
+
+    names: tuple[str, ...]
+    reads: tuple[Any, ...]
+    parameters: tuple[Any, Any, Any]
+    out: tuple[Any, ...]
+    eps: Any
+    p: Any
+    axis: Any
+
+
+class Checked(NamedTuple):
+    """The arguments as an engine takes them: reads (rows, n); weight, bias (m, n); weight_offset, a float.
+
+    out: arrays (rows, n) that an engine may write straight to, or None. restore: gives results their public shape, and
+    writes them to where the caller asked for them.
+    """
+
+    reads: tuple[Any, ...]
+    parameters: tuple[Any, Any, float]
+    out: tuple[Any, ...]
+    k: int
+    eps: float
+    restore: Restore
+
+
+def result_dtypes(reads: tuple[Any, ...], results: int) -> tuple[Any, ...]:
+    """The dtype of each result: the first has that of the first array, the second, if any, that of the second."""
+    return tuple(None if a is None else a.dtype for a in reads[:results])
+
+
+def prepare(call: Call, complex_too: bool = False) -> Checked:
     """Check every argument; put the normalised axes last and join them into one of length n.
 
-    Returns x and dy of shape (..., n), weight and bias of a shape that broadcasts against them, k, eps, weight_offset;
-    then out in the shape of x where an engine may write straight to it, else None; last, a function that gives a
-    result of x's elements its public shape and writes it to out where the caller asked for that.
+    Gives reads of shape (..., n), weight and bias of a shape that broadcasts against them; see `Checked`.
     """
-    x = as_array("x", x)
-    dtype = native_dtype("x", x.dtype, complex_too)
+    x_name, *other_names = call.names[: len(call.reads)]
+    x = as_array(x_name, call.reads[0])
     shape: Shape = x.shape
-    axes = axes_of(axis, shape)
+    axes = axes_of(call.axis, shape)
     trailing = are_trailing(axes, x.ndim)
     order = (*(i for i in range(x.ndim) if i not in axes), *axes)
     moved = tuple(shape[i] for i in order)
     n = math.prod(shape[i] for i in axes)
     lead = moved[: x.ndim - len(axes)]
-    k = elements_in_rms(n, p)
-    eps = check_eps(eps)
+    k, eps = elements_in_rms(n, call.p), check_eps(call.eps)
+    weight, bias, weight_offset = call.parameters
     weight_offset = check_weight_offset(weight_offset, weight is not None)
 
-    def rows_of(a: Array, dtype: np.dtype[Any]) -> Array:
-        return _contiguous(a.transpose(order), dtype).reshape(*lead, n)
+    def rows_of(name: str, value: Any) -> Array | None:
+        if value is None:
+            return None
+        a = as_array(name, value)
+        check_same_shape(name, a.shape, x_name, shape)
+        return _contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(*lead, n)
 
     def parameter_of(name: str, value: Any) -> Array | None:
         if value is None:
@@ -250,61 +298,72 @@ def prepare(
         a_lead = parameter_lead(name, a.shape, shape, axes)
         return _contiguous(a, a_dtype).reshape(*a_lead, n)
 
-    x = rows_of(x, dtype)
-    if dy is not None:
-        dy = as_array("dy", dy)
-        check_dy_shape(dy.shape, shape)
-        dy = rows_of(dy, native_dtype("dy", dy.dtype, complex_too))
-    weight = parameter_of("weight", weight)
-    bias = parameter_of("bias", bias)
+    reads = (rows_of(x_name, x), *map(rows_of, other_names, call.reads[1:]))
+    weight, bias = parameter_of("weight", weight), parameter_of("bias", bias)
 
-    direct = None
-    if out is not None:
-        plain_out = check_out(out, shape, dtype)
-        if trailing and plain_out.flags.carray and plain_out.dtype == dtype:
-            candidate = plain_out.reshape(*lead, n)
-            direct = candidate if may_write(candidate, x, dy, weight, bias) else None
+    given: list[Array | None] = []
+    direct: list[Array | None] = []
+    names = call.names[len(reads) :]
+    for name, out, dtype in zip(names, call.out, result_dtypes(reads, len(call.out)), strict=True):
+        plain = None if out is None else check_out(name, out, shape, dtype)
+        candidate = None
+        if plain is not None and trailing and plain.flags.carray and plain.dtype == dtype:
+            candidate = plain.reshape(*lead, n)
+        given.append(plain)
+        direct.append(candidate if candidate is not None and may_write(candidate, reads, (weight, bias)) else None)
+    if len(given) > 1 and given[0] is not None and given[1] is not None and np.shares_memory(given[0], given[1]):
+        raise ValueError(f"{names[0]} and {names[1]} share memory, expected two arrays apart")
 
-    def restore(result: Array) -> Array:
+    def restore(results: Any) -> Any:
+        answers = []
+        for result, plain, out in zip(results, given, call.out, strict=True):
+            answer = out
+            if plain is None:
+                answer = None if result is None else publicly(result)
+            elif not begin_together(result, plain):  # else an engine has written straight to it
+                np.copyto(plain, publicly(result))
+            answers.append(answer)
+        return answers
+
+    def publicly(result: Array) -> Array:
         result = result.reshape(moved)
-        if not trailing:
-            result = np.ascontiguousarray(result.transpose(np.argsort(order)))
-        if out is None:
-            return result
-        np.copyto(plain_out, result)
-        return out  # type: ignore[no-any-return]
+        return result if trailing else np.ascontiguousarray(result.transpose(np.argsort(order)))
 
-    return x, dy, weight, bias, k, eps, weight_offset, direct, restore
+    return Checked(reads, (weight, bias, weight_offset), tuple(direct), k, eps, restore)
 
 
-def engine_arguments(
-    x: Any, dy: Any, weight: Any, bias: Any, eps: Any, p: Any, axis: Any, weight_offset: Any, out: Any
-) -> tuple[Array, Any, Array | None, Array | None, int, float, float, Array | None, Restore | None]:
-    """What an engine takes: x, dy (rows, n); weight, bias (m, n); k, eps, weight_offset; out (rows, n) or None.
+def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What an engine takes, as `Checked`, of the arguments of a `Call`: plain tuples, which Python makes faster.
 
-    The last item gives a result its public shape; None says that the engine's result is the answer. dy is None in a
-    forward call.
+    restore is None where the engine's results are the answer.
     """
     # The engine needs less than a microsecond for a small array, far less than the checks in `prepare` take. So the
-    # ordinary call goes past them, by the fewest questions that tell it. What is not ordinary is not judged here.
+    # ordinary call, of contiguous native arrays and axis -1, goes past them. What is not ordinary is not judged here.
+    _, reads, (weight, bias, weight_offset), out, eps, p, axis = call
+    x = reads[0]
     if (
         _is_ordinary(x)
         and (shape := x.shape)
         and (n := shape[-1]) > 0
         and type(axis) is int
         and axis == -1
-        and (weight is None or (_is_ordinary(weight) and weight.shape == (n,)))
-        and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
-        and (dy is None or (_is_ordinary(dy) and dy.shape == shape))
         and (
-            out is None
+            weight is None
             or (
-                _is_ordinary(out)
-                and out.shape == shape
-                and out.dtype == x.dtype
-                and may_write(out, x, dy, weight, bias)
+                type(weight) is ndarray  # `_is_ordinary`, without the call
+                and weight.flags.carray
+                and weight.dtype in _native_dtypes
+                and weight.shape == (n,)
             )
         )
+        and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
+        and ((a := reads[1]) is None or (_is_ordinary(a) and a.shape == shape))
+        and ((b := reads[-1]) is a or b is None or (_is_ordinary(b) and b.shape == shape))
+        and (
+            (y := out[0]) is None
+            or (_is_ordinary(y) and y.shape == shape and y.dtype == x.dtype and may_write(y, reads, (weight, bias)))
+        )
+        and (len(out) == 1 or out[1] is None or _fits(out[1], reads, (weight, bias), y))
     ):
         k = n if type(p) is float and p == 1.0 else elements_in_rms(n, p)
         if not (type(eps) is float and 0.0 <= eps < _INFINITY):
@@ -315,17 +374,26 @@ def engine_arguments(
             weight = weight[None]
         if bias is not None:
             bias = bias[None]
+        parameters = weight, bias, weight_offset
         if len(shape) == 2:
-            return x, dy, weight, bias, k, eps, weight_offset, out, None
-        restore = _reshape_to(shape) if out is None else _return(out)
-        return _rows(x), _rows(dy), weight, bias, k, eps, weight_offset, _rows(out), restore
+            return reads, parameters, out, k, eps, None
+        return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, _reshaping(shape, out)
 
-    x, dy, weight, bias, k, eps, weight_offset, direct, restore = prepare(
-        x, dy, weight, bias, eps, p, axis, weight_offset, out
+    reads, (weight, bias, weight_offset), out, k, eps, restore = prepare(Call(*call))
+    parameters = _rows(weight), _rows(bias), weight_offset
+    return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, restore
+
+
+def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], first: Array | None) -> bool:
+    """Whether an engine may write straight to the second array of out, which is like the second that is read."""
+    like = reads[1]
+    return bool(
+        _is_ordinary(second)
+        and second.shape == like.shape
+        and second.dtype == like.dtype
+        and may_write(second, reads, parameters)
+        and (first is None or not np.may_share_memory(first, second))
     )
-    if direct is not None:
-        restore = _return(out)
-    return _rows(x), _rows(dy), _rows(weight), _rows(bias), k, eps, weight_offset, _rows(direct), restore
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:
@@ -344,9 +412,9 @@ def _rows(a: Any) -> Any:
     return None if a is None else a.reshape(-1, a.shape[-1])
 
 
-def _reshape_to(shape: Shape) -> Restore:
-    return lambda result: result.reshape(shape)
-
-
-def _return(out: Array) -> Restore:
-    return lambda _: out
+def _reshaping(shape: Shape, out: tuple[Any, ...]) -> Restore:
+    """Results in the shape of x; the array of out where one was written to."""
+    return lambda results: [
+        wanted if wanted is not None or result is None else result.reshape(shape)
+        for result, wanted in zip(results, out, strict=True)
+    ]

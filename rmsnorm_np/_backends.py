@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy import ndarray
 
 from rmsnorm_np import reference
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from rmsnorm_np.ops.operation import Operation
 
 _INSTALL = {
     "cpu": "numba: pip install numba",
@@ -30,12 +33,15 @@ def select(x: Any, backend: str | None) -> ModuleType:
     ImportError
         If the engine's requirements are not installed. No other engine takes its place.
     """
-    on_device = type(x) is not np.ndarray and hasattr(x, "__cuda_array_interface__")
+    if backend is None and type(x) is ndarray:
+        engine = _engines.get("cpu")
+        return _load("cpu") if engine is None else engine
+    on_device = hasattr(x, "__cuda_array_interface__")
     if backend is None:
         backend = "cuda" if on_device else "cpu"
     elif backend == "cuda":
-        # Arrays of numba's CUDA simulator carry no interface: refuse only what is certain to lie on the host.
-        if isinstance(x, (np.ndarray, np.generic, list, tuple, int, float, complex)):
+        # Refuse only what is certain to lie on the host: the engine's own error is the better one for all else.
+        if isinstance(x, (ndarray, np.generic, list, tuple, int, float, complex)):
             raise TypeError(
                 f"x is a host array ({type(x).__name__}), backend 'cuda' takes device arrays: "
                 "move it with numba.cuda.to_device(x)"
@@ -60,3 +66,20 @@ def _load(backend: str) -> ModuleType:
         raise ImportError(f"backend {backend!r} needs {_INSTALL[backend]}") from error
     _engines[backend] = engine
     return engine
+
+
+def forward(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> Any:
+    """The outputs of a call, given as the items of `_arguments.Call`."""
+    reads, parameters, out, k, eps, restore = engine.arguments.engine_arguments(call)
+    results = engine.forward(operation, reads, parameters, out, k, eps)
+    return results if restore is None else restore(results)
+
+
+def backward(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> Any:
+    """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias."""
+    arguments = engine.arguments
+    reads, parameters, out, k, eps, restore = arguments.engine_arguments(call)
+    results, (dweight, dbias) = engine.backward(operation, reads, parameters, out, k, eps)
+    (dx,) = results if restore is None else restore(results)
+    weight, bias, _ = call[2]
+    return dx, arguments.restore_parameter(dweight, weight), arguments.restore_parameter(dbias, bias)

@@ -44,11 +44,12 @@ def _axes_of(lengths: Shape, x_shape: Shape) -> Shape | None:
     return axes
 
 
-def dy_shape(shape: Shape, x_shape: Shape) -> str:
-    """The message for a dy that has another shape than x."""
-    message = f"dy has shape {shape}, expected x.shape {x_shape}"
-    if len(shape) != len(x_shape):  # one of the two is probably the weight
-        message += "; the arguments are dy, x, weight, bias, in this order"
+def same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape) -> str:
+    """The message for an array that has another shape than x."""
+    message = f"{name} has shape {shape}, expected {x_name}.shape {x_shape}"
+    if name == "dy" and len(shape) != len(x_shape):  # one of the two is probably the weight
+        order = "dy, x, weight, bias" if x_name == "x" else "dy, dh, h, weight, bias"
+        message += f"; the arguments are {order}, in this order"
     return message
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rmsnorm_np import _arguments, _backends, reference
+from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
+from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
 from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]
+
+# names of the arrays in error messages: what is read, what is written
+_FORWARD, _BACKWARD = ("x", "residual", "out", "residual_out"), ("x", "dy", "dh", "out")
 
 
 def rms_norm(
@@ -126,11 +131,9 @@ def rms_norm(
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.rms_norm(x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out)
-    rows, _, w, b, k, eps, weight_offset, rows_out, restore = engine.arguments.engine_arguments(
-        x, None, weight, bias, eps, p, axis, weight_offset, out
-    )
-    y: Array = engine.rms_forward(rows, w, b, k, eps, weight_offset, rows_out)
-    return y if restore is None else restore(y)
+    call = _FORWARD, (x, None), (weight, bias, weight_offset), (out, None), eps, p, axis
+    y: Array = _backends.forward(engine, RMS_NORM, call)[0]
+    return y
 
 
 def rms_norm_backward(
@@ -208,15 +211,8 @@ def rms_norm_backward(
         return reference.rms_norm_backward(
             dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out
         )
-    rows, drows, w, b, k, eps, weight_offset, rows_out, restore = engine.arguments.engine_arguments(
-        x, dy, weight, bias, eps, p, axis, weight_offset, out
-    )
-    dx, dweight, dbias = engine.rms_backward(drows, rows, w, b, k, eps, weight_offset, rows_out)
-    return RMSNormGrads(
-        dx if restore is None else restore(dx),
-        engine.arguments.restore_parameter(dweight, weight),
-        engine.arguments.restore_parameter(dbias, bias),
-    )
+    call = _BACKWARD, (x, dy, None), (weight, bias, weight_offset), (out,), eps, p, axis
+    return RMSNormGrads(*_backends.backward(engine, RMS_NORM_BACKWARD, call))
 
 
 def layer_norm(
@@ -274,11 +270,9 @@ def layer_norm(
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.layer_norm(x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out)
-    rows, _, w, b, _, eps, weight_offset, rows_out, restore = engine.arguments.engine_arguments(
-        x, None, weight, bias, eps, 1.0, axis, weight_offset, out
-    )
-    y: Array = engine.layer_forward(rows, w, b, eps, weight_offset, rows_out)
-    return y if restore is None else restore(y)
+    call = _FORWARD, (x, None), (weight, bias, weight_offset), (out, None), eps, 1.0, axis
+    y: Array = _backends.forward(engine, LAYER_NORM, call)[0]
+    return y
 
 
 def layer_norm_backward(
@@ -341,12 +335,5 @@ def layer_norm_backward(
         return reference.layer_norm_backward(
             dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out
         )
-    rows, drows, w, b, _, eps, weight_offset, rows_out, restore = engine.arguments.engine_arguments(
-        x, dy, weight, bias, eps, 1.0, axis, weight_offset, out
-    )
-    dx, dweight, dbias = engine.layer_backward(drows, rows, w, b, eps, weight_offset, rows_out)
-    return LayerNormGrads(
-        dx if restore is None else restore(dx),
-        engine.arguments.restore_parameter(dweight, weight),
-        engine.arguments.restore_parameter(dbias, bias),
-    )
+    call = _BACKWARD, (x, dy, None), (weight, bias, weight_offset), (out,), eps, 1.0, axis
+    return LayerNormGrads(*_backends.backward(engine, LAYER_NORM_BACKWARD, call))

@@ -1,22 +1,20 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 
-# The CUDA engine's tests import numba-cuda, an extra of its own; doctest collection would import every file there. Two
-# of them run in processes of their own: see cuda/test_on_device.py. (All this stands here and
-# not in a conftest.py there: `from conftest import ...` would find that one, whenever it was loaded later.)
+# The CUDA engine's tests import numba-cuda, an extra of its own; doctest collection would import every file there. (All
+# this stands here and not in a conftest.py there: `from conftest import ...` would find that one, whenever it was
+# loaded later.)
 collect_ignore = ["reliability/fuzz_arguments.py"]  # a program, which needs atheris
 if importlib.util.find_spec("numba_cuda") is None:
     collect_ignore += ["cuda"]
-elif "ON_DEVICE_PART" not in os.environ:
-    collect_ignore += ["cuda/on_device.py", "cuda/device.py", "cuda/simulated.py"]
+else:
+    collect_ignore += ["cuda/device.py"]
 
 CUDA = Path(__file__).with_name("cuda")
 
@@ -28,7 +26,7 @@ DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float3
 TIERS = {
     "engine": "every dtype and combination of arguments, threads, processes",
     "slow": "long fuzzing, leaks, memory safety",
-    "cuda": "the CUDA engine, simulated and compiled",
+    "cuda": "the CUDA engine, compiled and executed",
 }
 
 
@@ -44,15 +42,12 @@ def pytest_configure(config):
 
 def pytest_ignore_collect(collection_path, config):
     """The CUDA engine's tests are not even imported without --cuda."""
-    is_asked_for = config.getoption("cuda") or "ON_DEVICE_PART" in os.environ
-    return None if is_asked_for or CUDA not in (collection_path, *collection_path.parents) else True
+    return None if config.getoption("cuda") or CUDA not in (collection_path, *collection_path.parents) else True
 
 
 def pytest_collection_modifyitems(config, items):
-    # each process of cuda/test_on_device.py takes its share: every so many-th test, so that long ones are spread
-    part, parts = map(int, os.environ.get("ON_DEVICE_PART", "0/1").split("/"))
     kept, left_out = [], []
-    for item in items[part::parts]:
+    for item in items:
         (kept if all(map(config.getoption, tiers_of(item))) else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
@@ -87,10 +82,3 @@ def dtype(request):
 def rng():
     """Random numbers, the same ones in every run."""
     return np.random.default_rng(1910_07467)
-
-
-@pytest.fixture(autouse=numba.config.DISABLE_JIT)
-def kernels_in_python_are_as_silent_as_compiled_ones():
-    """Without the JIT the kernels run on NumPy, which warns of an overflow that compiled code takes in silence."""
-    with np.errstate(all="ignore"):
-        yield

@@ -9,14 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numba
 import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("omp", "tbb", "workqueue")
 PATIENCE = 600  # seconds until a program counts as blocked, on a machine that does much else
-
-compiled = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT nothing is compiled or parallel")
 
 
 def tbb():

@@ -7,12 +7,10 @@ import io
 import itertools
 import json
 import os
-import pkgutil
 import subprocess
 import sys
 import types
 from dataclasses import replace
-from importlib import import_module
 
 import numba
 import numpy as np
@@ -37,7 +35,7 @@ from rmsnorm_np.cli import (
     report,
     timing,
 )
-from rmsnorm_np.cpu import cache, jit
+from rmsnorm_np.cpu import cache
 
 
 def ignore(description):
@@ -101,7 +99,7 @@ def test_check_prints_json_and_nothing_else(small, capsys):
     names = {dtype.name for dtype in checks.dtypes()}
     for layer in found["layers"]:
         assert {(error["norm"], error["dtype"]) for error in layer["errors"]} == set(
-            itertools.product(("RMSNorm", "pRMSNorm", "LayerNorm"), names)
+            itertools.product(("RMSNorm", "pRMSNorm", "LayerNorm", "+ RMSNorm"), names)
         )
         assert {gradient["verdict"] for gradient in layer["gradients"]} == {"right"}
 
@@ -143,15 +141,17 @@ def test_plain_numpy_computes_the_same_norms(norm, rng):
     """A contender that computes something else, or in another dtype, would make the comparison a lie."""
     x, dy = rng.standard_normal((2, 5, 40))
     weight = rng.uniform(0.5, 1.5, 40)
-    y, grads = plain.forward(norm, x, weight, 1e-5), plain.backward(norm, dy, x, weight, 1e-5)
-    expected = norm.backward(dy, x, weight, 1e-5, "reference")
+    residual, dh = rng.standard_normal((2, 5, 40)) if norm.adds else (None, None)
+    y, grads = plain.forward(norm, x, weight, 1e-5, residual), plain.backward(norm, dy, x, weight, 1e-5, dh)
+    expected = norm.backward(dy, x, weight, 1e-5, "reference", dh=dh)
     # numbers of size 4, off by the rounding of some ten steps and of a sum of 40 elements
     tolerance = {"rtol": 0, "atol": 64 * 2.0**-52}
-    np.testing.assert_allclose(y, norm.forward(x, weight, 1e-5, "reference"), **tolerance)
+    np.testing.assert_allclose(y, norm.forward(x, weight, 1e-5, "reference", residual=residual), **tolerance)
     np.testing.assert_allclose(grads[0], expected[0], **tolerance)
     np.testing.assert_allclose(grads[1], expected[1], **tolerance)
-    small = [array.astype(np.float32) for array in (dy, x, weight)]
-    results = plain.forward(norm, *small[1:], 1e-5), *plain.backward(norm, *small, 1e-5)
+    dy, x, weight, residual, dh = (a if a is None else a.astype(np.float32) for a in (dy, x, weight, residual, dh))
+    forward, backward = plain.forward(norm, x, weight, 1e-5, residual), plain.backward(norm, dy, x, weight, 1e-5, dh)
+    results = (*forward, *backward) if norm.adds else (forward, *backward)
     assert {result.dtype for result in results} == {np.dtype(np.float32)}
 
 
@@ -170,7 +170,7 @@ def test_tables_fit_the_screen(small, width):
     times = [
         report.NormTime(norm.label, direction, place, (rows, 576), 0.0998, 0.0998, 0.0998, slow, slow, 123e9, slow)
         for place, rows in report.ROWS.items()
-        for direction in report.ARRAYS_MOVED
+        for direction in report.DIRECTIONS
         for norm in inputs.NORMS
     ]
     engine = report.Engine("sapphirerapids", 512, 128, "workqueue")
@@ -260,8 +260,7 @@ def test_times_are_measured_for_each_norm_and_place(small, monkeypatch):
     ]
     for time in times:
         assert (time.over_numpy.median, time.over_reference.median, time.against_layer_norm.median) == (5, 100, 1)
-    assert times[0].bandwidth == 2 * 3 * 40 * 4
-    assert times[3].bandwidth == 3 * 3 * 40 * 4
+    assert [time.bandwidth / (3 * 40 * 4) for time in times[:8]] == [2, 2, 2, 4, 3, 3, 3, 4]
     # What was timed last is the gradient by x, and not by dy: a norm does not change when its input is scaled.
     x = np.tile(small[-1].x, (2, 1)).astype(np.float64)
     for way in ("reference", "numpy", "cpu"):
@@ -467,7 +466,7 @@ def test_interleave_takes_another_clock():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("norm", [inputs.RMS_NORM, inputs.LAYER_NORM], ids=lambda norm: norm.op)
+@pytest.mark.parametrize("norm", bench.BY_NAME.values(), ids=bench.BY_NAME)
 @pytest.mark.filterwarnings("ignore")  # the peers' own
 def test_peers_compute_what_we_do(norm, dtype, rng):
     """Those peers that are installed: a contender that computes something else would make the comparison a lie."""
@@ -476,13 +475,31 @@ def test_peers_compute_what_we_do(norm, dtype, rng):
     weight = rng.uniform(0.5, 1.5, 40).astype(dtype)
     # numbers of size 4, off by less than the rounding of a few steps in the type itself
     tolerance = 64 * float(np.spacing(np.ones((), dtype)))
-    y = norm.forward(x, weight, 1e-6, "reference").astype(np.float64)
-    grads = norm.backward(dy, x, weight, 1e-6, "reference")[:2]
-    for _, call in peers.calls(peers.Problem(norm.op, "forward", x, weight, dy, 1e-6), threads=1):
-        np.testing.assert_allclose(peers.as_numpy(call()), y, rtol=0, atol=tolerance)
-    for _, call in peers.calls(peers.Problem(norm.op, "forward+backward", x, weight, dy, 1e-6), threads=1):
-        for got, expected in zip(call(), grads, strict=True):
-            np.testing.assert_allclose(peers.as_numpy(got), expected.astype(np.float64), rtol=0, atol=tolerance)
+    residual, dh = (checks.another(x), checks.another(dy)) if norm.adds else (None, None)
+    wanted = norm.forward(x, weight, 1e-6, "reference", residual=residual)
+    grads = norm.backward(dy, wanted.h if norm.adds else x, weight, 1e-6, "reference", dh=dh)[:2]
+    for direction, results in (("forward", wanted if norm.adds else (wanted,)), ("forward+backward", grads)):
+        problem = peers.Problem(norm.op, direction, x, weight, dy, 1e-6, residual, dh)
+        for _, call in peers.calls(problem, threads=1):
+            found = call()
+            for got, expected in zip((found,) if len(results) == 1 else found, results, strict=True):
+                np.testing.assert_allclose(peers.as_numpy(got), expected.astype(np.float64), rtol=0, atol=tolerance)
+
+
+def test_bench_of_norms_that_add(monkeypatch, capsys):
+    """y and h are both returned, and both arrays that are added count as moved."""
+    monkeypatch.setattr(bench, "interleave", lambda calls, **options: {name: timing.Timing((1.0,)) for name in calls})
+    arguments = "bench --json --shapes 2x40 --backend reference --peers --norms add_rms_norm add_layer_norm"
+    assert cli.main(arguments.split()) == 0
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    assert [(case["norm"], case["direction"]) for case in cases] == list(
+        itertools.product(("+ RMSNorm", "+ LayerNorm"), ("forward", "forward+backward"))
+    )
+    for case in cases:
+        ours, into, _ = case["entries"]
+        forward = case["direction"] == "forward"
+        assert ours["bandwidth"] == (4 if forward else 8) * 2 * 40 * 4
+        assert not forward or max(ours["ulp"], into["ulp"]) <= 0.5
 
 
 @pytest.mark.parametrize("size", [4, 8 << 20], ids=["in cache", "streaming"])
@@ -505,23 +522,27 @@ def test_the_limit_moves_every_byte(monkeypatch, size):
     y[...] = 0
     calls["forward+backward"]()
     assert (y == 5).all()
+    arrays.clear()
+    calls = limit.calls(size, adds=True)
+    x, z, y, residual, h = arrays
+    x[...], z[...], residual[...] = 2, 3, 4
+    calls["forward"]()
+    assert (y == 2).all()
+    assert (h == 4).all()
+    h[...] = 0
+    calls["forward+backward"]()
+    assert (y == 9).all()
+    assert (h == 4).all()
 
 
-@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="nothing is compiled without the JIT")
-def test_only_kernels_that_the_digest_covers_are_kept_on_disk():
-    """One that is defined elsewhere would be found again after an edit of what it is compiled from."""
-    kept = set()
-    for module in pkgutil.walk_packages(rn.__path__, "rmsnorm_np."):
-        if not module.name.startswith("rmsnorm_np.cuda"):
-            for kernel in vars(import_module(module.name)).values():
-                if isinstance(kernel, jit.Kernel):
-                    keeps = isinstance(kernel.dispatcher._cache, cache.KernelCache)
-                    kept.add((kernel.dispatcher.py_func.__module__, keeps))
-    for name, keeps in kept:
-        package, _, file = name.rpartition(".")
-        assert keeps == (package == "rmsnorm_np.cpu" and cache._is_compiled("cpu", file, "py")), name
-    assert ("rmsnorm_np.cli.limit", False) in kept
-    assert ("rmsnorm_np.cpu.kernels", True) in kept
+def test_the_limit_is_not_kept_on_disk(tmp_path, monkeypatch):
+    """It would be found again after an edit of what it is compiled from: the digest covers the engine alone."""
+    monkeypatch.setattr(cache, "_places", lambda: [tmp_path])
+    cache.folder.cache_clear()
+    limit._kernel.cache_clear()
+    limit.calls(1 << 12)["forward"]()
+    cache.folder.cache_clear()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plot_draws_a_line_for_each_contender(tmp_path):
@@ -711,4 +732,4 @@ def test_the_second_process_compiles_only_what_it_is_told(monkeypatch):
     monkeypatch.setattr(checks, "check_engine", lambda norm, activation, dtype: done.append((norm.op, dtype.name)))
     monkeypatch.setattr(checks, "check_gradients", lambda norm, activation, backend: done.append((norm.op, backend)))
     checks.compile_for(["bfloat16"])
-    assert done == [("rms_norm", "bfloat16"), ("rms_norm", "bfloat16"), ("layer_norm", "bfloat16")]
+    assert done == [(norm.op, "bfloat16") for norm in inputs.NORMS]

@@ -46,9 +46,8 @@ ROWS = [
 ]  # fmt: skip
 
 # The plain-Python twins of the vectors are slow: there, the shapes that still cross every border of a vector.
-JIT_OFF = bool(numba.config.DISABLE_JIT)
-LARGEST = 2_000 if JIT_OFF else 600_000
-SHAPES = [(rows, n) for rows in ROWS for n in N if rows * n <= LARGEST] + ([(3, 2081)] if JIT_OFF else [])
+LARGEST = 600_000
+SHAPES = [(rows, n) for rows in ROWS for n in N if rows * n <= LARGEST]
 
 OPS = ["rms", "partial", "layer"]
 
@@ -153,7 +152,7 @@ EXTREMES = [pytest.param(*case, marks=[pytest.mark.engine] * (case[0] != np.floa
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weight_plus_offset_is_not_rounded(op, backend, rng):
     """Rounded to float64, the sum would add half an ULP of its own to float64 results: 1.3 in all."""
-    x, weight, bias, _ = arrays(rng, (300 if JIT_OFF else 5000, 6), np.float64)
+    x, weight, bias, _ = arrays(rng, (5000, 6), np.float64)
     k = 2 if op == "partial" else 6
     xw = x.astype(L) - (x.astype(L).mean(axis=1, keepdims=True) if op == "layer" else 0)
     xhat = xw / np.sqrt((xw[:, :k] ** 2).mean(axis=1, keepdims=True) + L(0.01))
@@ -168,16 +167,12 @@ def test_weight_plus_offset_is_not_rounded(op, backend, rng):
         assert worst_ulp(y, term + shift, magnitude) <= Y_ULP[y.dtype.name]
 
 
-@on_each_backend("n", [7, 100] if JIT_OFF else [7, 100, 5000, 70001], int)
+@on_each_backend("n", [7, 100, 5000, 70001], int)
 @pytest.mark.parametrize(
     ("kind", "scale", "dy_scale", "eps"), EXTREMES, ids=lambda value: getattr(value, "__name__", str(value))
 )
 @pytest.mark.parametrize("op", OPS)
-def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backend, rng, monkeypatch):
-    if JIT_OFF and n == 100:  # where 70001 elements would take too long
-        from rmsnorm_np.cpu import long_rows
-
-        monkeypatch.setattr(long_rows, "LONG_ROW", 99)
+def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backend, rng):
     dtype = np.dtype(kind)
     x, weight, bias, dy = arrays(rng, (3, n), np.float64)
     # bounded, so that scale · x stays finite
@@ -186,7 +181,7 @@ def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backen
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("shape", [(70, 7)] if JIT_OFF else [(700, 7), (300, 100), (6, 70001)], ids=str)
+@pytest.mark.parametrize("shape", [(700, 7), (300, 100), (6, 70001)], ids=str)
 @pytest.mark.parametrize(
     ("kind", "far"), [(np.float64, 1e290), (ml_dtypes.bfloat16, 1e30)], ids=["float64", "bfloat16"]
 )
@@ -211,7 +206,7 @@ def test_extreme_rows_among_ordinary_ones(op, kind, far, shape, backend, rng):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("n", [16] if JIT_OFF else [16, 70001])
+@pytest.mark.parametrize("n", [16, 70001])
 def test_an_extreme_row_changes_no_bit_of_another(n, rng):
     """An ordinary row with elements so small that they would vanish if it were scaled, alone and beside such a row."""
     x, dy = rng.standard_normal((2, n)), rng.standard_normal((2, n))
@@ -239,13 +234,13 @@ def test_gradients_of_float64_at_the_ends_of_the_range(rng):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("n", [7, 100] if JIT_OFF else [7, 100, 70001])
+@pytest.mark.parametrize("n", [7, 100, 70001])
 @pytest.mark.parametrize("op", OPS)
 def test_padding_needs_no_kernels_of_its_own(op, n, rng, monkeypatch):
-    """Rows with dy = 0 are usual, as extreme rows are not: no kernels for those need be compiled."""
-    from rmsnorm_np.cpu import extreme
+    """Rows with dy = 0 are usual, as rows out of range are not: no kernels for those need be compiled."""
+    from rmsnorm_np.cpu import rare
 
-    monkeypatch.setattr(extreme, "backward", None)
+    monkeypatch.setattr(rare, "backward", None)
     x, weight, bias, dy = arrays(rng, (5, n), np.float64)
     dy[1::2], x[2] = 0, 0
     assert_exact(op, x, weight, bias, dy, 1e-6, "cpu")
@@ -262,7 +257,7 @@ def test_large_x_beside_large_dy(n, backend, rng):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("n", [7, 100] if JIT_OFF else [7, 100, 70001])
+@pytest.mark.parametrize("n", [7, 100, 70001])
 @pytest.mark.parametrize(("inside", "outside", "dy_scale"), [(1e-200, 1.0, 1e-250), (1.0, 1e300, 1.0)])
 def test_what_is_outside_the_rms_does_not_scale_it(inside, outside, dy_scale, n, backend, rng):
     x, weight, bias, dy = arrays(rng, (3, n), np.dtype(np.float64))
@@ -322,7 +317,6 @@ def test_a_constant_row_is_its_mean(n, dtype, rng):
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(JIT_OFF, reason="plain Python has longdouble in place of pairs: 64 bits, not 106")
 @pytest.mark.parametrize("n", [2, 3, 7, 8, 33, 100])
 def test_rows_of_neighbours(n, backend, rng):
     """LayerNorm of numbers that differ in their last bits, where x - mean is less than a bit of the mean. The mean is
@@ -354,7 +348,7 @@ def test_zero_rows(op, dtype, backend, rng):
 @pytest.fixture
 def problem(rng):
     """A problem for each dtype, of a shape that goes parallel and has blocks, parts and a tail."""
-    rows, n = (5, 70) if JIT_OFF else (77, 1003)
+    rows, n = (77, 1003)
     return lambda dtype: arrays(rng, (rows, n), dtype)
 
 
@@ -362,7 +356,6 @@ def same(a, b):
     return all(one.dtype == two.dtype and one.tobytes() == two.tobytes() for one, two in zip(a, b, strict=True))
 
 
-@pytest.mark.skipif(JIT_OFF, reason="without the JIT there is one thread")
 @pytest.mark.parametrize("op", OPS)
 def test_same_bits_on_one_and_two_threads(op, dtype, problem):
     inputs = problem(dtype)
@@ -392,7 +385,7 @@ def test_a_long_row_is_cut_without_changing_a_bit(op, dtype, rng, monkeypatch):
     """The kernels for long rows against those for blocks, on the same rows."""
     from rmsnorm_np.cpu import long_rows
 
-    inputs = arrays(rng, (2, 2500) if JIT_OFF else (3, 70001), dtype)
+    inputs = arrays(rng, (3, 70001), dtype)
     results = []
     for border in (1, 10**9):
         monkeypatch.setattr(long_rows, "LONG_ROW", border)
@@ -437,7 +430,7 @@ def test_streamed_gradients(op, dtype, rng, monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_in_place_no_row_is_done_twice(op, rng):
     """Threads share 150 blocks, nine at a time: a turn that reaches into another thread's part does its rows again."""
-    x, weight, bias, dy = arrays(rng, (5, 70) if JIT_OFF else (600, 1024), np.dtype(np.float32))
+    x, weight, bias, dy = arrays(rng, (600, 1024), np.dtype(np.float32))
     want = call(op, x, weight, bias, dy, 1e-6, "cpu")
     got = call_in_place(op, y := x.copy(), weight, bias)
     assert got is y
@@ -454,7 +447,7 @@ def call_in_place(op, x, weight, bias):
 @pytest.mark.parametrize("bias_shape", [(), (2, 3)])
 @pytest.mark.parametrize(
     ("backend", "n"),
-    [("reference", 40), ("cpu", 40), *([] if JIT_OFF else [pytest.param("cpu", 70001, marks=pytest.mark.engine)])],
+    [("reference", 40), ("cpu", 40), pytest.param("cpu", 70001, marks=pytest.mark.engine)],
 )
 @pytest.mark.parametrize("op", OPS)
 def test_parameters_per_head(op, weight_shape, bias_shape, n, dtype, backend, rng):

@@ -431,7 +431,7 @@ def test_shape_checks_need_no_array():
     assert _arguments.parameter_lead("weight", (3, 4), (2, 3, 4), (2,)) == (3,)
     assert _arguments.parameter_lead("weight", (2, 4), (2, 3, 4), (0, 2)) == ()
     with pytest.raises(ValueError, match=r"^dy has shape"):
-        _arguments.check_dy_shape((1,), (2,))
+        _arguments.check_same_shape("dy", (1,), "x", (2,))
 
 
 @pytest.mark.parametrize("name", ["rms_norm_backward", "layer_norm_backward"])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import llvmlite.binding as llvm
-import numba
 import pytest
 from llvmlite import ir
 
@@ -77,7 +76,6 @@ for _ in range(3):
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT NumPy computes, in the mode it finds")
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"), reason="how to set its mode is not known here"
 )

@@ -7,7 +7,6 @@ beside it.
 from __future__ import annotations
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 from tolerances import DX_ULP, LONGDOUBLE_IS_WIDER, Y_ULP, dx_terms, parameter_tolerance, worst_ulp
@@ -15,19 +14,10 @@ from tolerances import DX_ULP, LONGDOUBLE_IS_WIDER, Y_ULP, dx_terms, parameter_t
 import rmsnorm_np as rn
 
 L = np.longdouble
-JIT_OFF = bool(numba.config.DISABLE_JIT)
-LONG = [] if JIT_OFF else [pytest.param(70_001, marks=pytest.mark.engine)]
-LENGTHS = [2, 3, 33, 300] if JIT_OFF else [2, 3, 16, 33, 300, 1000, 4096, *LONG]
+LONG = [pytest.param(70_001, marks=pytest.mark.engine)]
+LENGTHS = [2, 3, 16, 33, 300, 1000, 4096, *LONG]
 
 pytestmark = pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by")
-
-
-@pytest.fixture(autouse=JIT_OFF)
-def pairs_are_compiled(request):
-    """What stands for a pair in plain Python is a longdouble, of 64 bits."""
-    kind = request.node.callspec.params.get("kind", request.node.callspec.params.get("dtype"))
-    if request.node.callspec.params["backend"] == "cpu" and np.dtype(kind) == np.float64:
-        pytest.skip("float64 is computed in longdouble without the JIT, which is less than pairs")
 
 
 def rows_near(base, unit, n, dtype, rng):
@@ -97,7 +87,7 @@ def test_rows_of_neighbours(kind, base, unit, n, backend, rng):
 @pytest.mark.parametrize("kind", [np.float32, pytest.param(np.float64, marks=pytest.mark.engine)])
 def test_normal_numbers_around_a_large_mean(kind, backend, rng):
     """Rows of 304 float32 around 1e6 were off by 2.3 ULP somewhere, ordinary as they look."""
-    x = (1e6 + rng.standard_normal((20 if JIT_OFF else 1000, 304))).astype(kind)
+    x = (1e6 + rng.standard_normal((1000, 304))).astype(kind)
     weight, dy = rng.standard_normal(304).astype(kind), rng.standard_normal(x.shape).astype(kind)
     assert_each_element(x, weight, dy, 1e-6, backend)
 

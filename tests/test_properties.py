@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import pytest
 from conftest import DTYPES
@@ -19,7 +18,7 @@ from tolerances import DX_ULP, Y_ULP, dx_terms, parameter_tolerance, spacing
 import rmsnorm_np as rn
 
 # The CPU engine goes parallel at 32768 elements. Run as plain Python, a million of them would take minutes.
-MOST_ELEMENTS = 400 if numba.config.DISABLE_JIT else 40_000
+MOST_ELEMENTS = 40_000
 FLOAT16, _, FLOAT32, FLOAT64 = DTYPES
 
 both_norms = pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])

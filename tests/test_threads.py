@@ -7,7 +7,7 @@ import os
 import numba
 import numpy as np
 import pytest
-from programs import LAYERS, compiled, run
+from programs import LAYERS, run
 
 from rmsnorm_np.cpu import threads
 
@@ -32,7 +32,6 @@ def digest_on_one_thread():
     return run(PROGRAM, NUMBA_NUM_THREADS=1).split()[1]
 
 
-@compiled
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.engine)])
 def test_each_layer_and_number_of_threads_gives_the_same_bits(layer, count, digest_on_one_thread):
@@ -68,7 +67,6 @@ sys.exit(len(wrong))
 """
 
 
-@compiled
 @pytest.mark.engine
 @pytest.mark.parametrize("layer", LAYERS)
 def test_eight_python_threads_at_once(layer):
@@ -96,7 +94,6 @@ rn.rms_norm(x)
 """
 
 
-@compiled
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from . import common
 
 class Accuracy:
     params = (
-        ["RMSNorm", "pRMSNorm", "LayerNorm"],
+        ["RMSNorm", "pRMSNorm", "LayerNorm", "+ RMSNorm"],
         ["float32", "float64", "float16", "bfloat16"],
         ["y", "dx and dweight"],
     )

@@ -52,6 +52,25 @@ class OtherTypes(_Speed):
     params = (common.OPS, ["cpu"], ["float64", "float16", "bfloat16"], [common.IN_CACHE])
 
 
+class Residual(_Speed):
+    """The norm of x + residual. Its setup is its own: asv drops the history of benchmarks whose setup has changed."""
+
+    params = (["add_rms_norm"], ["cpu"], ["float32"], list(common.SHAPES))
+
+    def setup(self, op, engine, dtype, shape):
+        if self.made_for == (op, engine, dtype, shape):
+            return
+        forward = common.ours("rmsnorm_np", op)
+        backward = common.ours("rmsnorm_np", f"{op}_backward")
+        rows, n, self.calls = common.SHAPES[shape]
+        x, dy, weight = common.arrays(rows, n, dtype)
+        residual, dh = x[::-1].copy(), dy[::-1].copy()
+        self.forward = functools.partial(forward, x, residual, weight, backend=engine)
+        self.backward = functools.partial(backward, dy, dh, self.forward().h, weight, backend=engine)
+        self.backward()
+        self.made_for = op, engine, dtype, shape
+
+
 class Reference(_Speed):
     params = (common.OPS, ["reference"], ["float32"], [common.IN_CACHE])
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numba
@@ -17,8 +18,11 @@ from numba import prange
 
 from rmsnorm_np.cli import limit
 from rmsnorm_np.cli.timing import interleave, ratio
-from rmsnorm_np.cpu import describe, jit, memory  # noqa: F401  (jit tells Numba how lanes compile)
-from rmsnorm_np.cpu.simd import LANES, across, add_product, data, float64, load
+from rmsnorm_np.cpu import describe, memory
+from rmsnorm_np.cpu.arrays import pointers
+from rmsnorm_np.cpu.tracing import step
+from rmsnorm_np.cpu.vector import LANES
+from rmsnorm_np.ops.primitives import multiply_add
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -28,25 +32,29 @@ SHAPES = {"in memory": (8192, 4096), "in cache": (512, 768)}
 ROUNDS = 9
 
 
+load = step(steps.load, steps.FLOAT64.leaf)
+add_square = step(lambda w, total, f: multiply_add(f, f, total), steps.FLOAT64.leaf)
+
+
 @numba.njit(parallel=True)
 def _multiply_add(numbers, count):
     """Nothing but multiply-adds of float64 in registers: the most operations that the cores can do."""
     totals = np.zeros(numba.get_num_threads())
     for t in prange(len(totals)):
-        source = data(numbers)
-        f = load(source, 0, float64)
+        source = pointers(numbers)
+        f = load((source, 0))
         a, b, c, d = (
-            load(source, LANES, float64),
-            load(source, 2 * LANES, float64),
-            load(source, 3 * LANES, float64),
-            load(source, 4 * LANES, float64),
+            load((source, LANES)),
+            load((source, 2 * LANES)),
+            load((source, 3 * LANES)),
+            load((source, 4 * LANES)),
         )
         for _ in range(count):
-            a = add_product(a, f, f)
-            b = add_product(b, f, f)
-            c = add_product(c, f, f)
-            d = add_product(d, f, f)
-        totals[t] = across((a + b) + (c + d))
+            a = add_square((a, f))
+            b = add_square((b, f))
+            c = add_square((c, f))
+            d = add_square((d, f))
+        totals[t] = steps.across((a, b, c, d))
     return totals
 
 
@@ -63,10 +71,10 @@ def measure_shape(shape: tuple[int, int]) -> dict:
     """All steps on one shape; ratios are those of the rounds, of which the median and the extremes are kept."""
     x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     w = np.random.default_rng(1).uniform(0.5, 1.5, shape[1]).astype(np.float32)
-    y = memory.empty(shape, x.dtype, x)
+    y = aligned(memory.empty, shape, x)
     calls = {step.__name__: lambda step=step: step(x, w, 1e-6, y) for step in (*steps.STEPS, steps.vectors_float32)}
-    calls["fresh"] = lambda: steps.streaming(x, w, 1e-6, np.empty(shape, np.float32))
-    calls["recycled"] = lambda: steps.streaming(x, w, 1e-6, memory.empty(shape, x.dtype, x))
+    calls["fresh"] = lambda: steps.streaming(x, w, 1e-6, aligned(np.empty, shape))
+    calls["recycled"] = lambda: steps.streaming(x, w, 1e-6, aligned(memory.empty, shape, x))
     calls["limit"] = limit.calls(x.nbytes)["forward"]
     timings = interleave(calls, rounds=ROUNDS, turn_seconds=0.03, budget_seconds=240)
     names = [step.__name__ for step in steps.STEPS]
@@ -78,6 +86,14 @@ def measure_shape(shape: tuple[int, int]) -> dict:
         "float64_over_float32": vars(ratio(timings["vectors"], timings["vectors_float32"])),
         "gain": {after: vars(ratio(timings[before], timings[after])) for before, after in gains},
     }
+
+
+def aligned(empty: Callable[..., np.ndarray], shape: tuple[int, int], *beside: np.ndarray) -> np.ndarray:
+    """A new float32 array that begins at a cache line, as streaming stores need: small ones may not by themselves."""
+    count = shape[0] * shape[1]
+    room = empty((count + 16,), np.dtype(np.float32), *beside)
+    start = -room.ctypes.data % 64 // 4
+    return room[start : start + count].reshape(shape)
 
 
 def peak_flops() -> float:

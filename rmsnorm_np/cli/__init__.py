@@ -22,6 +22,7 @@ from rmsnorm_np.cli.peers import PEERS
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
+NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
 DEFAULT_SHAPES = ((1, 4096), (512, 768), (8192, 4096))
 
 # Exit codes. Those of programs that a signal ends: 128 and its number, on each system.
@@ -81,8 +82,9 @@ def _run(options: argparse.Namespace) -> int:
         from rmsnorm_np.cli.bench import bench
 
         return bench(
-            options.shapes, options.dtype, options.backend, options.rounds, options.json, options.plot, options.peers
-        )
+            options.shapes, options.dtype, options.backend, options.rounds, options.json, options.plot, options.peers,
+            options.norms,
+        )  # fmt: skip
     if options.command == "info":
         from rmsnorm_np.cli.info import info
 
@@ -122,6 +124,9 @@ def parser() -> argparse.ArgumentParser:
         help="default: " + " ".join(f"{rows}x{n}" for rows, n in DEFAULT_SHAPES),
     )
     bench.add_argument("--dtype", choices=DTYPES, default="float32")
+    bench.add_argument(
+        "--norms", nargs="+", choices=NORMS, default=list(NORMS[:2]), help=f"default: {' '.join(NORMS[:2])}"
+    )
     bench.add_argument("--backend", choices=("cpu", "reference", "cuda"), default="cpu")
     bench.add_argument("--rounds", type=_positive, default=7, help="times that each is measured (default: 7)")
     bench.add_argument("--plot", metavar="FILE", help="plot bandwidth against size: .png, .svg, .pdf … (matplotlib)")

@@ -28,8 +28,6 @@ def running(module: str, *arguments: str) -> Iterator[Callable[[], object]]:
 
 
 def _would_help() -> bool:
-    from numba import config
-
     from rmsnorm_np.cpu import cache
 
-    return (os.cpu_count() or 1) > 1 and not config.DISABLE_JIT and cache.folder() is not None
+    return (os.cpu_count() or 1) > 1 and cache.folder() is not None

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rmsnorm_np import get_num_threads
+import rmsnorm_np as rn
 from rmsnorm_np.cli import console, device, limit, peers, plot
-from rmsnorm_np.cli.cases import ARRAYS_MOVED, LIMIT, OURS, OURS_INTO, Case, Entry
-from rmsnorm_np.cli.checks import Step
-from rmsnorm_np.cli.inputs import LAYER_NORM, RMS_NORM, Array, Norm, dtype_named
+from rmsnorm_np.cli.cases import DIRECTIONS, LIMIT, OURS, OURS_INTO, Case, Entry
+from rmsnorm_np.cli.checks import Step, another
+from rmsnorm_np.cli.inputs import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM, Array, Norm, dtype_named
 from rmsnorm_np.cli.peers import PEERS, Problem
 from rmsnorm_np.cli.timing import Call, Timing, interleave, ratio
 from rmsnorm_np.ulp import ulp_error
 
 NORMS = (RMS_NORM, LAYER_NORM)
+BY_NAME = {norm.op: norm for norm in (*NORMS, ADD_RMS_NORM, ADD_LAYER_NORM)}
 EPS = 1e-6
 ROWS_COMPARED = 16  # for the error of y; enough to show a library's rounding
 
@@ -31,6 +32,7 @@ def bench(
     as_json: bool,
     path: str | None,
     only: Sequence[str] | None,
+    ops: Sequence[str],
 ) -> int:
     """Measure, print and draw; always 0, a benchmark has no wrong answer.
 
@@ -44,8 +46,9 @@ def bench(
     chosen = peers.require(only)
     if path is not None:
         plot.require(path)
-    with console.progress(len(shapes) * len(NORMS) * len(ARRAYS_MOVED)) as step:
-        cases = list(measure(shapes, dtype_named(dtype), backend, rounds, step, chosen))
+    norms = [BY_NAME[op] for op in ops]
+    with console.progress(len(shapes) * len(norms) * len(DIRECTIONS)) as step:
+        cases = list(measure(shapes, dtype_named(dtype), backend, rounds, step, chosen, norms))
     if as_json:
         console.print_json({"backend": backend, "peers": peers.versions(chosen), "cases": cases})
     else:
@@ -62,67 +65,80 @@ def measure(
     rounds: int,
     step: Step,
     only: Sequence[str] = PEERS,
+    norms: Sequence[Norm] = NORMS,
 ) -> Iterator[Case]:
     """One `Case` after the other, with no other peers than these; ``step`` is told what comes next."""
     rng = np.random.default_rng(0)
     for shape in shapes:
         x, dy = (rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(2))
         weight = rng.uniform(0.5, 1.5, shape[1]).astype(dtype)
-        for norm in NORMS:
-            for direction in ARRAYS_MOVED:
+        for norm in norms:
+            beside = (another(x), another(dy)) if norm.adds else (None, None)
+            for direction in DIRECTIONS:
                 step(f"{norm.label} {direction}, {shape[0]}×{shape[1]}")
-                problem = Problem(norm.op, direction, x, weight, dy, EPS)
+                problem = Problem(norm.op, direction, x, weight, dy, EPS, *beside)
                 yield _measure_case(norm, problem, backend, rounds, only)
 
 
 def _measure_case(norm: Norm, problem: Problem, backend: str, rounds: int, only: Sequence[str]) -> Case:
     if backend == "cuda":
         contenders = _our_calls(norm, device.moved(problem), backend, device.empty_like)
-        contenders[LIMIT] = device.copies(ARRAYS_MOVED[problem.direction] * problem.x.nbytes)
+        contenders[LIMIT] = device.copies(norm.arrays_moved(problem.direction) * problem.x.nbytes)
         timings = interleave(contenders, rounds=rounds, measure=device.seconds)
     else:
         contenders = _our_calls(norm, problem, backend, np.empty_like)
-        contenders[LIMIT] = limit.calls(problem.x.nbytes)[problem.direction]
-        contenders.update(peers.calls(problem, get_num_threads(), only))
+        contenders[LIMIT] = limit.calls(problem.x.nbytes, norm.adds)[problem.direction]
+        contenders.update(peers.calls(problem, rn.get_num_threads(), only))
         timings = interleave(contenders, rounds=rounds)
     exact = _exact_rows(norm, problem)
-    entries = (_entry(name, timings[name], timings[OURS], problem, exact, call) for name, call in contenders.items())
+    nbytes = norm.arrays_moved(problem.direction) * problem.x.nbytes
+    entries = (
+        _entry(name, timings[name], timings[OURS], problem, exact, call, nbytes) for name, call in contenders.items()
+    )
     return Case(norm.label, problem.direction, problem.x.dtype.name, problem.x.shape, tuple(entries))
 
 
 def _our_calls(norm: Norm, problem: Problem, backend: str, empty_like: Callable[[Any], Any]) -> dict[str, Call]:
-    x, weight, dy, eps = problem.x, problem.weight, problem.dy, problem.eps
-    y, dx = empty_like(x), empty_like(x)
+    x, weight, dy, eps, residual, dh = (
+        problem.x, problem.weight, problem.dy, problem.eps, problem.residual, problem.dh
+    )  # fmt: skip
+    y: Any = (empty_like(x), empty_like(x)) if norm.adds else empty_like(x)
+    dx = empty_like(x)
 
-    def forward() -> Array:
-        return norm.forward(x, weight, eps, backend)
+    def forward(out: Any = None) -> Any:
+        return norm.forward(x, weight, eps, backend, out, residual)
 
-    def forward_into() -> Array:
-        return norm.forward(x, weight, eps, backend, out=y)
+    def forward_into() -> Any:
+        return forward(y)
 
     def both() -> object:
-        return norm.forward(x, weight, eps, backend), norm.backward(dy, x, weight, eps, backend)
+        found = forward()
+        return found, norm.backward(dy, found.h if norm.adds else x, weight, eps, backend, None, dh)
 
     def both_into() -> object:
-        return norm.forward(x, weight, eps, backend, out=y), norm.backward(dy, x, weight, eps, backend, out=dx)
+        found = forward(y)
+        return found, norm.backward(dy, found.h if norm.adds else x, weight, eps, backend, dx, dh)
 
     if problem.direction == "forward":
         return {OURS: forward, OURS_INTO: forward_into}
     return {OURS: both, OURS_INTO: both_into}
 
 
-def _entry(name: str, timing: Timing, ours: Timing, problem: Problem, exact: Array, call: Call) -> Entry:
+def _entry(name: str, timing: Timing, ours: Timing, problem: Problem, exact: Array, call: Call, nbytes: int) -> Entry:
     ulp = None
     if problem.direction == "forward" and name != LIMIT:
-        y = peers.as_numpy(call())[: len(exact)].astype(problem.x.dtype)
+        result: Any = call()
+        y = peers.as_numpy(result if problem.residual is None else result[0])[: len(exact)].astype(problem.x.dtype)
         ulp = ulp_error(y, exact, scale=np.abs(problem.weight.astype(np.float64)))
-    bandwidth = ARRAYS_MOVED[problem.direction] * problem.x.nbytes / timing.median
-    return Entry(name, timing.seconds, timing.median, bandwidth, ratio(timing, ours), ulp)
+    return Entry(name, timing.seconds, timing.median, nbytes / timing.median, ratio(timing, ours), ulp)
 
 
 def _exact_rows(norm: Norm, problem: Problem) -> Array:
-    x, weight = problem.x[:ROWS_COMPARED].astype(np.float64), problem.weight.astype(np.float64)
-    return norm.forward(x, weight, problem.eps, "reference")
+    x, weight = problem.x[:ROWS_COMPARED], problem.weight.astype(np.float64)
+    if problem.residual is not None:
+        x = rn.reference.add_rms_norm(x, problem.residual[:ROWS_COMPARED]).h
+    exact: Array = norm.alone().forward(x.astype(np.float64), weight, problem.eps, "reference")
+    return exact
 
 
 def render(out: Console, cases: Sequence[Case], backend: str, chosen: Sequence[str] = ()) -> None:

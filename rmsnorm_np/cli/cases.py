@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rmsnorm_np.cli.timing import Ratio
 
-ARRAYS_MOVED = {"forward": 2, "forward+backward": 5}  # x, y; then dy, x, dx
+DIRECTIONS = ("forward", "forward+backward")
 OURS = "rmsnorm_np"
 OURS_INTO = "rmsnorm_np, out="
 LIMIT = "limit"  # the same bytes moved by a loop that hardly computes, or by a copy on the device

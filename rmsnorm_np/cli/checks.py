@@ -45,7 +45,7 @@ class Error:
 
     norm: str
     dtype: str
-    y: float
+    y: float  # and of h, where the norm adds
     dx: float
     dweight: float
     bound: float
@@ -143,32 +143,45 @@ def describe(x: Array) -> InputStats:
     return InputStats(float(np.sqrt(np.mean(magnitude**2))), float(np.median(magnitude)), float(magnitude.max()))
 
 
+def another(array: Array) -> Array:
+    """An array of the same shape and dtype with other numbers of the same size: its rows in reverse order."""
+    reverse: Array = array[::-1].copy()
+    return reverse
+
+
 def check_engine(norm: Norm, activation: Activation, dtype: np.dtype[Any]) -> Error:
     """Compare the CPU engine with the reference; the reference gets the same numbers, as float64."""
     x, weight = activation.x.astype(dtype), activation.weight.astype(dtype)
     dy = np.random.default_rng(0).standard_normal(x.shape).astype(dtype)
+    residual, dh = (another(x), another(dy)) if norm.adds else (None, None)
+    eps, alone = activation.eps, norm.alone()
+    y = norm.forward(x, weight, eps, "cpu", residual=residual)
+    error_of_h = 0.0
+    if residual is not None:  # from here on x is h, which all else is about
+        exact_h = x.astype(np.float64) + residual.astype(np.float64)
+        y, x = y
+        error_of_h = ulp_error(x, exact_h)
     wide_x, wide_weight, wide_dy = (array.astype(np.float64) for array in (x, weight, dy))
-    eps = activation.eps
-    y = norm.forward(x, weight, eps, "cpu")
-    dx, dweight, _ = norm.backward(dy, x, weight, eps, "cpu")
-    exact_y = norm.forward(wide_x, wide_weight, eps, "reference")
-    exact_dx, exact_dweight, _ = norm.backward(wide_dy, wide_x, wide_weight, eps, "reference")
-    xhat = norm.forward(wide_x, np.ones_like(wide_weight), eps, "reference")
-    subtracts_mean = norm.op == "layer_norm"
-    centred = wide_x - wide_x.mean(axis=-1, keepdims=True) if subtracts_mean else wide_x
+    wide_dh = np.zeros_like(wide_dy) if dh is None else dh.astype(np.float64)
+    dx, dweight, _ = norm.backward(dy, x, weight, eps, "cpu", dh=dh)
+    exact_y = alone.forward(wide_x, wide_weight, eps, "reference")
+    exact_dx, exact_dweight, _ = norm.backward(wide_dy, wide_x, wide_weight, eps, "reference", dh=wide_dh)
+    xhat = alone.forward(wide_x, np.ones_like(wide_weight), eps, "reference")
+    centred = wide_x - wide_x.mean(axis=-1, keepdims=True) if norm.centres else wide_x
     rstd = np.linalg.norm(xhat, axis=-1, keepdims=True) / np.linalg.norm(centred, axis=-1, keepdims=True)
     # Where x is close to the row's mean, the reference's own mean is not exact enough to tell the last digits of y.
-    reference_eps = 4 * float(np.finfo(np.longdouble).eps) if subtracts_mean else 0.0
+    reference_eps = 4 * float(np.finfo(np.longdouble).eps) if norm.centres else 0.0
     mean_error = reference_eps * np.mean(np.abs(wide_x), axis=-1, keepdims=True) * rstd * np.abs(wide_weight)
-    # dx is a difference of terms that may cancel: its error is measured against the largest of them.
+    # dx is a sum of terms that may cancel: its error is measured against the largest of them.
     outer_term = rstd * wide_dy * wide_weight
+    largest_term = np.max(np.abs([outer_term, exact_dx - outer_term - wide_dh, wide_dh]), axis=0)
     # dweight is a sum over rows in float64, rounded at the end: the sum's own error does not count.
     sum_error = len(x) * 2.0**-53 * np.abs(wide_dy * xhat).sum(axis=0)
     return Error(
         norm.label,
         dtype.name,
-        ulp_error(y, exact_y, forgiven=mean_error),
-        ulp_error(dx, exact_dx, scale=np.maximum(np.abs(outer_term), np.abs(exact_dx - outer_term))),
+        float(np.maximum(ulp_error(y, exact_y, forgiven=mean_error), error_of_h)),  # NaN if one is
+        ulp_error(dx, exact_dx, scale=largest_term),
         ulp_error(dweight, exact_dweight, forgiven=sum_error),
         BOUNDS[dtype.name],
     )
@@ -178,13 +191,18 @@ def check_gradients(norm: Norm, activation: Activation, backend: str) -> Gradien
     """Compare dx and dweight of one engine with numerical derivatives of the same engine's y, in float64."""
     from rmsnorm_np.gradcheck import check_gradient
 
+    x, weight = activation.x[:GRADIENT_ROWS].astype(np.float64), activation.weight.astype(np.float64)
+    residual = another(x)
+
     def function(x: Array, weight: Array) -> Array:
-        return norm.forward(x, weight, activation.eps, backend)
+        result = norm.forward(x, weight, activation.eps, backend, residual=residual)
+        return np.stack(result) if norm.adds else result
 
     def gradient(dy: Array, x: Array, weight: Array) -> tuple[Any, ...]:
-        return norm.backward(dy, x, weight, activation.eps, backend)
+        if not norm.adds:
+            return norm.backward(dy, x, weight, activation.eps, backend)
+        return norm.backward(dy[0], x + residual, weight, activation.eps, backend, dh=dy[1])
 
-    x, weight = activation.x[:GRADIENT_ROWS].astype(np.float64), activation.weight.astype(np.float64)
     found = check_gradient(function, gradient, x, weight, method=METHODS[backend])
     tolerance = max(part.tolerance for part in found.inputs)
     return Gradient(norm.label, backend, found.method, found.verdict, found.error, found.estimate_error, tolerance)

@@ -45,8 +45,8 @@ def moved(problem: Problem) -> Problem:
     """The same problem with its arrays on the device."""
     from rmsnorm_np.cuda.arrays import to_device
 
-    arrays = {name: to_device(getattr(problem, name)) for name in ("x", "weight", "dy")}
-    return replace(problem, **arrays)
+    arrays = {name: getattr(problem, name) for name in ("x", "weight", "dy", "residual", "dh")}
+    return replace(problem, **{name: to_device(array) for name, array in arrays.items() if array is not None})
 
 
 def empty_like(array: Any) -> Any:

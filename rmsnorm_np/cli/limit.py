@@ -1,7 +1,8 @@
 """The machine's limit: the traffic of a norm with next to no arithmetic, measured in the same run as the norms.
 
-Forward reads one array and writes one (copy); backward reads two and writes one (triad). Stores go past the cache
-where the engine's would. Nothing that moves the same bytes with the same processor can be much faster.
+Forward reads one array and writes one (copy), or two and two where a residual is added; backward reads two, or three,
+and writes one (triad). Stores go past the cache where the engine's would. Nothing that moves the same bytes with the
+same processor can be much faster.
 
 These kernels are compiled in each process: the cache on disk keeps those of `rmsnorm_np.cpu` alone.
 """
@@ -9,69 +10,68 @@ These kernels are compiled in each process: the cache on disk keeps those of `rm
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from rmsnorm_np.cpu import memory, threads
-from rmsnorm_np.cpu.jit import Kernel, piece
-from rmsnorm_np.cpu.simd import LANES, data, float64, load, rounded, store, stream
+from rmsnorm_np.cpu.arrays import pointers
+from rmsnorm_np.cpu.jit import compiled, piece
 from rmsnorm_np.cpu.threads import in_parallel
+from rmsnorm_np.cpu.tracing import step
+from rmsnorm_np.cpu.vector import LANES, Work, Writer
 
 PIECE = 1 << 14  # float64 that a thread takes at a time, 128 KiB
 
 
-def calls(nbytes: int) -> dict[str, Callable[[], None]]:
-    """The copy and the copy followed by the triad, on arrays of about `nbytes`; by the direction they are limits of."""
-    count = -(-nbytes // (8 * LANES)) * LANES  # whole vectors of float64: bytes are bytes, and these need no conversion
-    x, z, y = (memory.empty((1, count), np.dtype(np.float64)) for _ in range(3))
-    for array in (x, z, y):
-        array[...] = 1.0
-    streaming = memory.streams(y)
+def calls(nbytes: int, adds: bool = False) -> dict[str, Callable[[], None]]:
+    """The copy and the copy followed by the triad, on arrays of about `nbytes`; by the direction they are limits of.
 
-    def run(kernel: Kernel, *args: Any) -> None:
-        args = (*args, threads.choose(2 * count))
-        (kernel.compiled.get(None) or kernel.compile(None, args))(*args)
+    adds: with the residual's arrays: two copies, and a triad that reads three.
+    """
+    count = -(-nbytes // (8 * LANES)) * LANES  # whole vectors of float64: bytes are bytes, and these need no conversion
+    arrays = [memory.empty((1, count), np.dtype(np.float64)) for _ in range(5 if adds else 3)]
+    for array in arrays:
+        array[...] = 1.0
+    streaming = bool(memory.streams(arrays[2]))
+    x, z, y, *more = (array[0] for array in arrays)  # more: residual and h
+
+    def run(y: Any, *reads: Any) -> None:
+        _kernel(len(reads), streaming)(reads, y, threads.choose(2 * count))
 
     def forward() -> None:
-        run(copy, x[0], y[0], streaming)
+        run(y, x)
+        if adds:
+            run(more[1], more[0])
 
     def both() -> None:
         forward()
-        run(triad, x[0], z[0], y[0], streaming)
+        run(y, x, z, *more[1:])
 
     return {"forward": forward, "forward+backward": both}
 
 
-def _copy(x: Any, y: Any, streaming: int, on_threads: int) -> None:
-    in_parallel(_copy_piece, -(-len(x) // PIECE), on_threads, (data(x), data(y), len(x), streaming))
+@cache
+def _kernel(count: int, streaming: bool) -> Callable[..., None]:
+    """kernel(reads, y, threads): y = the sum of so many arrays."""
+    doubles = Work("double", LANES)
 
+    def move(w: Writer, reads: Any, y: Any, i: Any) -> None:
+        number = sum(
+            (w.load(data, "float64", i, doubles) for data in reads[1:]), w.load(reads[0], "float64", i, doubles)
+        )
+        (w.stream if streaming else w.store)(y, "float64", i, number)
 
-@piece
-def _copy_piece(p: int, x: Any, y: Any, count: int, streaming: int) -> None:
-    start, stop = p * PIECE, min(p * PIECE + PIECE, count)
-    if streaming:
-        for i in range(start, stop, LANES):
-            stream(y, i, rounded(load(x, i, float64)))
-    else:
-        for i in range(start, stop, LANES):
-            store(y, i, rounded(load(x, i, float64)))
+    move_vector = step(move)
 
+    @piece
+    def move_piece(p: Any, reads: Any, y: Any, n: Any) -> Any:
+        for i in range(p * PIECE, min(p * PIECE + PIECE, n), LANES):
+            move_vector((reads, y, i))
 
-def _triad(x: Any, z: Any, y: Any, streaming: int, on_threads: int) -> None:
-    in_parallel(_triad_piece, -(-len(x) // PIECE), on_threads, (data(x), data(z), data(y), len(x), streaming))
+    def kernel(reads: Any, y: Any, on_threads: Any) -> Any:
+        in_parallel(move_piece, -(-len(y) // PIECE), on_threads, (pointers(reads), pointers(y), len(y)))
 
-
-@piece
-def _triad_piece(p: int, x: Any, z: Any, y: Any, count: int, streaming: int) -> None:
-    start, stop = p * PIECE, min(p * PIECE + PIECE, count)
-    if streaming:
-        for i in range(start, stop, LANES):
-            stream(y, i, rounded(load(x, i, float64)) + rounded(load(z, i, float64)))
-    else:
-        for i in range(start, stop, LANES):
-            store(y, i, rounded(load(x, i, float64)) + rounded(load(z, i, float64)))
-
-
-copy = Kernel(_copy)
-triad = Kernel(_triad)
+    array = np.empty(LANES)
+    return compiled(None, lambda: kernel, ((array,) * count, array, 1))

@@ -26,12 +26,19 @@ _ALSO_NEEDED = {"onnxruntime": "onnx"}  # the models it runs are built with this
 class Problem:
     """One operation on given arrays: what every contender computes."""
 
-    op: str  # "rms_norm" or "layer_norm"
+    op: str  # "rms_norm", "layer_norm", or one of these after "add_"
     direction: str  # "forward" or "forward+backward"
     x: Array  # (rows, n)
     weight: Array  # (n,)
     dy: Array  # (rows, n)
     eps: float
+    residual: Array | None = None  # (rows, n), as dh: where x is added to it first
+    dh: Array | None = None
+
+    @property
+    def centres(self) -> bool:
+        """Whether the mean is subtracted."""
+        return self.op.endswith("layer_norm")
 
 
 def versions(only: Sequence[str] = PEERS) -> dict[str, str]:
@@ -63,7 +70,7 @@ def _missing(name: str) -> list[str]:
 
 
 def calls(problem: Problem, threads: int, only: Sequence[str] = PEERS) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Pairs of a peer's name and its call; a forward call returns y, the other (dx, dweight)."""
+    """Pairs of a peer's name and its call; a forward call returns y (and h), the other (dx, dweight)."""
     makers = {
         "torch": _torch,
         "torch compiled": _torch_compiled,
@@ -102,11 +109,15 @@ def _torch(problem: Problem, threads: int, compiled: bool = False) -> Callable[[
 
     torch.set_num_threads(threads)
     x, weight, dy = (_as_torch(array) for array in (problem.x, problem.weight, problem.dy))
-    function = functional.rms_norm if problem.op == "rms_norm" else functional.layer_norm
-    shape, eps = weight.shape, problem.eps
+    residual, dh = (None if array is None else _as_torch(array) for array in (problem.residual, problem.dh))
+    function = functional.layer_norm if problem.centres else functional.rms_norm
+    shape, eps = problem.weight.shape, problem.eps
 
     def norm(x: Any, weight: Any) -> Any:
-        return function(x, shape, weight, eps=eps)
+        if residual is None:
+            return function(x, shape, weight, eps=eps)
+        h = x + residual
+        return function(h, shape, weight, eps=eps), h
 
     if compiled:
         torch._dynamo.reset()  # it gives up on a function that it has compiled for eight shapes
@@ -116,7 +127,7 @@ def _torch(problem: Problem, threads: int, compiled: bool = False) -> Callable[[
         return norm(x, weight)
 
     def both() -> Any:
-        return torch.autograd.grad(norm(x, weight), (x, weight), dy)
+        return torch.autograd.grad(norm(x, weight), (x, weight), dy if residual is None else (dy, dh))
 
     if problem.direction == "forward":
         return forward
@@ -140,36 +151,41 @@ def _jax(problem: Problem, threads: int) -> Callable[[], Any]:
     if problem.x.dtype == np.float64:
         jax.config.update("jax_enable_x64", True)
     x, weight, dy = (jnp.asarray(array) for array in (problem.x, problem.weight, problem.dy))
+    residual, dh = (None if array is None else jnp.asarray(array) for array in (problem.residual, problem.dh))
     eps = problem.eps
+    if residual is not None:
+        dy = dy, dh
 
-    def norm(x: Any, weight: Any) -> Any:
+    def norm(x: Any, weight: Any, residual: Any) -> Any:
         # written as in the usual models: statistics in float32 or better, the result in x's dtype
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if problem.op == "layer_norm":
+        h = x if residual is None else x + residual
+        wide = h.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if problem.centres:
             wide = wide - wide.mean(-1, keepdims=True)
         rstd = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-        return (wide * rstd * weight).astype(x.dtype)
+        y = (wide * rstd * weight).astype(x.dtype)
+        return y if residual is None else (y, h)
 
-    def gradients(x: Any, weight: Any, dy: Any) -> Any:
-        y, pull_back = jax.vjp(norm, x, weight)
+    def gradients(x: Any, weight: Any, residual: Any, dy: Any) -> Any:
+        y, pull_back = jax.vjp(lambda x, weight: norm(x, weight, residual), x, weight)
         return y, pull_back(dy)  # y too, or the compiler would leave the forward pass out
 
     if problem.direction == "forward":
         compiled = jax.jit(norm)
-        return lambda: compiled(x, weight).block_until_ready()
+        return lambda: jax.block_until_ready(compiled(x, weight, residual))
     compiled = jax.jit(gradients)
-    return lambda: jax.block_until_ready(compiled(x, weight, dy))[1]
+    return lambda: jax.block_until_ready(compiled(x, weight, residual, dy))[1]
 
 
 def _openvino(problem: Problem, threads: int) -> Callable[[], Any] | None:
-    if problem.direction != "forward" or problem.x.dtype != np.float32:
+    if problem.direction != "forward" or problem.x.dtype != np.float32 or problem.residual is not None:
         return None
     import openvino
     from openvino import opset13
 
     x = opset13.parameter(problem.x.shape, np.float32)
     axis, eps, weight = np.array([1], np.int64), np.float32(problem.eps), opset13.constant(problem.weight)
-    if problem.op == "layer_norm":
+    if problem.centres:
         xhat = opset13.mvn(x, axis, True, problem.eps, "INSIDE_SQRT")
     else:  # the pattern that openvino knows as RMSNorm
         mean_square = opset13.reduce_mean(opset13.power(x, opset13.constant(np.float32(2))), axis, True)
@@ -185,21 +201,29 @@ def _openvino(problem: Problem, threads: int) -> Callable[[], Any] | None:
 def _onnxruntime(problem: Problem, threads: int) -> Callable[[], Any] | None:
     onnx_types = {"float32": "FLOAT", "float16": "FLOAT16", "float64": "DOUBLE"}
     name = problem.x.dtype.name
+    if problem.residual is not None:
+        del onnx_types["float64"]  # its operations with a residual have no kernel for it
     if problem.direction != "forward" or name not in onnx_types:
         return None
     import onnx
     import onnxruntime
 
     # SimplifiedLayerNormalization is onnxruntime's fused RMSNorm; its RMSNormalization is several operations
-    op = "SimplifiedLayerNormalization" if problem.op == "rms_norm" else "LayerNormalization"
+    op = "LayerNormalization" if problem.centres else "SimplifiedLayerNormalization"
     element = getattr(onnx.TensorProto, onnx_types[name])
-    arrays = {"x": problem.x, "weight": problem.weight}
+    arrays, outputs = {"x": problem.x, "weight": problem.weight}, ["y"]
+    options: dict[str, Any] = {"axis": -1}
+    if problem.residual is not None:  # with a residual: Skip…, which has no axis, and h for its fourth output
+        op, outputs, options = f"Skip{op}", ["y", "", "", "h"], {"domain": "com.microsoft"}
+        arrays = {"x": problem.x, "residual": problem.residual, "weight": problem.weight}
     inputs = [onnx.helper.make_tensor_value_info(key, element, array.shape) for key, array in arrays.items()]
-    output = onnx.helper.make_tensor_value_info("y", element, problem.x.shape)
-    node = onnx.helper.make_node(op, list(arrays), ["y"], axis=-1, epsilon=problem.eps)
-    graph = onnx.helper.make_graph([node], "norm", inputs, [output])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, arrays)[0]
+    outs = [onnx.helper.make_tensor_value_info(key, element, problem.x.shape) for key in outputs if key]
+    node = onnx.helper.make_node(op, list(arrays), outputs, epsilon=problem.eps, **options)
+    graph = onnx.helper.make_graph([node], "norm", inputs, outs)
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = threads
+    serialized = model.SerializeToString()
+    session = onnxruntime.InferenceSession(serialized, session_options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, arrays)[0 if problem.residual is None else slice(None)]

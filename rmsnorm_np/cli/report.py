@@ -16,7 +16,7 @@ from rmsnorm_np.cli.inputs import LAYER_NORM, LAYERS, NORMS, Array, Norm, activa
 from rmsnorm_np.cli.timing import Call, Ratio, interleave, ratio
 
 ROWS = {"in cache": 512, "in memory": 16384}  # 1.2 MB and 38 MB of float32 in, as much out
-ARRAYS_MOVED = {"forward": 2, "backward": 3}  # x, y; dy, x, dx
+DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class NormTime:
 
 def report(as_json: bool, with_times: bool) -> int:
     """Run the job and print it. The exit code is 1 if a check failed."""
-    total = checks.count_steps() + (len(ROWS) * len(ARRAYS_MOVED) if with_times else 0)
+    total = checks.count_steps() + (len(ROWS) * len(DIRECTIONS) if with_times else 0)
     with console.progress(total) as step:
         layers = checks.check(step)
         times = measure_times(step) if with_times else []
@@ -69,7 +69,7 @@ def engine() -> Engine:
 
 
 def measure_times(step: Step) -> list[NormTime]:
-    """Time the three norms three ways, in turn, on the activations of layer `last`, repeated.
+    """Time the norms three ways, in turn, on the activations of layer `last`, repeated.
 
     The kernels have been compiled by then: the checks call them with arguments of the same types.
     """
@@ -78,7 +78,7 @@ def measure_times(step: Step) -> list[NormTime]:
     for place, rows in ROWS.items():
         x = np.tile(source.x, (rows // len(source.x), 1))
         dy = np.random.default_rng(0).standard_normal(x.shape, dtype=np.float32)
-        for direction, arrays in ARRAYS_MOVED.items():
+        for direction in DIRECTIONS:
             step(f"time: {direction}, {place}")
             contenders = {
                 f"{norm.label}, {way}": call
@@ -99,7 +99,7 @@ def measure_times(step: Step) -> list[NormTime]:
                         reference.median,
                         ratio(plain_, cpu),
                         ratio(reference, cpu),
-                        arrays * x.nbytes / cpu.median,
+                        norm.arrays_moved(direction) * x.nbytes / cpu.median,
                         ratio(cpu, timings[f"{LAYER_NORM.label}, cpu"]),
                     )
                 )
@@ -108,15 +108,17 @@ def measure_times(step: Step) -> list[NormTime]:
 
 def _ways(norm: Norm, direction: str, dy: Array, x: Array, weight: Array, eps: float) -> dict[str, Call]:
     if direction == "forward":
+        residual = checks.another(x) if norm.adds else None
         return {
-            "reference": partial(norm.forward, x, weight, eps, "reference"),
-            "numpy": partial(plain.forward, norm, x, weight, eps),
-            "cpu": partial(norm.forward, x, weight, eps, "cpu"),
+            "reference": partial(norm.forward, x, weight, eps, "reference", residual=residual),
+            "numpy": partial(plain.forward, norm, x, weight, eps, residual=residual),
+            "cpu": partial(norm.forward, x, weight, eps, "cpu", residual=residual),
         }
+    dh = checks.another(dy) if norm.adds else None
     return {
-        "reference": partial(norm.backward, dy, x, weight, eps, "reference"),
-        "numpy": partial(plain.backward, norm, dy, x, weight, eps),
-        "cpu": partial(norm.backward, dy, x, weight, eps, "cpu"),
+        "reference": partial(norm.backward, dy, x, weight, eps, "reference", dh=dh),
+        "numpy": partial(plain.backward, norm, dy, x, weight, eps, dh=dh),
+        "cpu": partial(norm.backward, dy, x, weight, eps, "cpu", dh=dh),
     }
 
 
@@ -164,7 +166,8 @@ def _render_errors(out: Console, layers: Sequence[LayerCheck]) -> None:
         out,
         "Accuracy: CPU engine against the reference, largest error in ULP",
         drawn,
-        "0.5 is the exact result, rounded once; float64 is compared with a reference that is itself rounded. Bounds: "
+        "+ RMSNorm: add_rms_norm; its sum h counts under y. 0.5 is the exact result, rounded once; float64 is "
+        "compared with a reference that is itself rounded. Bounds: "
         + ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
         + ".",
     )
@@ -189,7 +192,7 @@ def _render_gradients(out: Console, layers: Sequence[LayerCheck]) -> None:
         )
     console.show(
         out,
-        "Gradients: largest relative error of the three norms, float64",
+        "Gradients: largest relative error of the norms, float64",
         drawn,
         "The reference against the complex step; the CPU engine against adaptive finite differences (± their own "
         "error).",
@@ -242,9 +245,10 @@ def _render_times(out: Console, times: Sequence[NormTime]) -> None:
         console.show(out, f"Speed, {place}: float32, {rows}×{n}, {rows * n * 4 / 1e6:.1f} MB", drawn)
     console.legend(
         out,
-        "Medians of interleaved rounds, in brackets their extremes. CPU: this package's engine. GB/s: the bytes that "
-        "it has to read and write, over its time. NumPy: the norm in plain NumPy, every step in float32. reference: "
-        "rmsnorm_np.reference, in float64; in brackets how many times as long as the CPU engine it takes.",
+        "Medians of interleaved rounds, in brackets their extremes. + RMSNorm: add_rms_norm, the addition of a "
+        "residual included. CPU: this package's engine. GB/s: the bytes that it has to read and write, over its time. "
+        "NumPy: the norm in plain NumPy, every step in float32. reference: rmsnorm_np.reference, in float64; in "
+        "brackets how many times as long as the CPU engine it takes.",
     )
 
 

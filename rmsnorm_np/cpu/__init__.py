@@ -1,7 +1,7 @@
 """The CPU engine: normalised arguments in, arrays out. Here a call gets its memory, its kernel and its threads.
 
-Read on in `kernels` (how rows are cut into blocks), `blocks` (what happens to one), `rows` and `gradients` (to a row),
-`simd` (what a vector is); `extreme` has rows that leave the range.
+Read on in `schedule` (how rows are cut into blocks), `blocks` (what happens to one), `row` (to a row), `vector` (what a
+number is) and `tracing` (how a formula becomes machine code); `rare` has rows that leave the range.
 """
 
 from __future__ import annotations
@@ -11,129 +11,157 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments as arguments
+from rmsnorm_np import ops
 from rmsnorm_np._threads import get_num_threads
-from rmsnorm_np.cpu import cache, extreme, kernels, long_rows, memory, threads
+from rmsnorm_np.cpu import cache, kernel, long_rows, memory, rare, threads
+from rmsnorm_np.cpu.prepared import small
+from rmsnorm_np.ops.operation import Columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["arguments", "describe", "layer_backward", "layer_forward", "rms_backward", "rms_forward", "warmup"]
+    from rmsnorm_np.ops.operation import Operation
 
-# Numba has no 16-bit floats on CPUs: the kernels see their bits, and tell the two formats apart by these types.
-_FLOAT16, _FLOAT16_BITS, _BFLOAT16_BITS = map(np.dtype, (np.float16, np.uint16, np.int16))
-
-_MARK = np.dtype(np.uint8)  # for each row whether it was skipped, for `extreme` to take
+__all__ = ["arguments", "backward", "describe", "forward", "small", "warmup"]
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
+ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
 SCALED_ROWS = 128  # from so many rows on, a backward pass over halves converts weight once for all of them (1.1 to 1.2
 SCALE_BYTES = 1 << 14  # times as fast), if that takes no more than half of a first-level cache
-ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
+
+_BITS = np.dtype(np.uint16)  # Numba has no 16-bit floats on CPUs: the kernels see their bits
 
 
-def rms_forward(x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any) -> Any:
-    """Y = x · rstd · (weight_offset + weight) + bias for each row of x, see :func:`rmsnorm_np.rms_norm`."""
-    return _forward(x, weight, bias, k, eps, weight_offset, out, None)
+# Both functions take the operation's records as plain tuples, which Python makes in a tenth of the time.
+
+_NO_TOTALS = (None, None)
 
 
-def layer_forward(x: Any, weight: Any, bias: Any, eps: float, weight_offset: float, out: Any) -> Any:
-    """Y = (x - mean) · rstd · (weight_offset + weight) + bias for each row, see :func:`rmsnorm_np.layer_norm`."""
-    return _forward(x, weight, bias, x.shape[1], eps, weight_offset, out, 1)
+def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any) -> tuple[Any, Any]:
+    """Run an operation on rows: reads (rows, n); weight and bias (m, n), where row r uses row r % m.
 
-
-def rms_backward(dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any) -> Any:
-    """dx, dweight and dbias of `rms_forward`, see :func:`rmsnorm_np.rms_norm_backward`."""
-    return _backward(dy, x, weight, bias, k, eps, weight_offset, out, None)
-
-
-def layer_backward(dy: Any, x: Any, weight: Any, bias: Any, eps: float, weight_offset: float, out: Any) -> Any:
-    """dx, dweight and dbias of `layer_forward`, see :func:`rmsnorm_np.layer_norm_backward`."""
-    return _backward(dy, x, weight, bias, x.shape[1], eps, weight_offset, out, 1)
-
-
-def _forward(
-    x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: int | None
-) -> Any:
+    out: arrays to write to, or None. What the operation keeps is written where a second array is read. eps: a number,
+    or one for each row, then no row may leave the range.
+    """
+    x, residual = reads
+    weight, bias, offset = columns
+    y, h = out
     rows, n = x.shape
-    if n <= long_rows.LONG_ROW and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
+    long, whole = n > long_rows.LONG_ROW, k == n
+    if not long and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
         # a small call: the kernel takes about a microsecond, so each question that is not asked here counts
-        y = np.empty((rows, n), x.dtype) if out is None else out
-        kernel, streaming, on_threads = kernels.forward, 0, 1
+        if y is None:
+            y = np.empty((rows, n), x.dtype)
+        if h is None and residual is not None:
+            h = np.empty((rows, n), residual.dtype)
+        streaming, on_threads = 0, 1
     else:
-        y = memory.empty((rows, n), x.dtype, x) if out is None else out
-        kernel = long_rows.long_forward if n > long_rows.LONG_ROW else kernels.forward
-        on_threads = threads.choose(x.size)
-        streaming = memory.streams(y)
-    key = x.dtype, weight is None or weight.dtype, bias is None or bias.dtype, centred, weight_offset != 0.0
-    skipped = None
-    x_stored, y_stored = x, y
-    if x.itemsize != 4:
-        if centred is None or x.itemsize == 8:  # else float64 inside, and no sum leaves its range
-            skipped = np.zeros(rows, _MARK)
-        x_stored, y_stored = _stored(x), _stored(y)
-    weight_m = bias_m = 1
-    if weight is not None:
-        weight_m = len(weight)
-        if weight.itemsize == 2:
-            weight = _stored(weight)
-    if bias is not None:
-        bias_m, bias = len(bias), _stored(bias)
-    args = (
-        x_stored, weight, bias, k, weight_m, bias_m, weight_offset or None, eps, streaming, centred, skipped,
-        on_threads, y_stored,
+        if y is None:
+            y = memory.empty((rows, n), x.dtype, x)
+        if h is None and residual is not None:
+            h = memory.empty((rows, n), residual.dtype, x, y)
+        streaming, on_threads = memory.streams(y), threads.choose(x.size)
+    key = (
+        operation.name, x.dtype, residual is None or residual.dtype, weight is None or weight.dtype,
+        bias is None or bias.dtype, whole, offset != 0.0, long, type(eps),
     )  # fmt: skip
-    if (kernel.compiled.get(key) or kernel.compile(key, args))(*args):  # `_run`, without a call of its own
-        _run(extreme.forward, key, (*args[:8], centred, skipped, on_threads, y_stored))
-    return y
+    entry = kernel.entries.get(key)
+    if entry is None:
+        entry = kernel.entry(key, operation, reads, columns, (y, h), _NO_TOTALS)
+    marks = np.zeros(rows, np.uint8) if entry.marks else None
+    reads_, columns_, writes_ = reads, columns, (y, h)
+    if entry.halves:
+        reads_, writes_ = (_stored(x), _stored(residual)), (_stored(y), _stored(h))
+        columns_ = _stored(weight), _stored(bias), offset
+    if entry.code(reads_, columns_, writes_, None if whole else k, eps, streaming, marks, on_threads):
+        call = rare.Call(operation, operation.Reads(x if h is None else h), Columns(*columns), k, eps, marks)
+        with rare.standard_here():
+            rare.forward(_forward_unmarked, call, y)
+    return y, h
 
 
-def _backward(
-    dy: Any, x: Any, weight: Any, bias: Any, k: int, eps: float, weight_offset: float, out: Any, centred: int | None
-) -> Any:
+def _forward_unmarked(call: rare.Call) -> Any:
+    return forward(call.operation, call.reads, call.columns, (None, None), call.k, call.eps)[0]
+
+
+def backward(
+    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any, totals: Any = None
+) -> tuple[Any, Any]:
+    """Run an operation that adds up shares over rows; returns its outputs and these sums. Arguments as in `forward`.
+
+    totals: what to add the shares up in; None for arrays like weight and bias.
+    """
+    x = reads[0]
     rows, n = x.shape
-    dx = memory.empty(x.shape, x.dtype, x, dy) if out is None else out
-    dweight, dbias = (None if a is None else memory.empty(a.shape, a.dtype) for a in (weight, bias))
+    weight, bias, offset = columns
+    dx = out[0]
+    if dx is None:
+        dx = memory.empty(x.shape, x.dtype, *(a for a in reads if a is not None))
+    if totals is None:
+        totals = (
+            None if weight is None else memory.empty(weight.shape, weight.dtype),
+            None if bias is None else memory.empty(bias.shape, bias.dtype),
+        )
+    dweight, dbias = totals
     if rows == 0:
-        for total in (dweight, dbias):
+        for total in totals:
             if total is not None:
                 total[...] = 0
-        return dx, dweight, dbias
-    if weight is not None:
-        weight, weight_offset = _scale(x, weight, weight_offset)
+        return (dx,), totals
     weight_m = 1 if weight is None else len(weight)
-    m = max(weight_m, 1 if bias is None else len(bias))
-    streaming = memory.streams(dx)
-    key: tuple[Any, ...] = (
-        dy.dtype, x.dtype, weight is None or weight.dtype, dweight is None or dweight.dtype,
-        dbias is None or dbias.dtype, centred, not weight_offset,
-    )  # fmt: skip
-    before = (_stored(dy), _stored(x), _stored(weight), k, weight_m, m)
-    skipped = np.zeros(rows, _MARK) if x.itemsize == 8 else None
-    on_threads = threads.choose(x.size)
-    numbers = weight_offset or None, eps
-    after = (streaming, centred, skipped, on_threads, _stored(dx))
-    if n <= long_rows.LONG_ROW:
-        sums: list[Any] = [dweight, dbias]
-        chunks = min(max(1, CHUNKS // m), max(1, rows // m // ROWS_PER_CHUNK))
-        partials = [None if total is None else np.empty((chunks * m, n)) for total in sums]
-        some = _run(kernels.backward, key, (*before, chunks, *numbers, *after, *partials, *map(_stored, sums)))
+    m = max(weight_m, 1 if dweight is None else len(dweight), 1 if dbias is None else len(dbias))
+    if weight is not None and x.itemsize == 2:
+        weight, offset = _scale(x, weight, offset)
+    long = n > long_rows.LONG_ROW
+    partials: tuple[Any, Any] = _NO_TOTALS
+    sums: tuple[Any, ...] = totals
+    chunks = 1
+    if long:
+        sums = tuple(t if t is None or len(t) == m else np.empty((m, n)) for t in totals)
     else:
-        # each column is added up over the rows at once; only a parameter with fewer rows than the other needs more
-        sums = [None if t is None else t if len(t) == m else np.empty((m, n)) for t in (dweight, dbias)]
-        key = (key, *(s is None or s.dtype for s in sums))
-        some = _run(long_rows.long_backward, key, (*before, *numbers, *after, *map(_stored, sums)))
-        chunks, partials = 1, [None if total is None or not some else np.zeros((m, n)) for total in sums]
-    if some:
-        marks = skipped, int(n > long_rows.LONG_ROW), on_threads
-        args = (*before, chunks, *numbers, centred, *marks, _stored(dx), *partials, *map(_stored, sums))
-        _run(extreme.backward, key, args)
-    for total, sum_ in zip((dweight, dbias), sums, strict=True):
-        if total is not None and total is not sum_:
-            _run(kernels.add_rows, total.dtype, (sum_, _stored(total), on_threads))
-    return dx, dweight, dbias
+        chunks = min(CHUNKS // m or 1, rows // m // ROWS_PER_CHUNK or 1)
+        room = chunks * m, n
+        partials = None if dweight is None else np.empty(room), None if dbias is None else np.empty(room)
+    key = (
+        operation.name, x.dtype, reads[1].dtype, reads[2] is None or reads[2].dtype, weight is None or weight.dtype,
+        sums[0] is None or sums[0].dtype, sums[1] is None or sums[1].dtype, k == n, offset != 0.0, long, type(eps),
+    )  # fmt: skip
+    own = weight, None, offset
+    entry = kernel.entries.get(key)
+    if entry is None:
+        entry = kernel.entry(key, operation, reads, own, (dx,), sums)
+    marks = np.zeros(rows, np.uint8) if entry.marks else None
+    arrays: Any = reads, own, (dx,), partials, sums
+    if entry.halves:
+        stored = tuple(map(_stored, reads)), (_stored(weight), None, offset), (_stored(dx),)
+        arrays = *stored, partials, tuple(map(_stored, sums))
+    settings = None if k == n else k, eps, memory.streams(dx), m, chunks
+    on_threads = threads.choose(x.size)
+    if entry.code(*arrays, settings, marks, on_threads):
+        if long and any(t is not None for t in sums):  # as rows were marked, they are not added up yet
+            sums = tuple(None if t is None else np.empty((m, n)) for t in totals)
+            entry = kernel.entry(("again", *key), operation, reads, own, (dx,), sums)
+            entry.code(*arrays[:4], sums, settings, marks, on_threads)
+        call = rare.Call(operation, operation.Reads(*reads), Columns(*columns), k, eps, marks)
+        with rare.standard_here():
+            shares = rare.backward(_backward_unmarked, call, dx, m)
+        sums = tuple(
+            t if t is None else np.concatenate(parts)
+            for t, *parts in zip(totals, sums if long else partials, shares, strict=True)
+        )
+    elif not long:
+        return (dx,), totals
+    for total, rows_of_sums in zip(totals, sums, strict=True):
+        if total is not None and total is not rows_of_sums:
+            kernel.add_rows(rows_of_sums, _stored(total), total.dtype.name, on_threads)
+    return (dx,), totals
 
 
-def _run(kernel: Any, key: Any, args: tuple[Any, ...]) -> Any:
-    return (kernel.compiled.get(key) or kernel.compile(key, args))(*args)
+def _backward_unmarked(call: rare.Call, with_totals: bool) -> tuple[Any, Any]:
+    n = call.reads[0].shape[1]
+    totals = tuple(np.empty((1, n)) if with_totals and a is not None else None for a in call.columns[:2])
+    (dx,), totals = backward(call.operation, call.reads, call.columns, (None,), call.k, call.eps, totals)
+    return dx, totals
 
 
 def _scale(x: Any, weight: Any, weight_offset: float) -> tuple[Any, float]:
@@ -143,30 +171,28 @@ def _scale(x: Any, weight: Any, weight_offset: float) -> tuple[Any, float]:
     Not where it would crowd the row out of the first-level cache. Forward, and in float32, each row does it faster.
     """
     rows, n = x.shape
-    if x.itemsize != 2 or rows < SCALED_ROWS or 8 * n > SCALE_BYTES:
+    if rows < SCALED_ROWS or 8 * n > SCALE_BYTES:
         return weight, weight_offset
     with np.errstate(invalid="ignore"):  # a signalling NaN: no more is said of it than of any other
         scale = weight.astype(np.float64)
-    if weight_offset != 0.0:  # adding 0.0 would turn -0.0 round
+    if weight_offset != 0.0:  # -0.0 + 0.0 is +0.0: skip, to keep the sign
         scale += weight_offset
     return scale, 0.0
 
 
-def _stored(array: Any) -> Any:
-    """The array as the kernels see it."""
-    if array is None or array.itemsize > 2:
-        return array
-    return array.view(_FLOAT16_BITS if array.dtype == _FLOAT16 else _BFLOAT16_BITS)
+def _stored(a: Any) -> Any:
+    """An array as the kernels see it."""
+    return a if a is None or a.itemsize > 2 else a.view(_BITS)
 
 
 def warmup(
     dtypes: Sequence[str] = ("float32", "float64", "float16", "bfloat16"), report: Callable[[str], None] | None = None
 ) -> None:
-    """Compile the kernels of all four functions, so that no later call has to, and keep them if a folder is writable.
+    """Compile the kernels of all norms and gradients before they are called, and keep them if a folder is writable.
 
-    These are the kernels for rows of any length and number, where weight and bias have the dtype of x or are absent,
-    `dy` has it too, and `weight_offset` is 0. Other combinations compile at their first call, as do a weight and a
-    bias for different axes with rows longer than 65,536.
+    These are the kernels for rows of any length and number, without a residual, where weight and bias have the dtype
+    of x or are absent, `dy` has it too, and `weight_offset` is 0. Other combinations compile at their first call, as do
+    a weight and a bias for different axes with rows longer than 65,536.
 
     Parameters
     ----------
@@ -182,20 +208,19 @@ def warmup(
             dtype = np.dtype(ml_dtypes.bfloat16)
         else:
             dtype = np.dtype(name)
-        shapes = [(2, 64), (1, long_rows.LONG_ROW + 1)]
-        if dtype.itemsize == 2:
-            shapes.append((SCALED_ROWS, 64))
+        shapes = [(2, 64), (SCALED_ROWS, 64), (1, long_rows.LONG_ROW + 1)]
         for parameters in (("weight",), (), ("weight", "bias")):
             if report is not None:
                 report(f"{name}, {' and '.join(parameters) or 'x alone'}")
             for rows, n in shapes:
                 x = np.ones((rows, n), dtype)
-                x[-1] = np.nan  # for the kernels of `extreme`
+                x[-1] = np.inf  # for the kernels of `rare`
                 weight, bias = (np.ones((1, n), dtype) if p in parameters else None for p in ("weight", "bias"))
-                rms_forward(x, weight, bias, n, 1e-6, 0.0, None)
-                layer_forward(x, weight, bias, 1e-6, 0.0, None)
-                rms_backward(x, x, weight, bias, n, 1e-6, 0.0, None)
-                layer_backward(x, x, weight, bias, 1e-6, 0.0, None)
+                columns = weight, bias, 0.0
+                for operation in ops.FORWARD:
+                    forward(operation, (x, None), columns, (None, None), n, 1e-6)
+                for operation in ops.BACKWARD:
+                    backward(operation, (x, x, None), columns, (None,), n, 1e-6)
 
 
 def describe() -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 Numba's own cache looks at the file of the kernel alone: it would keep machine code after a change of a function that
 the kernel calls in another module. Here the name of a cached file is a digest of everything the machine code depends
-on: the sources of the kernels, the versions of Numba, llvmlite and Python, the processor, the signature. So a file is
-right or not looked at; it is written whole, under another name first, so processes that compile at once do not disturb
-each other; and it carries its checksum, so a damaged file is compiled anew. Where no folder can be written, kernels are
-compiled in each process.
+on: the sources of the engine and of the formulas, the versions of Numba, llvmlite and Python, the processor, the
+signature. So a file is right or not looked at; it is written whole, under another name first, so processes that compile
+at once do not disturb each other; and it carries its checksum, so a damaged file is compiled anew. Where no folder can
+be written, kernels are compiled in each process.
 
 The folder: ``NUMBA_CACHE_DIR`` where that is set; else ``__pycache__`` beside this file, else the user's cache folder.
 Kernels are looked for in all of them, and kept in the first that can be written: an image can bring them read-only.
@@ -32,7 +32,7 @@ from numba.core.serialize import dumps
 _DIGEST = 32  # bytes of a SHA-256
 
 # Files of the engine that no machine code depends on. All others count, so a new file can only recompile too much.
-_NOT_COMPILED = {"__init__", "cache", "memory"}
+_NOT_COMPILED = {"__init__", "cache", "memory", "prepared", "rare"}
 
 
 def _places() -> Iterator[Path]:
@@ -67,7 +67,7 @@ def _sources() -> bytes | None:
     package = importlib.resources.files("rmsnorm_np")  # in a folder or in a zip file
     files = [
         file
-        for place in (package, package / "cpu")
+        for place in (package / "cpu", package / "ops")
         for file in sorted(place.iterdir(), key=lambda file: file.name)
         if _is_compiled(place.name, *file.name.rpartition(".")[::2])
     ]
@@ -80,14 +80,14 @@ def _is_compiled(folder: str, name: str, suffix: str) -> bool:
     """Whether machine code depends on a file."""
     if suffix not in ("py", "pyc"):  # an install can be without the sources
         return False
-    return name not in _NOT_COMPILED if folder == "cpu" else name == "_formulas"
+    return folder == "ops" or name not in _NOT_COMPILED
 
 
 class KernelCache(caching.NullCache):  # type: ignore[misc]
-    """The cache of one dispatcher."""
+    """The cache of one kernel. label: what tells it from others that are compiled of the same sources."""
 
-    def __init__(self, function: Any) -> None:
-        self._function = function
+    def __init__(self, label: str) -> None:
+        self._label = label
 
     @property
     def cache_path(self) -> str | None:
@@ -139,23 +139,10 @@ class KernelCache(caching.NullCache):  # type: ignore[misc]
         sources = _sources()
         if sources is None:
             return None
-        key = f"{self._function.__module__}.{self._function.__qualname__} {sig} {codegen.magic_tuple()}".encode()
-        return f"{self._function.__name__.lstrip('_')}-{hashlib.sha256(sources + key).hexdigest()[:32]}.nbc"
+        key = f"{self._label} {sig} {codegen.magic_tuple()}".encode()
+        return f"{self._label.split()[0]}-{hashlib.sha256(sources + key).hexdigest()[:32]}.nbc"
 
 
 def _checksum(name: str, payload: bytes) -> bytes:
     """Of the name, too: a whole file can come back under another's name from a repaired file system."""
     return hashlib.sha256(name.encode() + payload).digest()
-
-
-def cached(dispatcher: Any) -> Any:
-    """The dispatcher, with its cache if the digest covers the module of the kernel.
-
-    A kernel that is defined elsewhere is compiled in each process: an edit to it would not change the digest. With
-    ``NUMBA_DISABLE_JIT=1`` the dispatcher is a plain function, and stays one.
-    """
-    if hasattr(dispatcher, "py_func"):
-        package, _, name = dispatcher.py_func.__module__.rpartition(".")
-        if package == __package__ and name not in _NOT_COMPILED:
-            dispatcher._cache = KernelCache(dispatcher.py_func)
-    return dispatcher

@@ -1,9 +1,9 @@
-"""The CUDA engine: normalised device arrays in, device arrays out. Here a call gets its memory, its plan and its grid.
+"""The CUDA engine: device arrays in, device arrays out, of any operation of :mod:`rmsnorm_np.ops`.
 
-Read on in `launch` (how work is cut), `kernels` and `long_rows` (who takes which row), `moments` (what is summed over a
-row), `elements` (what becomes of it), `parameters` (dweight and dbias). Below: `rows` (a row in registers), `reduce`
-(sums over threads), `pairs` (numbers with twice the digits), `vector` (what a thread moves), `intrinsics`, `kernel`
-(what is launched), `arguments`, `copies` and `arrays` (what a caller has).
+Here a call gets its memory, its plan and its grid. Read on in `launch` (how work is cut), `schedule` (the kernels: who
+takes which row), `row` (the program for one row), `team` (sums over threads), `rare` (rows out of range). Below:
+`tracing` (how formulas become code), `number` (a number in a register), `words` (what a thread moves), `kernel` (what
+is launched), `arguments`, `copies` and `arrays` (what a caller has).
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numba_cuda  # without it Numba has an older numba.cuda of its own, which will not do
-import numpy as np
 from numba import cuda
 
-from rmsnorm_np.cuda import arguments, arrays, kernels, launch, long_rows, parameters, vector
+from rmsnorm_np.cuda import arguments, arrays, launch, rare, schedule
 from rmsnorm_np.cuda.arrays import to_device, use_stream
-from rmsnorm_np.cuda.moments import MOMENTS, NUMBERS
-from rmsnorm_np.cuda.reduce import WARP
+from rmsnorm_np.cuda.elements import Size
+from rmsnorm_np.cuda.launch import Kinds, Plan
+from rmsnorm_np.cuda.row import Program
+from rmsnorm_np.cuda.team import width_of
+from rmsnorm_np.cuda.words import BYTES
+from rmsnorm_np.ops.operation import Columns, Operation, Totals
+from rmsnorm_np.ops.records import given
 
 if TYPE_CHECKING:
     from rmsnorm_np.cuda.arrays import Seen
@@ -26,167 +30,135 @@ if TYPE_CHECKING:
 
 __all__ = [
     "arguments",
+    "backward",
     "describe",
-    "layer_backward",
-    "layer_forward",
-    "rms_backward",
-    "rms_forward",
+    "forward",
+    "run",
     "to_device",
     "use_stream",
 ]
 
 
-def rms_forward(
-    x: Seen, weight: Seen | None, bias: Seen | None, k: int, eps: float, weight_offset: float, out: Seen
-) -> None:
-    """y = x · rstd · (weight_offset + weight) + bias for each row of x, see :func:`rmsnorm_np.rms_norm`."""
-    return _forward(x, weight, bias, k, eps, weight_offset, out, False)
+def run(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Totals]:
+    """(writes, totals) of an operation on device arrays. Records may be plain tuples.
+
+    reads: a record of (rows, n), `Seen`. columns: weight and bias of (m, n), or None, and the weight offset. out: a
+    record of arrays to write to, None for those to be made: y and dx have the dtype of x, h that of the residual, and
+    is written where there is one. k: elements in the RMS. totals: the gradients by weight and bias, of the operations
+    that have them.
+    """
+    reads, columns, out = operation.Reads(*reads), Columns(*columns), operation.Writes(*out)
+    rows, n = reads[0].shape
+    stream = arrays.stream_for((*reads, *columns[:2], *out))
+    for field, target in zip(out._fields, out, strict=True):
+        like = reads.residual if field == operation.keep else reads[0]
+        if target is None and like is not None:
+            out = out._replace(**{field: arrays.seen("", arrays.empty((rows, n), like.dtype, stream))})
+    sums, tasks = Totals(reads[0].address, reads[0].address), 0
+    if rows > 0:
+        sums, tasks = _launched(*_planned(operation, reads, columns, out, k, eps), stream)
+    parameters = Totals(*columns[:2]) if operation.share is not None else Totals()
+    totals = given(parameters, lambda like, partial: _total(like, partial, tasks, n, stream), sums)
+    arrays.leave_scratch()
+    return given(out, lambda a: a.owner), totals
 
 
-def layer_forward(x: Seen, weight: Seen | None, bias: Seen | None, eps: float, weight_offset: float, out: Seen) -> None:
-    """y = (x - mean) · rstd · (weight_offset + weight) + bias for each row, see :func:`rmsnorm_np.layer_norm`."""
-    return _forward(x, weight, bias, x.shape[1], eps, weight_offset, out, True)
+def _total(parameter: Seen, partial: int, tasks: int, n: int, stream: int) -> Any:
+    """The gradient of a parameter, from the sums of all blocks."""
+    rows = parameter.shape[0]
+    total = arrays.empty((rows, n), parameter.dtype, stream)
+    slices = launch.SLICES[tasks // rows <= launch.MANY_TASKS]
+    schedule.add_partials(parameter.dtype.name, arrays.capability_here(), slices)(
+        rows * -(-n // schedule.COLUMNS), stream, partial, tasks, rows, n, arrays.seen("", total).address
+    )
+    return total
 
 
-def rms_backward(
-    dy: Seen, x: Seen, weight: Seen | None, bias: Seen | None, k: int, eps: float, weight_offset: float, out: Seen
-) -> Any:
-    """dx, dweight and dbias of `rms_forward`, see :func:`rmsnorm_np.rms_norm_backward`."""
-    return _backward(dy, x, weight, bias, k, eps, weight_offset, out, False)
+def _planned(
+    operation: Operation, reads: Any, columns: Columns, out: Any, k: int, eps: float
+) -> tuple[Plan, Size, list[int]]:
+    """The plan of a call, from its shape and dtypes; its numbers; the addresses of its arrays."""
+    rows, n = reads[0].shape
+    backward, offset = operation.share is not None, columns.weight_offset or 0.0
+    weight_m, bias_m = (1 if a is None else a.shape[0] for a in columns[:2])
+    m = max(weight_m, bias_m) if backward else 1
+    used = Columns(columns.weight, None if backward else columns.bias)  # no gradient depends on the bias
+    records = (reads, used, out)
+    kept = operation.keep and getattr(out, operation.keep)
+    addresses = [0 if a is None else a.address for record in records for a in record]
+    # whether every vector begins at a multiple of its size
+    aligned = n % (BYTES // (kept or reads[0]).dtype.itemsize) == 0 and all(a % BYTES == 0 for a in addresses)
+    dtypes = tuple(tuple(None if a is None else a.dtype for a in record) for record in records)
+    sums = tuple(a is not None and backward for a in columns[:2])
+    plan = _plan_for(operation, dtypes, sums, offset != 0.0, k < n, n, aligned, arrays.capability_here())
+    chunks = _chunks(plan, rows // m, m, n) if backward else min(rows, launch.RARE_BLOCKS)
+    return plan, Size(rows, n, k, 1.0 / n, 1.0 / k, eps, offset, weight_m, bias_m, m, chunks), addresses
 
 
-def layer_backward(
-    dy: Seen, x: Seen, weight: Seen | None, bias: Seen | None, eps: float, weight_offset: float, out: Seen
-) -> Any:
-    """dx, dweight and dbias of `layer_forward`, see :func:`rmsnorm_np.layer_norm_backward`."""
-    return _backward(dy, x, weight, bias, x.shape[1], eps, weight_offset, out, True)
+def _launched(plan: Plan, size: Size, addresses: list[int], stream: int) -> tuple[Any, int]:
+    """Launches the kernels of a call: the addresses of the partial sums, and how many rows of them there are."""
+    tasks = size.chunks * size.m
+    pieces, widths = (-(-size.n // plan.length), _widths(plan)) if plan.split else (1, ())
+    wanted = [size.rows, *(size.rows * pieces * width * 4 for width in widths)]
+    wanted += [tasks * size.n * 8 if there else 0 for there in plan.kinds.totals]
+    marks, *rest = arrays.scratch(tuple(wanted), stream)
+    kept, sums = rest[: len(widths)], Totals(*rest[len(widths) :])
+    totals = [address if there else 0 for address, there in zip(sums, plan.kinds.totals, strict=True)]
+    common = [*addresses, *totals, marks, *size]  # in the order of `Arrays`
+    for s in range(len(widths)):
+        schedule.pieces_kernel(plan, s)(size.rows * pieces, stream, *common, *kept)
+    blocks = tasks if plan.backward else -(-size.rows // plan.teams)
+    schedule.rows_kernel(plan)(blocks * pieces, stream, *common, *kept)
+    if plan.marks:
+        rare.rare_kernel(launch.rare_plan(plan))(tasks, stream, *common)
+    return sums, tasks
 
 
-def _plan(
-    x: Seen, dy: Seen | None, weight: Seen | None, bias: Seen | None, k: int, weight_offset: float, out: Seen,
-    centred: bool,
-) -> launch.Plan:  # fmt: skip
-    n = x.shape[1]
-    given = [a for a in (x, dy, weight, bias) if a is not None]
-    aligned = arrays.are_aligned(n, vector.BYTES // x.dtype.itemsize, tuple(a.address for a in (*given, out)))
-    dtypes = [None if a is None else a.dtype for a in (x, dy, weight, bias)]
-    return _plan_for(n, *dtypes, centred, k < n, weight_offset != 0.0, aligned, arrays.capability_here())
+@lru_cache(maxsize=1024)
+def _widths(plan: Plan) -> tuple[int, ...]:
+    """Words of the sums of each stage."""
+    return tuple(map(width_of, Program(plan).sums))
 
 
 @lru_cache(maxsize=1024)
 def _plan_for(
-    n: int, x: Any, dy: Any, weight: Any, bias: Any, centred: bool, partial: bool, offset: bool, aligned: bool,
+    operation: Operation,
+    dtypes: Any,
+    sums: Any,
+    offset: bool,
+    first_k: bool,
+    n: int,
+    aligned: bool,
     capability: Capability,
-) -> launch.Plan:  # fmt: skip
-    names = (None if dtype is None else dtype.name for dtype in (dy, weight, bias))
-    return launch.plan_for(
-        n, x.name, *names, centred=centred, partial=partial, offset=offset, aligned=aligned, capability=capability
-    )
-
-
-def _forward(
-    x: Seen, weight: Seen | None, bias: Seen | None, k: int, eps: float, weight_offset: float, out: Seen, centred: bool
-) -> None:
-    rows, n = x.shape
-    if rows == 0:
-        return
-    stream = arrays.stream_for((x, weight, bias, out))
-    plan = _plan(x, None, weight, bias, k, weight_offset, out, centred)
-    source, target = x.address, out.address
-    w, b = (source if a is None else a.address for a in (weight, bias))  # what is not there is not looked at
-    weight_rows, bias_rows = (1 if a is None else a.shape[0] for a in (weight, bias))
-    if not plan.split:
-        kernels.forward(plan)(
-            -(-rows // plan.teams), stream,
-            source, w, b, rows, n, k, 1.0 / k, weight_rows, bias_rows, weight_offset, eps, target,
-        )  # fmt: skip
-        return
-    pieces = -(-n // plan.length)
-    numbers = _numbers(plan, None, x, None, k, eps, weight_offset, pieces, [], stream)[0]
-    long_rows.piece_forward(plan)(
-        rows * pieces, stream, source, w, b, numbers, rows, n, weight_rows, bias_rows, weight_offset, target
-    )
-    arrays.leave_scratch()
-
-
-def _numbers(
-    plan: launch.Plan, dy: Seen | None, x: Seen, weight: Seen | None, k: int, eps: float, weight_offset: float,
-    pieces: int, more: list[int], stream: int,
-) -> list[int]:  # fmt: skip
-    """Where the numbers of each long row are, from the moments of its pieces; and `more` bytes, for the same call."""
-    rows, n = x.shape
-    itemsize = np.dtype(plan.work).itemsize
-    numbers, kept, *rest = arrays.scratch((rows * NUMBERS * itemsize, rows * pieces * MOMENTS * 8, *more), stream)
-    inverse_last = 1.0 / (n - (pieces - 1) * plan.length)  # a division in a kernel costs it registers
-    gradient, w = (x.address if a is None else a.address for a in (dy, weight))
-    long_rows.piece_moments(plan)(
-        rows * pieces, stream, gradient, x.address, w, n, k, inverse_last, 1 if weight is None else weight.shape[0],
-        weight_offset, eps, kept,
+) -> Plan:
+    reads, columns, writes = (tuple(None if dtype is None else dtype.name for dtype in record) for record in dtypes)
+    kinds = Kinds(
+        operation, operation.Reads(*reads), Columns(columns[0], columns[1], offset or None), operation.Writes(*writes),
+        Totals(*(there or None for there in sums)), first_k,
     )  # fmt: skip
-    team = WARP if pieces <= launch.WARP_PIECES else plan.block
-    long_rows.row_numbers(plan, team)(rows, stream, kept, n, k, 1.0 / k, inverse_last, eps, numbers)
-    return [numbers, *rest]
+    return launch.plan_for(n, kinds, aligned, capability)
 
 
-def _backward(
-    dy: Seen, x: Seen, weight: Seen | None, bias: Seen | None, k: int, eps: float, weight_offset: float, out: Seen,
-    centred: bool,
-) -> Any:  # fmt: skip
-    rows, n = x.shape
-    stream = arrays.stream_for((x, dy, weight, bias, out))
-    plan = _plan(x, dy, weight, bias, k, weight_offset, out, centred)
-    weight_rows, bias_rows = (1 if a is None else a.shape[0] for a in (weight, bias))
-    m = max(weight_rows, bias_rows)
-    given = [a is not None for a in (weight, bias)]
-    pieces = -(-n // plan.length) if plan.split else 1
-    chunks = _chunks(plan, rows // m, m * pieces, any(given))
-    tasks = chunks * m
-    sizes = [tasks * n * np.dtype(plan.work).itemsize if there else 0 for there in given]
-    sums = [x.address] * 2
-    if rows > 0:
-        w = x.address if weight is None else weight.address
-        if plan.split:
-            numbers, *sums = _numbers(plan, dy, x, weight, k, eps, weight_offset, pieces, sizes, stream)
-            long_rows.piece_backward(plan)(
-                tasks * pieces, stream, dy.address, x.address, w, numbers, rows, n, weight_rows, m, chunks, k,
-                weight_offset, out.address, *sums,
-            )  # fmt: skip
-        else:
-            if any(given):
-                sums = arrays.scratch(tuple(sizes), stream)
-            kernels.backward(plan)(
-                tasks, stream, dy.address, x.address, w, rows, n, k, 1.0 / k, weight_rows, m, chunks, weight_offset,
-                eps, out.address, *sums,
-            )  # fmt: skip
-    else:
-        tasks = 0
-    totals = [
-        None if parameter is None else _total(plan, parameter, partial, tasks, n, stream)
-        for parameter, partial in zip((weight, bias), sums, strict=True)
-    ]
-    arrays.leave_scratch()
-    return None, *totals
-
-
-def _chunks(plan: launch.Plan, groups: int, blocks: int, sums: bool) -> int:
-    """Parts of the rows that share a row of the parameters; `blocks` blocks take each part, and have sums to write."""
+def _chunks(plan: Plan, groups: int, m: int, n: int) -> int:
+    """Parts of the rows that share a row of the parameters: for each of these, and each piece, a block."""
     most = max(1, -(-groups // plan.teams))
-    if not sums:
+    if not any(plan.kinds.totals):
         return most
     # Sums cost traffic: few of them, but where rows are few, blocks enough to give each multiprocessor one.
     enough = launch.MULTIPROCESSORS * (plan.resident or max(1, launch.SPLIT_THREADS // plan.block))
+    blocks = m * (-(-n // plan.length) if plan.split else 1)
     return max(1, min(most, max(groups // launch.ROWS_PER_CHUNK, enough // 4), enough // blocks))
 
 
-def _total(plan: launch.Plan, parameter: Seen, partial: int, tasks: int, n: int, stream: int) -> Any:
-    """The gradient of a parameter, from the sums of all blocks."""
-    total = arrays.empty(tuple(parameter.owner.shape), parameter.dtype, stream)
-    rows = parameter.shape[0]
-    slices = launch.SLICES[tasks // rows <= launch.MANY_TASKS]
-    parameters.add_partials(plan.work, parameter.dtype.name, plan.capability, slices)(
-        rows * -(-n // parameters.COLUMNS), stream, partial, tasks, rows, n, arrays.seen("", total).address
-    )
-    return total
+def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> Any:
+    """The outputs of `run`."""
+    return run(operation, reads, columns, out, k, eps)[0]
+
+
+def backward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Any]:
+    """The outputs and totals of `run`; the totals in the shapes of the parameters."""
+    writes, totals = run(operation, reads, columns, out, k, eps)
+    return writes, [arrays.shaped_like(total, like) for total, like in zip(totals, columns[:2], strict=True)]
 
 
 def describe() -> dict[str, Any]:

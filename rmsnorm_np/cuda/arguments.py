@@ -35,20 +35,19 @@ def _geometry(shape: tuple[int, ...], axis: Any, p: Any) -> Geometry:
 _remembered_geometry = lru_cache(maxsize=1024)(_geometry)
 
 
-def engine_arguments(
-    x: Any, dy: Any, weight: Any, bias: Any, eps: Any, p: Any, axis: Any, weight_offset: Any, out: Any
-) -> tuple[Any, ...]:
+def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     """As `_arguments.engine_arguments`, for device arrays; all errors but that of the dtype are those of the host.
 
-    The arrays of the result are `Seen`, and there is always one to write to.
+    The arrays of the result are `Seen`. For each result that there is, there is an array to write to.
     """
-    source = arrays.seen("x", x)
-    gradient, weights, biases, target = (
-        None if array is None else arrays.seen(name, array)
-        for name, array in (("dy", dy), ("weight", weight), ("bias", bias), ("out", out))
-    )
-    stream = arrays.stream_for((source, gradient, weights, biases, target))
-    shape, dtype = source.shape, source.dtype
+    names, given, (weight, bias, weight_offset), out, eps, p, axis = call
+    reads = tuple(None if a is None else arrays.seen(name, a) for name, a in zip(names, given, strict=False))
+    weights, biases = (None if a is None else arrays.seen(name, a) for name, a in (("weight", weight), ("bias", bias)))
+    out_names = names[len(given) :]
+    targets = [None if a is None else arrays.seen(name, a) for name, a in zip(out_names, out, strict=True)]
+    source: Any = reads[0]
+    stream = arrays.stream_for((*reads, weights, biases, *targets))
+    shape = source.shape
     plain = type(axis) is int and type(p) is float  # True is 1 to a cache
     axes, trailing, order, moved, rows, n, k = (_remembered_geometry if plain else _geometry)(shape, axis, p)
     eps = _arguments.check_eps(eps)
@@ -66,42 +65,64 @@ def engine_arguments(
     def permuted(array: Seen) -> Seen:
         return array._replace(shape=moved, strides=tuple(array.strides[i] for i in order))
 
+    def read(name: str, array: Seen | None) -> Seen | None:
+        if array is None:
+            return None
+        _arguments.check_same_shape(name, array.shape, names[0], shape)
+        return rows_of(array if trailing else permuted(array), rows)
+
     def parameter_of(name: str, array: Seen | None) -> Seen | None:
         if array is None:
             return None
         return rows_of(array, math.prod(_arguments.parameter_lead(name, array.shape, shape, axes)))
 
-    x_rows = rows_of(source if trailing else permuted(source), rows)
-    if gradient is not None:
-        _arguments.check_dy_shape(gradient.shape, shape)
-        gradient = rows_of(gradient if trailing else permuted(gradient), rows)
+    read_rows = tuple(map(read, names, reads))
     weights, biases = parameter_of("weight", weights), parameter_of("bias", biases)
-
-    if target is not None:
-        if target.shape != shape:
-            raise ValueError(f"out has shape {target.shape}, expected x.shape {shape}")
-        if target.dtype != dtype:
-            raise TypeError(f"out has dtype {target.dtype}, expected {dtype}, the dtype of the result")
-        if target.read_only:
-            raise ValueError("out is read-only, expected a writable array")
-        others = [
-            a for a in (x_rows, gradient) if a is not None and not (a.address == target.address and a.dtype == dtype)
-        ]
-        others += [a for a in (weights, biases) if a is not None]
-        if trailing and arrays.is_contiguous(target) and not any(arrays.overlaps(target, a) for a in others):
-            return x_rows, gradient, weights, biases, k, eps, weight_offset, rows_of(target, rows), lambda _: out
-
-    made = arrays.empty(moved, dtype, stream)
-    result = arrays.seen("", made)
+    ready: list[Seen | None] = []
+    answers: list[Any] = []  # what the caller gets
+    copies: list[tuple[Seen, Seen]] = []  # what is copied there first
+    for name, target, wanted, like in zip(out_names, targets, out, read_rows, strict=False):
+        result, answer = None, wanted
+        if target is not None and like is not None:
+            _check_target(name, target, shape, like.dtype)
+            if _is_direct(target, trailing, read_rows, (weights, biases)):
+                result = rows_of(target, rows)
+        if result is None and like is not None:
+            made = arrays.empty(moved, like.dtype, stream)
+            result = rows_of(arrays.seen("", made), rows)
+            if trailing and wanted is None:
+                answer = made
+            else:
+                answer = arrays.empty(shape, like.dtype, stream) if wanted is None else wanted
+                copies.append((arrays.seen("", made), permuted(arrays.seen(name, answer))))
+        ready.append(result)
+        answers.append(answer)
+    given_targets = [target for target in targets if target is not None]
+    if len(given_targets) > 1 and arrays.overlaps(*given_targets):
+        raise ValueError(f"{out_names[0]} and {out_names[1]} share memory, expected two arrays apart")
 
     def restore(_: Any) -> Any:
-        if out is None and trailing:
-            return made
-        answer = out if out is not None else arrays.empty(shape, dtype, stream)
-        copy(result, permuted(arrays.seen("out", answer)), arrays.capability_here(), stream)
-        return answer
+        for source, target in copies:
+            copy(source, target, arrays.capability_here(), stream)
+        return answers
 
-    return x_rows, gradient, weights, biases, k, eps, weight_offset, rows_of(result, rows), restore
+    return read_rows, (weights, biases, weight_offset), tuple(ready), k, eps, restore
+
+
+def _check_target(name: str, target: Seen, shape: tuple[int, ...], dtype: Any) -> None:
+    if target.shape != shape:
+        raise ValueError(f"{name} has shape {target.shape}, expected x.shape {shape}")
+    if target.dtype != dtype:
+        raise TypeError(f"{name} has dtype {target.dtype}, expected {dtype}, the dtype of the result")
+    if target.read_only:
+        raise ValueError(f"{name} is read-only, expected a writable array")
+
+
+def _is_direct(target: Seen, trailing: bool, reads: tuple[Any, ...], parameters: tuple[Any, ...]) -> bool:
+    """Whether kernels may write straight to it: it shares no memory, or is exactly one of the arrays that are read."""
+    others = [a for a in reads if a is not None and (a.address, a.dtype) != (target.address, target.dtype)]
+    others += [a for a in parameters if a is not None]
+    return trailing and arrays.is_contiguous(target) and not any(arrays.overlaps(target, a) for a in others)
 
 
 def restore_parameter(gradient: Any, parameter: Any) -> Any:

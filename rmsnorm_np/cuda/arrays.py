@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numba import cuda
 
-from rmsnorm_np.cuda.vector import BYTES, STORED
+from rmsnorm_np.cuda.words import STORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,6 +130,14 @@ def viewed(array: Any, shape: tuple[int, ...], strides: tuple[int, ...], dtype: 
     return DeviceNDArray(shape=shape, strides=strides, dtype=dtype, stream=array.stream, gpu_data=array.gpu_data)
 
 
+def shaped_like(array: Any, other: Seen | None) -> Any:
+    """An array of Numba in the shape that the owner of `other` has; None where one of them is."""
+    if array is None or other is None:
+        return None
+    shape = tuple(other.owner.shape)
+    return viewed(array, shape, _contiguous_strides(shape, array.dtype.itemsize), array.dtype)
+
+
 @lru_cache(maxsize=1024)
 def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) * itemsize for i in range(len(shape)))
@@ -197,6 +205,7 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+_ALIGNMENT = 256
 _KEPT = 64 * 2**20  # bytes at most that stay allocated; for more, time to allocate is little against that to compute
 
 
@@ -216,11 +225,3 @@ def leave_scratch() -> None:
     """All that works there has been launched: what is too large to keep is given back."""
     if _scratch.array is not None and _scratch.array.size > _KEPT:
         _scratch.array = None
-
-
-_ALIGNMENT = 256
-
-
-def are_aligned(n: int, lanes: int, addresses: tuple[int, ...]) -> bool:
-    """Whether every vector of these contiguous arrays, in rows of n, begins at a multiple of its size."""
-    return n % lanes == 0 and all(address % BYTES == 0 for address in addresses)

@@ -10,7 +10,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from rmsnorm_np.cuda.kernel import Capability, Kernel, array_of, kernel
+from rmsnorm_np.cuda.kernel import Capability, Kernel, array_of
 
 if TYPE_CHECKING:
     from rmsnorm_np.cuda.arrays import Seen
@@ -20,12 +20,6 @@ BLOCK = 256
 
 @lru_cache
 def _copier(capability: Capability, itemsize: int, ndim: int) -> Kernel:
-    steps = types.UniTuple(types.int64, ndim)
-
-    @kernel(
-        capability, BLOCK, source=array_of(itemsize), target=array_of(itemsize), shape=steps, source_steps=steps,
-        target_steps=steps,
-    )  # fmt: skip
     def copy_kernel(
         source: Any, target: Any, here: Any, there: Any, count: Any, shape: Any, source_steps: Any, target_steps: Any
     ) -> None:
@@ -39,7 +33,9 @@ def _copier(capability: Capability, itemsize: int, ndim: int) -> Kernel:
                 there += index * target_steps[axis]
             target[there] = source[here]
 
-    return copy_kernel
+    numbers, steps = types.UniTuple(types.int64, 3), types.UniTuple(types.int64, ndim)
+    arguments = (array_of(itemsize), array_of(itemsize), *numbers, steps, steps, steps)
+    return Kernel(copy_kernel, capability, BLOCK, 0, arguments)
 
 
 def copy(source: Seen, target: Seen, capability: Capability, stream: int) -> None:

@@ -1,284 +1,237 @@
-"""What becomes of the elements of one row: y, or dx and this thread's part of dweight and dbias."""
+"""What a team has of a row: the elements of its vectors, as numbers that formulas take."""
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import numpy as np
-from numba import cuda
-
-from rmsnorm_np import _formulas
-from rmsnorm_np.cuda.intrinsics import product
 from rmsnorm_np.cuda.launch import Plan
-from rmsnorm_np.cuda.moments import (
-    B_TAIL,
-    C_TAIL,
-    DY_TIMES,
-    DY_UNDO,
-    MEAN,
-    MEAN_TAIL,
-    RSTD,
-    RSTD_TAIL,
-    UNDO,
-    UNDO_AGAIN,
-    X_TIMES,
-    B,
-    C,
-)
-from rmsnorm_np.cuda.pairs import distance_pair, lost_in_difference
-from rmsnorm_np.cuda.rows import factor, factor_pair, weight_kept
-from rmsnorm_np.cuda.vector import decoder, encoder, inlined, reader, unrolled, words_of, writer
-
-rms_gradient = inlined(_formulas.rms_gradient)
-layer_gradient = inlined(_formulas.layer_gradient)
+from rmsnorm_np.cuda.number import LONG, Condition, Number, opaque
+from rmsnorm_np.cuda.tracing import step
+from rmsnorm_np.cuda.words import ALONE, ITEMSIZE, There, element, encoded, load, store, words_of
+from rmsnorm_np.ops.operation import Columns
+from rmsnorm_np.ops.primitives import Pair
+from rmsnorm_np.ops.records import given, like, mapped
 
 
-@lru_cache
-def standardiser(plan: Plan) -> Any:
-    """standardised(value, numbers): xhat for half types.
-
-    They need the whole mean, of which little may be left in the difference, but not the whole rstd.
+class Place(NamedTuple):
+    """Where a team is: the row's first element, this thread's place in the team, elements that are there; the first
+    elements of weight and of bias; elements that are in the RMS.
     """
-    centred = plan.centred
 
-    @inlined
-    def standardised(value: Any, numbers: Any) -> Any:
-        distance = (value - numbers[MEAN]) - numbers[MEAN_TAIL] if centred else value
-        return distance * numbers[RSTD]
-
-    return standardised
-
-
-@lru_cache
-def standardiser_pair(plan: Plan) -> Any:
-    """standardised_pair(value, numbers): xhat, as a pair."""
-    centred = plan.centred
-
-    @inlined
-    def standardised_pair(value: Any, numbers: Any) -> Any:
-        rstd, rstd_tail = numbers[RSTD], numbers[RSTD_TAIL]
-        if centred:
-            distance, distance_tail = distance_pair(value, numbers[MEAN], numbers[MEAN_TAIL])
-            head = product(distance, rstd)
-            tail = cuda.fma(distance, rstd, -head) + (distance * rstd_tail + distance_tail * rstd)
-        else:
-            head = product(value, rstd)
-            tail = cuda.fma(value, rstd, -head) + value * rstd_tail
-        return head, tail
-
-    return standardised_pair
+    start: Any
+    lane: Any
+    stop: Any
+    weight: Any
+    bias: Any
+    k: Any
 
 
-@lru_cache
-def simple_value(plan: Plan) -> Any:
-    """value_of(x, weight, e, bias, offset, numbers): y of one element, for half types."""
-    standardised, scaled, has_bias = standardiser(plan), factor(plan), plan.bias is not None
+class Size(NamedTuple):
+    """The numbers of a call: rows of n elements, k of them in the RMS.
 
-    @inlined
-    def value_of(x: Any, weight: Any, e: Any, bias: Any, offset: Any, numbers: Any) -> Any:
-        value = scaled(standardised(x, numbers), weight, 0, e, offset)
-        return value + bias if has_bias else value
-
-    return value_of
-
-
-@lru_cache
-def exact_value(plan: Plan) -> Any:
-    """As `simple_value`, where the result has as many digits as the type inside: one rounding counts, the last."""
-    standardised_pair, scaled_pair, scaled = standardiser_pair(plan), factor_pair(plan), factor(plan)
-    has_bias, zero = plan.bias is not None, plan.work(0)
-
-    @inlined
-    def value_of(x: Any, weight: Any, e: Any, bias: Any, offset: Any, numbers: Any) -> Any:
-        xhat, xhat_tail = standardised_pair(x, numbers)
-        value, tail = scaled_pair(xhat, weight, 0, e, offset)
-        tail += scaled(xhat_tail, weight, 0, e, offset)
-        if has_bias:
-            shifted = value + bias
-            tail += lost_in_difference(value, -bias, shifted)
-            value = shifted
-        # an infinite number has no tail: infinity less infinity is NaN
-        return value + (tail if abs(tail) < math.inf else zero)
-
-    return value_of
-
-
-@lru_cache
-def simple_gradient(plan: Plan) -> Any:
-    """gradient_of(x, d, weight, at, e, inside, offset, numbers): (dx, xhat) of one element; inside: it is in the RMS.
-
-    For half types: float32 inside has digits to spare.
+    m: rows of the totals; weight_m, bias_m: of weight and bias, where row r uses row r % weight_m. chunks: how many
+    blocks share a row of the totals.
     """
-    centred = plan.centred
-    scaled, standardised = factor(plan, again=True), standardiser(plan)
 
-    @inlined
-    def gradient_of(x: Any, d: Any, weight: Any, at: Any, e: Any, inside: Any, offset: Any, numbers: Any) -> Any:
-        xhat, g = standardised(x, numbers), scaled(d, weight, at, e, offset)
-        if centred:
-            gradient = layer_gradient(g, xhat, numbers[B], numbers[C])
-        else:
-            gradient = rms_gradient(g, xhat, numbers[C]) if inside else g
-        return gradient * numbers[RSTD], xhat
+    rows: Any
+    n: Any
+    k: Any
+    inverse_n: Any
+    inverse_k: Any
+    eps: Any
+    offset: Any
+    weight_m: Any
+    bias_m: Any
+    m: Any
+    chunks: Any
 
-    return gradient_of
+
+class Arrays(NamedTuple):
+    """Pointers to all arrays of a call. totals: partial sums, of float64."""
+
+    reads: Any
+    columns: Any
+    writes: Any
+    totals: Any
 
 
-@lru_cache
-def exact_gradient(plan: Plan) -> Any:
-    """As `simple_gradient`, where the result has as many digits as the type inside.
+class Scales(NamedTuple):
+    """What brings a row into the range: x' = (x - first) · x, and so on. The factors are powers of two.
 
-    g, b, c and xhat are pairs. The formula of their heads rounds once; the tails, and what g - b rounds off, go through
-    the same formula, which is linear in each. Two roundings count: that of the difference, which may be three times its
-    largest term, and that of the result. In float64, where a GPU has arithmetic to spare for it, only the last one.
+    undo: of what has the scale of dy · rstd, in two factors, as is dh.
     """
-    centred, zero, careful = plan.centred, plan.work(0), plan.work is np.float64
-    scaled_pair, standardised_pair = factor_pair(plan), standardiser_pair(plan)
 
-    @inlined
-    def lost_in_formula(outer: Any, xhat: Any, c: Any, gradient: Any) -> Any:
-        """outer - xhat · c - gradient."""
-        share = product(xhat, c)
-        difference = outer - share  # as near to gradient as the last bit of share: the difference of the two is exact
-        return lost_in_difference(outer, share, difference) - cuda.fma(xhat, c, -share) + (difference - gradient)
-
-    @inlined
-    def gradient_of(x: Any, d: Any, weight: Any, at: Any, e: Any, inside: Any, offset: Any, numbers: Any) -> Any:
-        xhat, xhat_tail = standardised_pair(x, numbers)
-        g, g_tail = scaled_pair(d, weight, at, e, offset)
-        c, c_tail, rstd = numbers[C], numbers[C_TAIL], numbers[RSTD]
-        gradient, tail = g, g_tail
-        if centred:
-            b = numbers[B]
-            gradient = layer_gradient(g, xhat, b, c)
-            tail += lost_in_difference(g, b, g - b)
-            if careful:
-                tail += lost_in_formula(g - b, xhat, c, gradient)
-            tail = rms_gradient(layer_gradient(tail, xhat, numbers[B_TAIL], c_tail), xhat_tail, c)
-        elif inside:
-            gradient = rms_gradient(g, xhat, c)
-            if careful:
-                tail += lost_in_formula(g, xhat, c, gradient)
-            tail = rms_gradient(rms_gradient(tail, xhat, c_tail), xhat_tail, c)
-        correction = gradient * numbers[RSTD_TAIL] + tail * rstd
-        # an infinite number has no correction: infinity less infinity is NaN
-        gradient = cuda.fma(gradient, rstd, correction if abs(correction) < math.inf else zero)
-        return gradient, xhat + (xhat_tail if abs(xhat_tail) < math.inf else zero)
-
-    return gradient_of
+    first: Any
+    x: Any
+    dy: Any
+    dh: Any
+    dh_again: Any
+    undo: Any
+    undo_again: Any
 
 
-@lru_cache
-def row_writer(plan: Plan) -> Any:
-    """write_row(x, weight, bias, y, start, weight_start, bias_start, lane, n, stop, offset, numbers): y of one row.
+class Vector(NamedTuple):
+    """One of a thread's vectors: trip t, at element i of the row or piece."""
 
-    x: words; weight, bias, y: arrays. Element e of the piece is at start + e of y, at weight_start + e of weight.
-    """
-    work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
-    x_element, put = decoder(plan.x, work, again=True), encoder(plan.x, plan.native_bfloat16)
-    has_weight, has_bias = plan.weight is not None, plan.bias is not None
-    weight_name, bias_name = plan.weight or "float32", plan.bias or "float32"
-    read_weight, read_bias = (reader(name, lanes, plan.aligned) for name in (weight_name, bias_name))
-    weight_words, bias_words = words_of(weight_name, lanes), words_of(bias_name, lanes)
-    bias_element, zero = decoder(bias_name, work), work(0)
-    write = writer(plan.x, lanes, plan.aligned)
-    value_of = exact_value(plan) if plan.exact else simple_value(plan)
-
-    @inlined
-    def put_element(e: Any, t: Any, x: Any, w: Any, b: Any, offset: Any, numbers: Any, result: Any) -> None:
-        bias = bias_element(b, 0, e) if has_bias else zero
-        put(result, 0, e, value_of(x_element(x, 4 * t, e), w, e, bias, offset, numbers))
-
-    put_elements = unrolled(put_element, lanes)
-
-    @inlined
-    def write_vector(
-        t: Any, x: Any, weight: Any, bias: Any, y: Any, start: Any, weight_start: Any, bias_start: Any, lane: Any,
-        stop: Any, offset: Any, numbers: Any,
-    ) -> None:  # fmt: skip
-        w = cuda.local.array(weight_words, np.uint32)
-        b = cuda.local.array(bias_words, np.uint32)
-        result = cuda.local.array(4, np.uint32)
-        i = (t * team + lane) * lanes
-        if has_weight:
-            read_weight(weight, weight_start + i, weight_start + stop, w, 0)
-        if has_bias:
-            read_bias(bias, bias_start + i, bias_start + stop, b, 0)
-        put_elements(t, x, w, b, offset, numbers, result)
-        write(y, start + i, start + stop, result)
-
-    return unrolled(write_vector, trips)
+    t: int
+    i: Any
+    there: There
+    inside: list[Any]  # for each element, where it is in the RMS; None for everywhere
 
 
-@lru_cache
-def gradient_writer(plan: Plan) -> Any:
-    """write_gradient(x, dy, weight, dx, start, lane, stop, k, offset, numbers, dweight, dbias): dx of one row.
+class Elements:
+    """Steps that read, and what the steps of a `row.Program` see."""
 
-    x, dy, weight: words, the same elements of each. dweight and dbias, this thread's sums, take their share.
-    """
-    write_ordinary, write_rescaled = vector_gradient_writer(plan, False), vector_gradient_writer(plan, True)
-    scalable = plan.x != "float16" or plan.dy != "float16"
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.kinds, self.op = plan, plan.kinds, plan.kinds.operation
+        self.kind = "f32" if plan.work in ("single", "pair") else "f64"
+        self.exact = plan.work in ("pair", "exact")  # whether what is written has as many digits as the type inside
+        kinds = self.kinds
+        kept = self.op.keep and getattr(kinds.writes, self.op.keep)
+        self.kept = self.op.keep if kept else None
+        # what is kept lies where the first array would
+        self.held = self._instead(kept) if kept else kinds.reads
+        words = lambda name: ("u32",) * (plan.trips * words_of(name, plan.lanes))  # noqa: E731
+        self.words = given(self.held, words)
+        # 16-bit columns that stay in registers are widened once: the compiler would do it anyhow, and keep both
+        wider = lambda name: "float32" if ITEMSIZE[name] == 2 and plan.backward else name  # noqa: E731
+        self.columns = given(Columns(*kinds.columns[:2]), wider)
+        self.column_words = given(self.columns, words)
+        self.added = given(kinds.totals, lambda _: (self.kind,) * (plan.trips * plan.lanes))
 
-    @inlined
-    def write_gradient(
-        x: Any, dy: Any, weight: Any, dx: Any, start: Any, lane: Any, stop: Any, k: Any, offset: Any, numbers: Any,
-        dweight: Any, dbias: Any,
-    ) -> None:  # fmt: skip
-        if scalable and (numbers[X_TIMES] != 1 or numbers[DY_TIMES] != 1):
-            write_rescaled(x, dy, weight, dx, start, lane, stop, k, offset, numbers, dweight, dbias)
-        else:
-            write_ordinary(x, dy, weight, dx, start, lane, stop, k, offset, numbers, dweight, dbias)
+    def _instead(self, first: Any) -> Any:
+        """A record of what is read with one array alone, the first."""
+        return like(self.kinds.reads, [first, *[None] * (len(self.kinds.reads) - 1)])
 
-    return write_gradient
+    def pointer(self, arrays: Arrays, f: int = 0) -> Any:
+        """The address of the f-th of the arrays that are held."""
+        return getattr(arrays.writes, self.kept) if self.kept else arrays.reads[f]
 
+    def vectors(self, b: Any, place: Place, anew: bool = False) -> Iterator[Vector]:
+        """Each vector of this thread.
 
-@lru_cache
-def vector_gradient_writer(plan: Plan, rescaled: bool) -> Any:
-    """As `gradient_writer`, for rows that were rescaled or for those that were not.
+        anew: in steps that come after another. The compiler would keep the conditions of all elements of rows that are
+        not aligned from one step to the next; the place is new to it then.
+        """
+        plan = self.plan
+        hide = anew and not (plan.aligned or plan.full)
+        for t in range(plan.trips):
+            at = place._replace(stop=opaque(b, place.stop), lane=opaque(b, place.lane)) if hide else place
+            i = b.mul(b.add(LONG(t * plan.team), at.lane), LONG(plan.lanes))
+            if plan.full:
+                there = [None] * plan.lanes
+            elif plan.aligned:
+                there = [b.icmp_signed("<", i, at.stop)] * plan.lanes
+            else:
+                left = b.sub(at.stop, i)  # one subtraction, and not an addition for each element
+                there = [b.icmp_signed("<", LONG(e), left) for e in range(plan.lanes)]
+            below = lambda e, i=i, at=at: Condition(b, b.icmp_signed("<", b.add(i, LONG(e)), at.k))  # noqa: E731
+            inside = [below(e) if self.kinds.first_k else None for e in range(plan.lanes)]
+            yield Vector(t, i, There(there, plan.aligned), inside)
 
-    To multiply by ones in all rows would be 3 of some 20 instructions for an element.
-    """
-    work, lanes, trips, team = plan.work, plan.lanes, plan.trips, plan.team
-    partial = plan.partial
-    has_weight, has_bias = plan.weight is not None, plan.bias is not None
-    dy_name = plan.dy or "float32"
-    x_element, dy_element = decoder(plan.x, work, again=True), decoder(dy_name, work, again=True)
-    put = encoder(plan.x, plan.native_bfloat16)
-    dy_words, weight_words = words_of(dy_name, lanes), words_of(weight_kept(plan), lanes)
-    gradient_of = exact_gradient(plan) if plan.exact else simple_gradient(plan)
-    write = writer(plan.x, lanes, plan.aligned)
+    def _there_of_row(self, b: Any, place: Place, there: There) -> There:
+        """The same, but nothing of a row that is not there, which a team without a row reads in place of its own."""
+        if not (self.plan.full and self.plan.teams > 1):
+            return there
+        return there._replace(conditions=[b.icmp_signed("<", LONG(0), place.stop)] * self.plan.lanes)
 
-    @inlined
-    def put_element(
-        e: Any, t: Any, i: Any, x: Any, dy: Any, weight: Any, k: Any, offset: Any, numbers: Any, result: Any,
-        dweight: Any, dbias: Any,
-    ) -> None:  # fmt: skip
-        d = dy_element(dy, t * dy_words, e)
-        inside = not partial or i + e < k
-        gradient, xhat = gradient_of(x_element(x, 4 * t, e), d, weight, t * weight_words, e, inside, offset, numbers)
-        if rescaled:
-            gradient *= numbers[UNDO]
-            gradient *= numbers[UNDO_AGAIN]
-            d *= numbers[DY_UNDO]
-        put(result, 0, e, gradient)
-        if has_weight:
-            # the compiler would move the addition, without the product, behind both branches of `gradient_writer`
-            dweight[t * lanes + e] = cuda.fma(d, xhat, dweight[t * lanes + e])
-        if has_bias:
-            dbias[t * lanes + e] += d
+    def vector_of(self, names: Any, words: Any, t: int) -> Any:
+        """Vector t of each array."""
+        count = lambda name: words_of(name, self.plan.lanes)  # noqa: E731
+        return given(names, lambda name, w: list(w[t * count(name) : (t + 1) * count(name)]), words)
 
-    put_elements = unrolled(put_element, lanes)
+    def numbers_of(self, b: Any, vector: Any, e: int, how: str, again: bool = False, names: Any = None) -> Any:
+        """Element e of each array that is held, or of those with these names.
 
-    @inlined
-    def write_vector(
-        t: Any, x: Any, dy: Any, weight: Any, dx: Any, start: Any, lane: Any, stop: Any, k: Any, offset: Any,
-        numbers: Any, dweight: Any, dbias: Any,
-    ) -> None:  # fmt: skip
-        result = cuda.local.array(4, np.uint32)
-        i = (t * team + lane) * lanes
-        put_elements(t, i, x, dy, weight, k, offset, numbers, result, dweight, dbias)
-        write(dx, start + i, start + stop, result)
+        how: "plain", "pair", whose rounding errors are kept, or "wide", float64.
+        """
+        kind = "f64" if how == "wide" else self.kind
+        one = lambda name, w: element(b, w, e, name, again).to(kind)  # noqa: E731
+        made = lambda name, w: Pair(one(name, w), None) if how == "pair" else one(name, w)  # noqa: E731
+        return given(names or self.held, made, vector)
 
-    return unrolled(write_vector, trips)
+    def columns_of(self, b: Any, vector: Any, e: int, offset: Number, how: str, again: bool = False) -> Any:
+        """weight, bias and weight_offset of an element; the offset to all its digits."""
+        found = self.numbers_of(b, vector, e, how, again, self.columns)
+        if not self.kinds.columns.weight_offset:
+            return Columns(*found[:2])
+        if self.kind == "f64" or how == "wide":
+            return found._replace(weight_offset=Pair(offset, None) if how == "pair" else offset)
+        head = offset.to("f32")
+        return found._replace(weight_offset=Pair(head, (offset - head).to("f32")))
+
+    def entered(self, e: Any) -> Any:
+        """What the formulas are about."""
+        return e[0] if self.kept else self.op.enter(e)
+
+    def scaled(self, e: Any, scales: Scales | None, but: str | None = None) -> Any:
+        """The element in the range; `but`: a field that stays as it is."""
+        if scales is None:
+            return e
+        moved = {
+            "x": lambda a: (a - scales.first) * scales.x,
+            "dy": lambda a: a * scales.dy,
+            "dh": lambda a: a * scales.dh * scales.dh_again,
+        }
+        change = lambda f, a: a if f == but or a is None else mapped(moved[f], a)  # noqa: E731
+        return like(e, [change(f, a) for f, a in zip(e._fields, e, strict=True)])
+
+    # --------------------------------------------------------------------------------------------------- reading
+
+    def read(self, first: bool) -> Any:
+        """read(arrays, place): the words of a row. first: what is kept is made now, and written; else it is read."""
+        kinds = self.kinds
+
+        def body(b: Any, arrays: Arrays, place: Place) -> Any:
+            found = given(self.held, lambda name: ())
+            for v in self.vectors(b, place):
+                i = b.add(place.start, v.i)
+                fetch = lambda name, a, v=v, i=i: load(b, a, i, name, v.there)  # noqa: E731
+                if self.kept and not first:
+                    words = self._instead(fetch(self.held[0], self.pointer(arrays)))
+                else:
+                    words = given(kinds.reads, fetch, arrays.reads)
+                if self.kept and first:
+                    words = self._instead(self._entered_words(b, words))
+                    store(b, self.pointer(arrays), i, self.held[0], words[0], self._there_of_row(b, place, v.there))
+                found = given(found, lambda old, new: (*old, *new), words)
+            return found
+
+        return step(body, self.words)
+
+    def _entered_words(self, b: Any, words: Any) -> list[Any]:
+        """The words of what is kept of a vector, from those of what is read."""
+        how, elements = "pair" if self.exact else "plain", range(self.plan.lanes)
+        numbers = [self.op.enter(self.numbers_of(b, words, e, how, names=self.kinds.reads)) for e in elements]
+        return encoded(b, numbers, self.held[0], self.plan.native_bfloat16)
+
+    def read_columns(self) -> Any:
+        """read(arrays, place): the words of the columns, for all rows to come."""
+
+        def body(b: Any, arrays: Arrays, place: Place) -> Any:
+            found = given(self.columns, lambda name: ())
+            for v in self.vectors(b, place):
+                words = given(self.columns, lambda to, name, w: self._widened_words(b, w, name, to),
+                              self.kinds.columns, self.load_columns(b, arrays, v, place))  # fmt: skip
+                found = given(found, lambda old, new: (*old, *new), words)
+            return found
+
+        return step(body, self.column_words)
+
+    def _widened_words(self, b: Any, words: list[Any], name: str, to: str) -> list[Any]:
+        if name == to:
+            return words
+        numbers = [element(b, words, e, name) for e in range(self.plan.lanes)]
+        return [opaque(b, word) for number in numbers for word in number.words()]
+
+    def load_columns(self, b: Any, arrays: Arrays, v: Vector, place: Place) -> Any:
+        """The words of a vector of weight and of bias."""
+        fetch = lambda name, a, start: load(b, a, b.add(start, v.i), name, v.there)  # noqa: E731
+        starts = Columns(place.weight, place.bias)
+        return given(Columns(*self.kinds.columns[:2]), fetch, Columns(*arrays.columns[:2]), starts)
+
+    @staticmethod
+    def one(b: Any, pointer: Any, name: str, i: Any) -> Number:
+        """A single element of an array."""
+        return element(b, load(b, pointer, i, name, ALONE), 0, name)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import re
 from functools import cached_property, lru_cache
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from cuda.core import LaunchConfig, Linker, LinkerOptions, ObjectCode, Stream, launch
 from numba import cuda
 from numba.cuda import types
@@ -22,9 +20,7 @@ if TYPE_CHECKING:
 
 Capability = tuple[int, int]
 
-_NUMBERS = ("inverse", "inverse_last", "offset", "eps")  # the parameters that are float64
 _UNSIGNED = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}
-NUMBERS_OF = {np.float32: types.CPointer(types.float32), np.float64: types.CPointer(types.float64)}
 
 
 def array_of(itemsize: int) -> Any:
@@ -86,18 +82,3 @@ def linker(code: bytes, capability: Capability, **options: Any) -> Any:
 @lru_cache(maxsize=64)
 def _stream(address: int) -> Any:
     return Stream.from_handle(address)
-
-
-def kernel(
-    capability: Capability, threads: int, blocks: int = 0, **others: Any
-) -> Callable[[Callable[..., None]], Kernel]:
-    """A decorator: a kernel for blocks of so many threads, so many of them to a multiprocessor.
-
-    others: the types of its parameters that are neither float64 (`_NUMBERS`) nor int64, the arrays above all.
-    """
-
-    def made(function: Callable[..., None]) -> Kernel:
-        usual = {name: types.float64 if name in _NUMBERS else types.int64 for name in signature(function).parameters}
-        return Kernel(function, capability, threads, blocks, tuple((usual | others).values()))
-
-    return made

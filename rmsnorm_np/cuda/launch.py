@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from rmsnorm_np.cuda.intrinsics import WORD
-from rmsnorm_np.cuda.reduce import WARP
-from rmsnorm_np.cuda.vector import BYTES, ITEMSIZE, words_of
+from rmsnorm_np.cuda.words import BYTES, ITEMSIZE, words_of
+from rmsnorm_np.ops.operation import Columns, Operation, Totals
 
 if TYPE_CHECKING:
     from rmsnorm_np.cuda.kernel import Capability
 
-# Limits of the heuristic. The simulator's tests make them small, so that small arrays cross every border.
+WARP = 32
 MAX_TEAM = 512  # threads: they may have 128 registers each; 1024 have 64, and spill
 BLOCK = 128  # threads at least: teams smaller than this share a block
 PIECE_TEAM = 256  # threads for a piece of a split row
+RARE_TEAM = 256  # threads for a row out of range
 
 # Vectors of x per thread. More of them are more bytes in flight and fewer threads to sum over, at four registers each.
 FORWARD_TRIPS = 4
@@ -36,24 +34,64 @@ SHORT = WARP
 MULTIPROCESSORS = 132
 SPLIT_THREADS = 512  # of a multiprocessor, at work on pieces of rows
 ROWS_PER_CHUNK = 16
+RARE_BLOCKS = 4 * MULTIPROCESSORS  # that look for rows out of range
 SLICES = (32, 8)  # of the partial sums, added side by side by the warps of a block: where they are many, where few
 MANY_TASKS = 64
 
-# Pieces of a long row whose moments one warp puts together, without a barrier; for more of them a block as for a piece.
-WARP_PIECES = 128
+ROUNDS_TO_BFLOAT16 = (8, 0)  # GPUs from this compute capability on
+
+
+class Kinds(NamedTuple):
+    """What a call computes: an operation, and the dtypes of its arrays, None for one that is absent.
+
+    columns.weight_offset: whether there is one. totals: whether. first_k: fewer than n elements are in the RMS.
+    """
+
+    operation: Operation
+    reads: Any
+    columns: Columns
+    writes: Any
+    totals: Totals
+    first_k: bool = False
+
+    @property
+    def about(self) -> str:
+        """The dtype of what the rows are about: what is kept, or else the first array that is read."""
+        keep = self.operation.keep
+        name: str = (keep and getattr(self.writes, keep)) or self.reads[0]
+        return name
+
+    @property
+    def names(self) -> list[str]:
+        """The dtypes of all that is read."""
+        return [name for name in (*self.reads, *self.columns[:2], self.about) if name]
+
+    @property
+    def work(self) -> str:
+        """How to compute.
+
+        ======  ============================  ===========================================================
+        single  16-bit floats                 float32
+        pair    float32                       float32 in pairs, where rounding errors matter
+        double  those beside a float64        float64: the product of two float32 is exact
+        exact   float64                       float64 in pairs
+        ======  ============================  ===========================================================
+
+        What is written counts, and what the rows are about.
+        """
+        results = (self.about, *self.writes)
+        if "float64" in results:
+            return "exact"
+        if "float64" in self.names:
+            return "double"
+        return "pair" if "float32" in results else "single"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a kernel is compiled for: the types of its arrays, what it computes, and its shape in threads."""
+    """All that a kernel is compiled for: what it computes, on what, and its shape in threads."""
 
-    x: str
-    dy: str | None  # None: forward
-    weight: str | None
-    bias: str | None
-    centred: bool  # LayerNorm
-    partial: bool  # RMS over fewer than n elements
-    offset: bool  # weight_offset is not zero
+    kinds: Kinds
     aligned: bool  # all vectors begin at multiples of their size
     capability: Capability  # of the GPU
     split: bool  # a team has a piece of a row, not all of it
@@ -61,16 +99,23 @@ class Plan:
     teams: int  # per block
     trips: int  # vectors of x per thread
     full: bool  # the vectors are exactly as many as the row has: nothing to check
+    work: str  # see `Kinds.work`
+    rare: bool = False  # for rows out of range
+
+    @property
+    def backward(self) -> bool:
+        """Whether blocks take many rows, and sum over them."""
+        return self.kinds.operation.share is not None
+
+    @property
+    def marks(self) -> bool:
+        """Whether rows may leave the range: those of float16 alone cannot."""
+        return any(name != "float16" for name in self.kinds.names)
 
     @property
     def native_bfloat16(self) -> bool:
         """Whether the GPU rounds to bfloat16 by itself."""
-        return rounds_to_bfloat16(self.capability)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the result has as many digits as the type inside: what roundings lose must be kept."""
-        return self.x in ("float32", "float64")
+        return self.capability >= ROUNDS_TO_BFLOAT16
 
     @property
     def short(self) -> bool:
@@ -80,12 +125,7 @@ class Plan:
     @property
     def lanes(self) -> int:
         """Elements of a vector."""
-        return BYTES // ITEMSIZE[self.x]
-
-    @property
-    def work(self) -> Any:
-        """The type inside: float32, unless an array is of float64."""
-        return np.float64 if "float64" in (self.x, self.dy, self.weight, self.bias) else np.float32
+        return BYTES // ITEMSIZE[self.kinds.about]
 
     @property
     def block(self) -> int:
@@ -93,19 +133,9 @@ class Plan:
         return self.team * self.teams
 
     @property
-    def warps(self) -> int:
-        """Warps of a team, 1 for a part of a warp too."""
-        return max(1, self.team // WARP)
-
-    @property
     def length(self) -> int:
         """Elements that a team has room for."""
         return self.team * self.trips * self.lanes
-
-    @property
-    def row_words(self) -> int:
-        """Words of x that a thread holds."""
-        return self.trips * BYTES // WORD
 
     @property
     def resident(self) -> int:
@@ -114,14 +144,19 @@ class Plan:
         Measured on an H200. Backward: 384 threads, of 168 registers, for half types, where the sums of weights and
         biases leave 256; 512 for others. A few of the registers go to memory for it. With what the compiler chose by
         itself, bfloat16 had .80 of a copy's speed instead of .93. Forward: the compiler's choice, but in large blocks
-        of float32, where it left one of two places empty.
+        of float32, where it left one of two places empty, and for pieces, which it gave the same 64 registers on older
+        GPUs, but kept a number in memory for it.
         """
         if self.split:
-            return 0
-        if self.dy is None:
-            return 1024 // self.block if self.x == "float32" and self.block > BLOCK else 0
-        half, sums = ITEMSIZE[self.x] == 2, (self.weight is not None) + (self.bias is not None)
-        threads = (256 if sums > 1 else 384) if half else (384 if sums > 1 and self.work is np.float64 else 512)
+            return 0 if self.backward else 3
+        if not self.backward:
+            return 1024 // self.block if self.work == "pair" and self.block > BLOCK else 0
+        sums = sum(1 for there in self.kinds.totals if there)
+        if self.work == "single":
+            return max(1, (256 if sums > 1 else 384) // self.block)
+        threads = 384 if sums > 1 and self.work in ("double", "exact") else 512
+        if self.work == "exact" and len(self.kinds.operation.stages) > 1:  # pairs of float64, twice: 128 registers more
+            threads -= 128
         return max(1, threads // self.block)
 
     @property
@@ -133,11 +168,6 @@ class Plan:
     def registers(self) -> int:
         """Registers that a thread may have for so many blocks to fit a multiprocessor."""
         return min(255, 65536 // self.block // max(1, self.demanded) // 8 * 8)
-
-
-def rounds_to_bfloat16(capability: Capability) -> bool:
-    """Whether GPUs of this compute capability have an instruction for it."""
-    return capability >= (8, 0)
 
 
 def team_shape(vectors: int, trips: int, warp_trips: int, long_trips: int) -> tuple[int, int] | None:
@@ -158,26 +188,31 @@ def team_shape(vectors: int, trips: int, warp_trips: int, long_trips: int) -> tu
     return None
 
 
-def plan_for(
-    n: int, x: str, dy: str | None, weight: str | None, bias: str | None, *, centred: bool, partial: bool,
-    offset: bool, aligned: bool, capability: Capability,
-) -> Plan:  # fmt: skip
+def plan_for(n: int, kinds: Kinds, aligned: bool, capability: Capability) -> Plan:
     """The plan for rows of n elements, however many: a row has the same bits in any batch."""
-    lanes = BYTES // ITEMSIZE[x]
+    lanes = BYTES // ITEMSIZE[kinds.about]
     vectors = -(-n // lanes)
-    if dy is None:
-        shape = team_shape(vectors, FORWARD_TRIPS, FORWARD_WARP_TRIPS, FORWARD_LONG_TRIPS)
+    trips = FORWARD_TRIPS
+    if kinds.operation.share is None:
+        shape = team_shape(vectors, trips, FORWARD_WARP_TRIPS, FORWARD_LONG_TRIPS)
     else:
-        # A wider dy than x and wider sums take more registers: fewer vectors then.
-        wide = "float64" in (dy, weight, bias) and x != "float64"
-        trips = 1 if wide else BACKWARD_TRIPS // 2 if words_of(dy, lanes) > BYTES // WORD else BACKWARD_TRIPS
+        # Wider arrays than x and wider sums take more registers: fewer vectors then.
+        widest = max(words_of(name, lanes) * 4 for name in kinds.reads if name)
+        trips = 1 if kinds.work == "double" else BACKWARD_TRIPS // 2 if widest > BYTES else BACKWARD_TRIPS
         shape = team_shape(vectors, trips, trips, trips)
-        if ITEMSIZE[x] == 2 and weight is not None and bias is not None and vectors > BOTH_SUMS_VECTORS:
+        if kinds.work == "single" and all(kinds.totals) and vectors > BOTH_SUMS_VECTORS:
             shape = None
     split = shape is None
-    team, trips = (PIECE_TEAM, FORWARD_TRIPS if dy is None else trips) if shape is None else shape
+    team, trips = (PIECE_TEAM, trips) if shape is None else shape
     teams = BLOCK // team if team <= WARP and not split else 1  # warps of one row meet at barriers of the whole block
-    return Plan(
-        x, dy, weight, bias, centred, partial, offset, aligned, capability, split, team, teams, trips,
-        full=n % (team * trips * lanes) == 0,
-    )  # fmt: skip
+    full = n % (team * trips * lanes) == 0
+    return Plan(kinds, aligned, capability, split, team, teams, trips, full, kinds.work)
+
+
+def rare_plan(plan: Plan) -> Plan:
+    """The plan for the rows that leave the range in another: a block takes a row a vector at a time.
+
+    Rows of 32 bits and less are in the range of float64 whatever they hold.
+    """
+    work = "exact" if plan.work == "exact" else "double"
+    return Plan(plan.kinds, plan.aligned, plan.capability, True, RARE_TEAM, 1, 1, False, work, True)

@@ -11,7 +11,6 @@ import types
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install rmsnorm_np[cuda13]")
@@ -19,10 +18,12 @@ pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install rmsnorm_
 from numba.cuda import dispatcher
 from numba.cuda.cudadrv import nvvm
 
-from rmsnorm_np.cuda import kernels, launch, long_rows, parameters
+from rmsnorm_np.cuda import launch, rare, schedule
 from rmsnorm_np.cuda.kernel import linker
-from rmsnorm_np.cuda.reduce import WARP
-from rmsnorm_np.cuda.vector import STORED
+from rmsnorm_np.cuda.words import STORED
+from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
+from rmsnorm_np.ops.operation import Columns, Totals
+from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
 
 CAPABILITIES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
 
@@ -47,27 +48,39 @@ if nvdisasm is None:
     pytest.skip("needs nvdisasm: pip install rmsnorm_np[cuda13,inspect]", allow_module_level=True)
 
 
-def plan(
-    n, x, *, backward=False, op="layer", dy=None, weight=None, bias=None, aligned=True, partial=False,
-    capability=(9, 0), spills=0, newest=0,
-):  # fmt: skip
-    """LayerNorm holds more than RMSNorm does: weight, bias and weight_offset unless a case says otherwise."""
-    centred, weight = op == "layer", weight or x
-    return launch.plan_for(
-        n, x, (dy or x) if backward else None, weight, bias or weight if centred else None, centred=centred,
-        partial=partial, offset=centred, aligned=aligned, capability=capability,
-    )  # fmt: skip
+OPERATIONS = {
+    ("rms", False): RMS_NORM,
+    ("rms", True): RMS_NORM_BACKWARD,
+    ("layer", False): LAYER_NORM,
+    ("layer", True): LAYER_NORM_BACKWARD,
+}
+
+
+def plan(n, x, *, backward=False, op="layer", weight=None, aligned=True, partial=False, capability=(9, 0)):
+    """LayerNorm holds more than RMSNorm does: weight, bias and weight_offset."""
+    operation, centred, weight = OPERATIONS[op, backward], op == "layer", weight or x
+    if backward:
+        reads, columns, totals = operation.Reads(x, x), Columns(weight), Totals(True, centred or None)
+    else:
+        reads, columns, totals = operation.Reads(x), Columns(weight, weight if centred else None), Totals()
+    columns = columns._replace(weight_offset=centred or None)
+    kinds = launch.Kinds(operation, reads, columns, operation.Writes(x), totals, partial)
+    return launch.plan_for(n, kinds, aligned, capability)
+
+
+def plan_of(case, **changes):
+    """Of one of the CASES."""
+    return plan(**{name: value for name, value in (case | changes).items() if name != "spills"})
 
 
 def kernels_of(p):
-    """The kernel of each launch that a plan takes."""
-    if p.split:
-        return (
-            long_rows.piece_moments(p),
-            long_rows.row_numbers(p, WARP if p.dy else p.block),  # a row's length says which; here each in turn
-            (long_rows.piece_backward if p.dy else long_rows.piece_forward)(p),
-        )
-    return ((kernels.backward if p.dy else kernels.forward)(p),)
+    """(kernel, whether it reads rows, whether it writes them) of each launch that a plan takes, but that for rare
+    rows.
+    """
+    if not p.split:
+        return [(schedule.rows_kernel(p), True, True)]
+    pieces = [(schedule.pieces_kernel(p, s), True, False) for s in range(len(p.kinds.operation.stages))]
+    return [*pieces, (schedule.rows_kernel(p), True, True)]
 
 
 def machine_codes(kernel, capabilities):
@@ -103,8 +116,7 @@ def machine_codes(kernel, capabilities):
 #
 # spills: bytes, stores and loads together. Where a multiprocessor is to hold more blocks (`Plan.resident`) than the
 # compiler would make room for, a few sums lie in memory, in the first-level cache; it is faster so, by up to 60 %.
-# Blocks of 512 threads have no more than 128 registers each, too few for backward; pieces, which are read twice, are
-# slower all the same. newest: for compute capability 10.0 and more, whose other compiler spills more.
+# Blocks of 512 threads have no more than 128 registers each, too few for some.
 CASES = [
     {"n": 2048, "x": "bfloat16"},  # a warp, 8 vectors to a thread
     {"n": 1024, "x": "float32"},
@@ -112,33 +124,33 @@ CASES = [
     {"n": 128, "x": "float32"},  # so few that every rounding error is kept
     {"n": 64, "x": "float64"},
     {"n": 32768, "x": "float16"},  # the longest row of a block
-    {"n": 16384, "x": "float32", "spills": 64},
+    {"n": 16384, "x": "float32"},
     {"n": 16384, "x": "float32", "op": "rms"},
     {"n": 8192, "x": "float64"},
-    {"n": 2**18, "x": "bfloat16", "spills": 8},  # pieces
-    {"n": 2**18, "x": "float32", "spills": 8},
-    {"n": 2**18, "x": "float64", "spills": 8},
+    {"n": 2**18, "x": "bfloat16"},  # pieces
+    {"n": 2**18, "x": "float32"},
+    {"n": 2**18, "x": "float64"},
     {"n": 1024, "x": "float16", "backward": True},
-    {"n": 512, "x": "float32", "backward": True, "spills": 96},
+    {"n": 512, "x": "float32", "backward": True},
     {"n": 256, "x": "float64", "backward": True},
-    {"n": 128, "x": "float32", "backward": True, "spills": 192},
-    {"n": 64, "x": "float64", "backward": True, "spills": 96},
+    {"n": 128, "x": "float32", "backward": True, "spills": 32},
+    {"n": 64, "x": "float64", "backward": True},
     {"n": 8192, "x": "bfloat16", "backward": True},
-    {"n": 8192, "x": "float32", "backward": True, "spills": 320, "newest": 1100},
-    {"n": 4096, "x": "float64", "backward": True, "spills": 1200},
+    {"n": 8192, "x": "float32", "backward": True},
+    {"n": 4096, "x": "float64", "backward": True, "spills": 320},
     {"n": 2**18, "x": "bfloat16", "backward": True},
     {"n": 2**18, "x": "float32", "backward": True},
-    {"n": 2**18, "x": "float64", "backward": True, "spills": 32},
+    {"n": 2**18, "x": "float64", "backward": True},
     # and what is different in other ways
-    {"n": 16384, "x": "bfloat16", "backward": True, "op": "rms", "spills": 1100},  # with one sum, not two
-    {"n": 1024, "x": "bfloat16", "backward": True, "op": "rms", "spills": 64},
+    {"n": 16384, "x": "bfloat16", "backward": True, "op": "rms"},  # with one sum, not two
+    {"n": 1024, "x": "bfloat16", "backward": True, "op": "rms"},
     {"n": 4096, "x": "float32", "op": "rms", "partial": True},
-    {"n": 4095, "x": "float32", "backward": True, "aligned": False, "spills": 512},
-    {"n": 2**15 - 1, "x": "bfloat16", "aligned": False, "spills": 128},
+    {"n": 4095, "x": "float32", "backward": True, "aligned": False},
+    {"n": 2**15 - 1, "x": "bfloat16", "aligned": False},
     {"n": 2**18 - 1, "x": "float32", "backward": True, "aligned": False},
     {"n": 4096, "x": "bfloat16", "backward": True, "weight": "float32"},
     {"n": 2**18, "x": "bfloat16", "backward": True, "weight": "float32"},
-    {"n": 2**18, "x": "float16", "backward": True, "weight": "float64", "spills": 32},
+    {"n": 2**18, "x": "float16", "backward": True, "weight": "float64"},
     {"n": 4096, "x": "bfloat16", "backward": True, "op": "rms", "capability": (7, 5)},  # rounds to bfloat16 itself
 ]
 EVERYWHERE = [*CASES[9:11], *CASES[18:19], CASES[21]]  # each kernel, on each generation of GPUs
@@ -147,19 +159,17 @@ NEWEST = (10, 0)  # libNVVM has another, newer LLVM from here on
 
 def kind(p):
     """What has a code of its own, but for the number of vectors and threads."""
-    return np.dtype(STORED[p.x]), p.dy is not None, p.split, p.teams > 1, p.exact and p.short
+    return p.work, p.backward, p.split, p.teams > 1, p.work in ("pair", "exact") and p.short
 
 
 def test_cases_are_the_largest_of_their_kind():
     """Of any plan for arrays of one dtype, one of the same kind, with as many vectors and threads, is compiled here."""
-    compiled = [plan(**case) for case in CASES]
-    for backward in (False, True):
-        for name in STORED:
-            for n in (*range(1, 40000, 7), 2**20):
-                p = plan(n, name, backward=backward)
-                assert any(
-                    kind(p) == kind(c) and p.trips <= c.trips and (p.teams > 1 or p.block <= c.block) for c in compiled
-                ), p
+    compiled = [plan_of(case) for case in CASES]
+    lengths = (*range(1, 40000, 7), 2**20)
+    for p in {plan(n, name, backward=backward) for backward in (False, True) for name in STORED for n in lengths}:
+        assert any(
+            kind(p) == kind(c) and p.trips <= c.trips and (p.teams > 1 or p.block <= c.block) for c in compiled
+        ), p
 
 
 def plans(case):
@@ -168,8 +178,8 @@ def plans(case):
     capabilities = CAPABILITIES if case in EVERYWHERE else (first, NEWEST)
     together = {}
     for capability in capabilities:
-        p = plan(**case | {"capability": capability})
-        together.setdefault((p.native_bfloat16 or p.x != "bfloat16", p.demanded), (p, []))[1].append(capability)
+        p = plan_of(case, capability=capability)
+        together.setdefault((p.native_bfloat16 or p.work != "single", p.demanded), (p, []))[1].append(capability)
     return list(together.values())[: None if case in EVERYWHERE else 1]
 
 
@@ -177,12 +187,10 @@ def plans(case):
 def test_stays_in_registers(case):
     """No local memory, no stack, registers for the blocks that are to fit, and 16 bytes in each access to a row."""
     for p, capabilities in plans(case):
-        for kernel in kernels_of(p):
+        for kernel, reads, writes in kernels_of(p):
             name = kernel.function.__name__
-            reads, writes = name != "row_numbers_kernel", name not in ("piece_moments_kernel", "row_numbers_kernel")
             for capability, registers, spilled, stack, text in machine_codes(kernel, capabilities):
-                allowed = case.get("newest" if "newest" in case and capability >= NEWEST else "spills", 0)
-                assert spilled <= allowed, (name, capability)
+                assert spilled <= case.get("spills", 0), (name, capability, spilled)
                 assert (stack == 0) == (spilled == 0), (name, capability)
                 assert registers <= p.registers
                 assert spilled or not re.search(r"\b(LDL|STL)\b", text)
@@ -190,16 +198,22 @@ def test_stays_in_registers(case):
                 rows = [load for load in loads if ".128" in load]
                 assert bool(rows) == (p.aligned and reads)
                 assert any(".128" in store for store in stores) == (p.aligned and writes)
-                if p.aligned and reads:
-                    assert len(rows) >= p.trips * (2 if p.dy else 1)
-                    assert p.split or len(rows) == len(loads)
+                if p.aligned:  # x and dy; of pieces the first sums need x alone
+                    assert len(rows) >= p.trips * (2 if p.backward and not p.split else 1)
                 if writes:
-                    assert bool(re.search(r"F2F\w*\.BF16", text)) == (p.x == "bfloat16" and p.native_bfloat16)
+                    assert bool(re.search(r"F2F\w*\.BF16", text)) == (case["x"] == "bfloat16" and p.native_bfloat16)
+
+
+@pytest.mark.parametrize(("name", "backward"), [("float32", True), ("float64", False), ("float64", True)])
+def test_rare_rows_stay_in_registers(name, backward):
+    kernel = rare.rare_kernel(launch.rare_plan(plan(4096, name, backward=backward)))
+    for _, _, spilled, _, _ in machine_codes(kernel, ((9, 0), NEWEST)):
+        assert spilled == 0
 
 
 @pytest.mark.parametrize("name", STORED)
 def test_partial_sums_are_added_in_registers(name):
-    kernel = parameters.add_partials(np.float64 if name == "float64" else np.float32, name, (9, 0), 32)
+    kernel = schedule.add_partials(name, (9, 0), 32)
     for _, _, spilled, stack, _ in machine_codes(kernel, ((9, 0), NEWEST)):
         assert spilled == stack == 0
 

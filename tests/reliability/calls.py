@@ -376,10 +376,13 @@ def out_of(draw, way, arena, arrays, shape, dtype, refuse):
 
 def assert_close(call, given, got, want):
     """Each array of two results: the same dtype and shape, and values within the bounds of both."""
-    x, dy, w, b, k, eps, offset, _, restore = _arguments.prepare(
-        given["x"], given.get("dy"), given.get("weight"), given.get("bias"), given.get("eps", 1e-6),
-        given.get("p", 1.0), given.get("axis", -1), given.get("weight_offset", 0.0), None,
-    )  # fmt: skip
+    names, reads = ("x", "dy", "out"), (given["x"], given.get("dy"))
+    parameters = given.get("weight"), given.get("bias"), given.get("weight_offset", 0.0)
+    numbers = given.get("eps", 1e-6), given.get("p", 1.0), given.get("axis", -1)
+    (x, dy), (w, b, offset), _, k, eps, restore_all = _arguments.prepare(
+        _arguments.Call(names, reads, parameters, (None,), *numbers)
+    )
+    restore = lambda a: restore_all([a])[0]  # noqa: E731
     if x.size == 0:
         for a, reference in zip(got, want, strict=True):
             assert (a is None) == (reference is None)

@@ -21,7 +21,7 @@ import rmsnorm_np as rn
 from rmsnorm_np import cpu
 from rmsnorm_np.cpu import long_rows, memory, threads
 from rmsnorm_np.cpu.blocks import SHORT_ROW
-from rmsnorm_np.cpu.simd import LANES
+from rmsnorm_np.cpu.vector import LANES
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -99,9 +99,14 @@ def inputs(rng, shape, weight_shape, dtype, params, extreme):
 
 
 def call(op, x, dy, weight, bias, dx):
-    """y, dx, dweight, dbias. In pRMSNorm weight_offset is added, too: it takes a path of its own."""
+    """y, dx, dweight, dbias. In pRMSNorm weight_offset is added, too: it takes a path of its own.
+
+    With a residual: h follows y. dy is what is added forward, x the gradient of h.
+    """
     if op == "layer":
         return rn.layer_norm(x, weight, bias), *rn.layer_norm_backward(dy, x, weight, bias, out=dx)
+    if op == "residual":
+        return *rn.add_rms_norm(x, dy, weight, bias), *rn.add_rms_norm_backward(dy, x, x, weight, bias, out=dx)
     options = {"p": 0.3, "weight_offset": 0.0 if weight is None else 1.0} if op == "partial" else {}
     return rn.rms_norm(x, weight, bias, **options), *rn.rms_norm_backward(dy, x, weight, bias, out=dx, **options)
 
@@ -183,11 +188,11 @@ def main():
             memory.streams = lambda y: 0
     if "long" in args.path:
         long_rows.LONG_ROW = 0
-    rooms = Rooms(15, {"short": 40_000, "borders": 2_500_000, "large": 14 << 20}[args.lengths])
+    rooms = Rooms(40, {"short": 40_000, "borders": 2_500_000, "large": 14 << 20}[args.lengths])
     rng = np.random.default_rng(0)
     digest, cases = hashlib.sha256(), 0
     kinds = map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
-    for dtype, op, extreme in itertools.product(kinds, ("rms", "partial", "layer"), (False, True)):
+    for dtype, op, extreme in itertools.product(kinds, ("rms", "partial", "layer", "residual"), (False, True)):
         if extreme and dtype.name in ("float16", "float32"):
             continue  # no sum of squares leaves the range in which it is taken
         for shape, weight_shape in shapes_of(args.lengths, dtype.itemsize):

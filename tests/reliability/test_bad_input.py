@@ -10,7 +10,6 @@ import collections
 import re
 import sys
 
-import numba
 import numpy as np
 import pytest
 from calls import Same, assert_close, calls
@@ -27,47 +26,46 @@ class NumPyEngine:
 
     arguments = _arguments
 
-    def rms_forward(self, x, weight, bias, k, eps, offset, out):
-        return self._forward(reference.rms_norm, x, weight, bias, eps, offset, out, p=k / x.shape[1])
+    def forward(self, operation, reads, parameters, out, k, eps):
+        x, residual = reads
+        self._check(reads, parameters, out, eps)
+        assert residual is None
+        y = self._called(operation, (x,), parameters, k, eps)
+        return self._written(y, out[0]), None
 
-    def layer_forward(self, x, weight, bias, eps, offset, out):
-        return self._forward(reference.layer_norm, x, weight, bias, eps, offset, out)
+    def backward(self, operation, reads, parameters, out, k, eps):
+        x, dy, dh = reads
+        self._check(reads, parameters, out, eps)
+        assert dh is None
+        dx, *gradients = self._called(operation, (dy, x), parameters, k, eps)
+        return (self._written(dx, out[0]),), [*map(self._gathered, gradients, parameters)]
 
-    def rms_backward(self, dy, x, weight, bias, k, eps, offset, out):
-        return self._backward(reference.rms_norm_backward, dy, x, weight, bias, eps, offset, out, p=k / x.shape[1])
-
-    def layer_backward(self, dy, x, weight, bias, eps, offset, out):
-        return self._backward(reference.layer_norm_backward, dy, x, weight, bias, eps, offset, out)
-
-    def _forward(self, function, x, weight, bias, eps, offset, out, **p):
-        self._check(x, None, weight, bias, eps, offset, out)
-        y = function(x, self._spread(weight, x), self._spread(bias, x), eps=eps, weight_offset=offset, **p)
-        return self._written(y, out)
-
-    def _backward(self, function, dy, x, weight, bias, eps, offset, out, **p):
-        self._check(x, dy, weight, bias, eps, offset, out)
-        spread = self._spread(weight, x), self._spread(bias, x)
-        dx, *gradients = function(dy, x, *spread, eps=eps, weight_offset=offset, **p)
-        return self._written(dx, out), *map(self._gathered, gradients, (weight, bias))
+    def _called(self, operation, arrays, parameters, k, eps):
+        (weight, bias, offset), x = parameters, arrays[-1]
+        p = {"p": k / x.shape[1]} if operation.name.startswith("rms") else {}
+        function = getattr(reference, operation.name)
+        return function(*arrays, self._spread(weight, x), self._spread(bias, x), eps=eps, weight_offset=offset, **p)
 
     @staticmethod
-    def _check(x, dy, weight, bias, eps, offset, out):
-        for array in (x, dy, weight, bias, out):
+    def _check(reads, parameters, out, eps):
+        x, (weight, bias, offset), given_out = reads[0], parameters, out[0]
+        for array in (*reads, weight, bias, *out):
             assert array is None or (type(array) is np.ndarray and array.ndim == 2 and array.flags.carray)
             assert array is None or array.dtype in (*_arguments._native_dtypes,)
-        assert dy is None or dy.shape == x.shape
+        for array in reads:
+            assert array is None or array.shape == x.shape
         for parameter in (weight, bias):
             assert parameter is None or parameter.shape[1] == x.shape[1]
             assert parameter is None or len(x) == len(parameter) == 0 or len(x) % len(parameter) == 0
-            assert out is None or parameter is None or not np.may_share_memory(out, parameter)
+            assert given_out is None or parameter is None or not np.may_share_memory(given_out, parameter)
         assert type(eps) is type(offset) is float
         assert 0.0 <= eps < np.inf
-        if out is not None:
-            assert (out.shape, out.dtype) == (x.shape, x.dtype)
-            for array in (x, dy):
-                if array is not None and np.may_share_memory(out, array):
-                    assert out.ctypes.data == array.ctypes.data
-                    assert out.dtype == array.dtype
+        if given_out is not None:
+            assert (given_out.shape, given_out.dtype) == (x.shape, x.dtype)
+            for array in reads:
+                if array is not None and np.may_share_memory(given_out, array):
+                    assert given_out.ctypes.data == array.ctypes.data
+                    assert given_out.dtype == array.dtype
 
     @staticmethod
     @np.errstate(invalid="ignore")  # bytes that were never meant as numbers can be a signalling NaN
@@ -171,7 +169,6 @@ def test_many_calls(call):
 
 
 @pytest.mark.slow  # hardly a call in the time that its kernel takes to compile
-@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="the same checks, on kernels in plain Python")
 @settings(quiet, max_examples=500)
 @given(call=calls(mixed=False))
 def test_any_call_of_the_compiled_engine(call):

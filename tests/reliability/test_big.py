@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numba
 import pytest
 
 PROGRAM = Path(__file__).with_name("big.py")
@@ -14,7 +13,6 @@ SHAPES = ["many rows", "one long row", "single elements"]
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="plain Python would take days"),
 ]
 
 

@@ -7,14 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numba
 import pytest
 
 PROGRAM = Path(__file__).with_name("leaks.py")
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="kernels in plain Python allocate nothing themselves"),
     pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the resident size is read from /proc"),
 ]
 

@@ -7,14 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numba
 import pytest
 
 PROGRAM = Path(__file__).with_name("guarded.py")
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="plain Python reaches memory through NumPy alone"),
     pytest.mark.skipif(sys.platform == "win32", reason="pages are protected by mprotect"),
 ]
 

@@ -6,10 +6,9 @@ import os
 import signal
 
 import pytest
-from programs import LAYERS, PATIENCE, compiled, run
+from programs import LAYERS, PATIENCE, run
 
 pytestmark = [
-    compiled,
     pytest.mark.engine,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
 ]

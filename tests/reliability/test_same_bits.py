@@ -12,12 +12,10 @@ import pytest
 from conftest import DTYPES
 from test_engines import OPS, arrays, call, same
 
-JIT_OFF = bool(numba.config.DISABLE_JIT)
 EPS = 1e-6
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(JIT_OFF, reason="without the JIT there are no threads and no vectors"),
 ]
 
 

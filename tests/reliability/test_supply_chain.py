@@ -7,7 +7,7 @@ import importlib.metadata
 import re
 
 import pytest
-from programs import ROOT, compiled, run
+from programs import ROOT, run
 
 PACKAGE = ROOT / "rmsnorm_np"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -42,7 +42,6 @@ assert not main(["info"])
 """
 
 
-@compiled
 def test_no_connection_is_made():
     run(OFFLINE)
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import LAYERS, PATIENCE, compiled, run
+from programs import LAYERS, PATIENCE, run
 
-pytestmark = [compiled, pytest.mark.engine]
+pytestmark = [pytest.mark.engine]
 
 # Every op on arrays that take each way through the engine: alone, on threads, past the cache, a row on several threads.
 AT_ONCE = f"""

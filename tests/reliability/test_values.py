@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 from test_engines import OPS, Exact, call, k_of
@@ -13,7 +12,6 @@ import rmsnorm_np as rn
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="65,536 rows take plain Python many minutes"),
     pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by"),
 ]
 

@@ -202,22 +202,10 @@ def arguments_of_other_types():
             np.testing.assert_allclose(grads.dx[row], alone, rtol=ULP, atol=ULP * np.abs(alone).max())
 
 
-@np.errstate(all="ignore")
-def arrays_of_the_kernels():
-    """Those that kernels make for themselves; without the JIT, an index outside of one raises."""
-    rng = np.random.default_rng(0)
-    for rows, n in ((200, 1), (3, 5), (1, long_rows.LONG_ROW + 1)):
-        for scale in (1.0, 1e200):
-            x, dy = rng.standard_normal((2, rows, n))
-            rn.rms_norm(scale * x, x[0])
-            rn.layer_norm_backward(dy, scale * x, x[0], x[0])
-
-
 _CASES = [
     out_beside_a_cache_line, output_of_numpy, rows_beside_a_cache_line, out_between_two_elements, inputs_at_odd_places,
     the_last_element_of_a_long_row, dweight_of_long_rows, rows_of_one_element, recycled_memory_of_another_size,
     arrays_that_are_too_short, out_that_may_not_be_written, arguments_of_other_types,
-    arrays_of_the_kernels,
 ]  # fmt: skip
 CASES = {case.__name__: case for case in _CASES}
 

@@ -1,30 +1,26 @@
-"""The CUDA engine in Numba's simulator or on a GPU. `test_on_device` runs this file in processes of its own."""
+"""The CUDA engine by its public functions, on a GPU or, without one, by executing its compiled PTX."""
 
 from __future__ import annotations
-
-import os
 
 import ml_dtypes
 import numpy as np
 import pytest
+
+pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install rmsnorm_np[cuda13]")
+
 from bounds import DX_ULP, ULP, exact_backward, exact_forward, parameter_tolerance
-from device import SIMULATED, fill, limit, to_device, to_host, view_of
+from device import fill, pretend_small, to_device, to_host, view_of
 from tolerances import worst_ulp
 
 import rmsnorm_np as rn
-from rmsnorm_np.cli import bench, timing
 from rmsnorm_np.cuda.arrays import seen
+from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
 
-if hasattr(os, "sched_setaffinity"):  # the threads take turns: on one processor twice as fast
-    processors = sorted(os.sched_getaffinity(0))
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    os.sched_setaffinity(0, {processors[worker % len(processors)]})
 
-# A block is two warps, a thread has two vectors at most: small rows cross every border.
-limit(
-    MAX_TEAM=64, BLOCK=32, PIECE_TEAM=64, FORWARD_TRIPS=2, FORWARD_WARP_TRIPS=2, FORWARD_LONG_TRIPS=2,
-    BACKWARD_TRIPS=2, MULTIPROCESSORS=3, ROWS_PER_CHUNK=2, SLICES=(4, 2), MANY_TASKS=3, WARP_PIECES=2,
-)  # fmt: skip
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    pretend_small(monkeypatch)
+
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name) for name in ULP}
 FORWARD = {"rms": rn.rms_norm, "layer": rn.layer_norm}
@@ -84,16 +80,19 @@ def rng():
     return np.random.default_rng(4)
 
 
-# Rows of more than a warp take seconds each: all with both norms in float32; in another dtype two kinds, with one norm.
+# All lengths with both norms in float32. In another dtype rows of up to a warp with one norm or the other, each length
+# with each of them in some dtype; of longer rows two kinds, with one norm.
 LONG = ("a block, not full", "a block", "pieces, not aligned", "pieces", "many pieces")
 CHOSEN = {
     "float16": ("layer", "a block, not full", "pieces"),
     "bfloat16": ("rms", "a block", "pieces, not aligned"),
     "float64": ("layer", "a block", "pieces"),
 }
+SHORT = [length for length in LENGTHS if length not in LONG]
 BORDERS = [
-    (op, dtype, length) for op in FORWARD for dtype in DTYPES for length in LENGTHS
-    if length not in LONG or dtype == "float32" or (op == CHOSEN[dtype][0] and length in CHOSEN[dtype])
+    (op, dtype, length) for op in FORWARD for d, dtype in enumerate(DTYPES) for length in LENGTHS
+    if dtype == "float32" or (op == CHOSEN[dtype][0] and length in CHOSEN[dtype])
+    or (length in SHORT and op == list(FORWARD)[(SHORT.index(length) + d) % 2])
 ]  # fmt: skip
 
 
@@ -140,10 +139,12 @@ def test_parameters_per_head(rows, m, bias_m, n, rng):
     weight, bias = numbers(rng, (m, n), np.float32), numbers(rng, (bias_m, n), np.float32)
     parameters = [seen("parameter", to_device(a)) for a in (weight, bias)]
     y = to_device(np.zeros_like(x))
-    engine.rms_forward(device[1], *parameters, n, 1e-6, 0.0, seen("y", y))
+    columns = (*parameters, 0.0)
+    engine.forward(RMS_NORM, (device[1], None), columns, (seen("y", y), None), n, 1e-6)
     assert worst_ulp(to_host(y), *exact_forward("rms", x, weight, bias, n, 1e-6, 0.0)) <= ULP["float32"]
     dx = to_device(np.zeros_like(x))
-    _, *grads = engine.rms_backward(*device, *parameters, n, 1e-6, 0.0, seen("dx", dx))
+    reads = device[1], device[0], None
+    _, grads = engine.backward(RMS_NORM_BACKWARD, reads, columns, (seen("dx", dx),), n, 1e-6)
     exact, magnitude, *sums = exact_backward("rms", dy, x, weight, bias, n, 1e-6, 0.0)
     assert worst_ulp(to_host(dx), exact, magnitude) <= DX_ULP["float32"]
     for gradient, sum_ in zip(grads, sums, strict=True):
@@ -166,24 +167,23 @@ def test_ends_of_the_range(op, dtype, vectors, rng):
     check(op, x.astype(dtype), dy.astype(dtype), numbers(rng, (1, n), dtype), None, eps=0.0)
 
 
-NEXT_TO_THE_MEAN = {
+NEXT_TO_THE_MEAN = [
     # x - mean is less than half an ULP of x
-    "all but one": lambda n, dtype: np.where(np.arange(n) == 0, np.nextafter(dtype.type(3), dtype.type(4)), 3),
+    lambda n, dtype: np.where(np.arange(n) == 0, np.nextafter(dtype.type(3), dtype.type(4)), 3),
     # x - mean is a few ULP of x
-    "some ULP": lambda n, dtype: 2**20 + np.arange(n) % 5 * np.spacing(dtype.type(2**20)),
-    "around 1e6": lambda n, dtype: 1e6 + np.random.default_rng(n).choice([-1, 0, 1], n),
-}
+    lambda n, dtype: 2**20 + np.arange(n) % 5 * np.spacing(dtype.type(2**20)),
+    lambda n, dtype: 1e6 + np.random.default_rng(n).choice([-1, 0, 1], n),
+]
 
 
 @pytest.mark.parametrize("vectors", [2, 5, 40, 129])
-@pytest.mark.parametrize("kind", NEXT_TO_THE_MEAN)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_layer_norm_next_to_the_mean(dtype, kind, vectors, rng):
+def test_layer_norm_next_to_the_mean(dtype, vectors, rng):
     """x - mean cancels: what is left is as small as the rounding of the mean, in a row and between pieces of one."""
     dtype = DTYPES[dtype]
     n = vectors * 16 // dtype.itemsize - 1
-    x = NEXT_TO_THE_MEAN[kind](n, dtype).astype(dtype)[None]
-    check("layer", x, numbers(rng, (1, n), dtype), numbers(rng, (1, n), dtype), None, eps=0.0)
+    x = np.stack([row(n, dtype).astype(dtype) for row in NEXT_TO_THE_MEAN])
+    check("layer", x, numbers(rng, x.shape, dtype), numbers(rng, (1, n), dtype), None, eps=0.0)
 
 
 def test_layer_norm_of_three_numbers():
@@ -297,86 +297,3 @@ def test_same_bits_in_any_batch_and_at_any_address(n, rng):
     )
     for one, other in zip(aligned[:2], at_odd_address[:2], strict=True):
         assert to_host(one).tobytes() == to_host(other).tobytes()
-
-
-@pytest.mark.parametrize("n", [40, 520])
-def test_out(n, rng):
-    """Into x itself, into dy itself, into memory that overlaps x elsewhere, and into a strided array."""
-    x, dy = numbers(rng, (4, n), np.float32), numbers(rng, (4, n), np.float32)
-    expected = to_host(rn.layer_norm(to_device(x), backend="cuda"))
-    device = to_device(x)
-    assert rn.layer_norm(device, out=device, backend="cuda") is device
-    assert to_host(device).tobytes() == expected.tobytes()
-
-    room = to_device(np.concatenate([x, x[:1]]))
-    first, second = (view_of(room[i:], (4, n), (4 * n, 4), np.float32) for i in (0, 1))
-    rn.layer_norm(first, out=second, backend="cuda")
-    assert to_host(second).tobytes() == expected.tobytes()
-
-    wide = to_device(np.zeros((4, 2 * n), np.float32))
-    strided = view_of(wide, (4, n), (8 * n, 8), np.float32)
-    assert rn.layer_norm(to_device(x), out=strided, backend="cuda") is strided
-    assert to_host(strided).tobytes() == expected.tobytes()
-
-    expected = to_host(rn.layer_norm_backward(*map(to_device, (dy, x)), backend="cuda").dx)
-    device = to_device(dy)
-    assert rn.layer_norm_backward(device, to_device(x), out=device, backend="cuda").dx is device
-    assert to_host(device).tobytes() == expected.tobytes()
-
-
-def test_axes_and_layouts(rng):
-    x = numbers(rng, (3, 4, 5), np.float64)
-    device = to_device(x)
-    for axis in (0, 1, (0, 2), (1, 2)):
-        shape = [x.shape[i] for i in (axis if isinstance(axis, tuple) else (axis,))]
-        weight = numbers(rng, shape, np.float64)
-        y = to_host(rn.rms_norm(device, to_device(weight), axis=axis, backend="cuda"))
-        assert worst_ulp(y, rn.reference.rms_norm(x, weight, axis=axis)) <= ULP["float64"] + 0.5  # it is rounded, too
-    backwards = device[::-1, ::-1, ::-1]
-    flat = x[::-1, ::-1, ::-1].reshape(12, 5)
-    y = to_host(rn.layer_norm(backwards, backend="cuda")).reshape(12, 5)
-    assert worst_ulp(y, *exact_forward("layer", flat, None, None, 5, 1e-6, 0.0)) <= ULP["float64"]
-
-
-def test_no_rows():
-    x, weight = to_device(np.zeros((0, 6), np.float32)), to_device(np.ones(6, np.float32))
-    assert to_host(rn.rms_norm(x, weight, backend="cuda")).shape == (0, 6)
-    grads = rn.rms_norm_backward(x, x, weight, weight, backend="cuda")
-    assert to_host(grads.dx).shape == (0, 6)
-    assert (to_host(grads.dweight) == 0).all()
-    assert (to_host(grads.dbias) == 0).all()
-
-
-def test_errors():
-    device = to_device(np.ones((2, 4), np.float32))
-    with pytest.raises(TypeError, match=r"x is a host array .* numba.cuda.to_device"):
-        rn.rms_norm(np.ones(4, np.float32), backend="cuda")
-    with pytest.raises(TypeError, match=r"weight is a host array \(ndarray\), expected a device array like x"):
-        rn.rms_norm(device, np.ones(4, np.float32), backend="cuda")
-    with pytest.raises(
-        ValueError, match=r"weight has shape \(3,\), expected \(4,\), the axes \(1,\) of x.shape \(2, 4\)"
-    ):
-        rn.rms_norm(device, to_device(np.ones(3, np.float32)), backend="cuda")
-    with pytest.raises(TypeError, match="x has dtype int64"):
-        rn.rms_norm(to_device(np.ones((2, 4), np.int64)), backend="cuda")
-    with pytest.raises(TypeError, match="out has dtype float64, expected float32"):
-        rn.rms_norm(device, out=to_device(np.ones((2, 4))), backend="cuda")
-
-
-@pytest.mark.skipif(not SIMULATED, reason="expects the -1 ms that the simulator's events say")
-def test_bench_times_the_device(monkeypatch):
-    """On arrays there, by events there, against a copy there."""
-    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-
-    def once(contenders, *, rounds, measure):
-        return {name: timing.Timing((measure(call, 1),)) for name, call in contenders.items()}
-
-    copied = []
-    monkeypatch.setattr(bench, "interleave", once)
-    monkeypatch.setattr(FakeCUDAArray, "copy_to_device", lambda target, source: copied.append(target.size))
-    for case in bench.measure([(2, 40)], np.dtype(np.float32), "cuda", 1, lambda text: None):
-        assert [entry.contender for entry in case.entries] == [bench.OURS, bench.OURS_INTO, bench.LIMIT]
-        assert [entry.seconds for entry in case.entries] == [(-1e-3,)] * 3
-        if case.direction == "forward":
-            assert case.entries[0].ulp == case.entries[1].ulp <= 1
-    assert copied == [320, 800] * 2  # half of the bytes that are moved: of 2 arrays, of 5

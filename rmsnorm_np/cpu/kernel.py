@@ -1,0 +1,71 @@
+"""The compiled kernels of this process, one for each operation and each combination of dtypes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rmsnorm_np.cpu.jit import compiled
+from rmsnorm_np.cpu.kinds import Kinds
+from rmsnorm_np.cpu.long_rows import long_kernel
+from rmsnorm_np.cpu.schedule import adding_kernel, rows_kernel
+from rmsnorm_np.ops.operation import Columns, Totals
+from rmsnorm_np.ops.records import given
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rmsnorm_np.ops.operation import Operation
+
+entries: dict[Any, Entry] = {}
+_adders: dict[str, Callable[..., Any]] = {}
+
+
+class Entry:
+    """A kernel, and what a call needs to know of it. Two calls with one key have arguments of the same types.
+
+    code: see `schedule.rows_kernel`; it takes the records as plain tuples. marks: whether it wants marks. halves:
+    whether arrays of 16-bit floats are among them, whose bits it takes.
+    """
+
+    __slots__ = ("code", "halves", "kinds", "long", "marks")
+
+    def __init__(self, kinds: Kinds, long: bool) -> None:
+        self.kinds, self.long, self.marks = kinds, long, kinds.marks
+        self.halves = any(name in ("float16", "bfloat16") for record in kinds[1:5] for name in record)
+        self.code: Callable[..., Any] = self._first_call
+
+    def _first_call(self, reads: Any, columns: Any, writes: Any, *rest: Any) -> Any:
+        """Compile for the types of these arguments, then call."""
+        kinds, operation = self.kinds, self.kinds.operation
+        records = operation.Reads(*reads), Columns(*columns), operation.Writes(*writes)
+        sums = () if operation.share is None else map(Totals._make, rest[:2])
+        label = " ".join(map(str, (operation.name, *kinds[1:], self.long)))
+        make = long_kernel if self.long else rows_kernel
+        self.code = compiled(label, lambda: make(kinds), (*records, *sums, *rest[2 * (operation.share is not None) :]))
+        return self.code(reads, columns, writes, *rest)
+
+
+def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any, totals: Any) -> Entry:
+    """A new entry, for arrays of these dtypes; key ends with whether rows are long, and the type of eps."""
+
+    def names(record: Any) -> Any:
+        return given(record, lambda array: array.dtype.name)
+
+    first_k, offset, long, row_eps = not key[-4], key[-3], key[-2], key[-1] is not float
+    kinds = Kinds(
+        operation, names(operation.Reads(*reads)), names(Columns(*columns[:2]))._replace(weight_offset=offset or None),
+        names(operation.Writes(*writes)),
+        names(Totals(*totals)), first_k, row_eps,
+    )  # fmt: skip
+    kinds = kinds._replace(marks=kinds.work.name != "double" and not row_eps)
+    entries[key] = found = Entry(kinds, long)
+    return found
+
+
+def add_rows(partial: Any, total: Any, name: str, threads: int) -> None:
+    """Rows h, h + m, … of the partial sums, added in this order, are row h of the total, whose dtype has this name."""
+    code = _adders.get(name)
+    args = partial, total, threads
+    if code is None:
+        code = _adders[name] = compiled(f"add_rows {name}", lambda: adding_kernel(name), args)
+    code(*args)

@@ -1,0 +1,49 @@
+"""What a kernel is compiled for, and the pointers it is given."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numba.core import types
+
+from rmsnorm_np.cpu.vector import ITEMSIZE, LANES, Work
+from rmsnorm_np.ops.operation import Columns, Operation, Totals
+
+STORAGE = {"float16": types.uint16, "bfloat16": types.uint16, "float32": types.float32, "float64": types.float64}
+
+
+class Kinds(NamedTuple):
+    """What a kernel is compiled for: an operation, and the dtypes of its arrays, None for one that is absent.
+
+    totals: the dtypes of the sums over rows. first_k: whether fewer than n elements are in the RMS. row_eps: whether
+    each row has its own eps. marks: whether rows that leave the range are marked, and left out.
+    """
+
+    operation: Operation
+    reads: Any
+    columns: Columns
+    writes: Any
+    totals: Totals
+    first_k: bool = False
+    row_eps: bool = False
+    marks: bool = False
+
+    @property
+    def work(self) -> Work:
+        """How to compute: the row is about what is kept, or else about the first array that is read."""
+        keep = self.operation.keep
+        about = (keep and getattr(self.writes, keep)) or self.reads[0]
+        if about == "float64":
+            return Work("exact", LANES)
+        if self.operation.singles and all(ITEMSIZE[name] == 2 for name in self.reads if name):
+            return Work("single", 2 * LANES if about == "bfloat16" else LANES)
+        return Work("double", LANES)
+
+
+class Arrays(NamedTuple):
+    """Pointers to all arrays of a call, or to where they have the elements of one row."""
+
+    reads: Any
+    columns: Any
+    writes: Any
+    totals: Any

@@ -1,0 +1,160 @@
+"""Rows whose sums leave the range of the type they are computed in: gathered, brought into the range, run once more.
+
+Rows of 16-bit floats, which the engine computes in float32, are copied to float32 and so computed in float64. A row of
+float64 is scaled by a power of two, which is exact, and eps by its square: the norm of s·x with eps·s² is the norm of x
+with eps. The scale makes the root mean square lie between 1 and 2, so neither xhat nor a product of dy and rstd leaves
+the range unless the result does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from rmsnorm_np.cpu.jit import compiled
+from rmsnorm_np.cpu.mode import restore_mode, standard_mode
+from rmsnorm_np.ops.operation import Columns, Operation, Totals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@contextlib.contextmanager
+def standard_here() -> Iterator[None]:
+    """A block of Python in the standard mode of this thread: NumPy, too, would find zeros for subnormal numbers."""
+    set_it, restore_it = _functions()
+    before = set_it()
+    try:
+        yield
+    finally:
+        restore_it(before)
+
+
+@functools.cache
+def _functions() -> tuple[Any, Any]:
+    return (
+        compiled("standard_mode", lambda: lambda: standard_mode(), ()),
+        compiled("restore_mode", lambda: lambda before: restore_mode(before), (0,)),
+    )
+
+
+# Exponent of the standard deviation where a mean is taken off: an element next to it is a small difference, whose low
+# part must not be subnormal.
+GOAL = 100
+LARGE = 2.0**900  # dy from here on leaves no room for a factor of 2**GOAL
+
+
+def goal_of(operation: Operation) -> int:
+    """The exponent that the root mean square of a row, less its mean if that is taken off, is to have."""
+    return GOAL if operation.recentring else 0
+
+
+def groups(marks: Any, columns: Columns, m: int) -> Iterator[tuple[int, Any, Columns]]:
+    """(h, numbers of the marked rows that share row h of the totals, their columns)."""
+    rows = np.flatnonzero(marks)
+    for h in np.unique(rows % m):
+        own = [None if a is None else a[h % len(a)][None] for a in (columns.weight, columns.bias)]
+        yield int(h), rows[rows % m == h], columns._replace(weight=own[0], bias=own[1])
+
+
+@np.errstate(all="ignore")
+def in_range(operation: Operation, x: Any, k: int, eps: float) -> tuple[Any, Any, Any]:
+    """x, exponents e (rows, 1) that bring it into the range, and eps (rows,) to go with x · 2**e.
+
+    x is float64, and less its first element where that is exact and makes no difference.
+    """
+    if operation.recentring:  # less its first element, if no element is so far away that the difference is rounded
+        first = x[:, :1].copy()
+        near = (np.abs(x - first) <= 0.5 * np.abs(first)).all(axis=1)  # Sterbenz' lemma
+        x[near] -= first[near]
+    inside = x[:, :k]
+    largest = np.fmax(np.fmax.reduce(np.abs(inside), axis=1, keepdims=True), np.sqrt(eps))
+    e = _exponent(largest)
+    inside = np.ldexp(inside, e)
+    if operation.recentring:
+        inside = inside - np.mean(inside, axis=1, keepdims=True)
+    e += (
+        _exponent(np.sqrt(np.mean(inside * inside, axis=1, keepdims=True) + _scaled(eps, e, e)))
+        + 1
+        + goal_of(operation)
+    )
+    return x, e, _scaled(eps, e, e)[:, 0]
+
+
+def _exponent(size: Any) -> Any:
+    """What brings sizes between 1/2 and 1; 0 for what is zero, infinite or NaN."""
+    ordinary = np.isfinite(size) & (size > 0)
+    return np.where(ordinary, np.minimum(-np.frexp(size)[1], 1023), 0)
+
+
+def _scaled(numbers: Any, *exponents: Any) -> Any:
+    """numbers · 2**e for each e, one after another: one power of two may be out of range."""
+    for e in exponents:
+        numbers = np.ldexp(numbers, e)
+    return numbers
+
+
+class Call(NamedTuple):
+    """A call whose rows left the range. k, eps: as the engine has them; marks: 1 for each of those rows."""
+
+    operation: Operation
+    reads: Any
+    columns: Columns
+    k: int
+    eps: float
+    marks: Any
+
+
+@np.errstate(all="ignore")  # a result beyond the range of a 16-bit float is infinity, in silence as in the kernels
+def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
+    """The rows of y that are marked. run(call) gives y of rows that need no marks."""
+    x = call.reads[0]
+    m = max(1 if a is None else len(a) for a in call.columns[:2])
+    for _, rows, own in groups(call.marks, call.columns, m):
+        chosen, eps = x[rows], call.eps
+        if x.itemsize == 2:
+            chosen = chosen.astype(np.float32)  # which has the range of both
+        else:
+            chosen, e, eps = in_range(call.operation, chosen, call.k, eps)
+            chosen = np.ldexp(chosen, e)
+        y[rows] = run(call._replace(reads=(chosen, None), columns=own, eps=eps, marks=None))
+
+
+@np.errstate(all="ignore")
+def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
+    """The rows of dx that are marked; returns their shares of the totals, float64 (m, n), but for those that the kernel
+    adds.
+
+    run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. For dx each row of dy is
+    scaled to its size. Not for dweight, where a large dy meets small ones of other rows: xhat has no scale, and dy has
+    the factor of x as long as there is room for it, so that their product with rstd is as large as dy.
+    """
+    x, dy, dh = call.reads
+    totals = Totals(*(None if a is None else np.zeros((m, x.shape[1])) for a in call.columns[:2]))
+    for h, rows, own in groups(call.marks, call.columns, m):
+        chosen, e, eps = in_range(call.operation, x[rows], call.k, call.eps)
+        gradient = dy[rows].astype(np.float64)
+        largest = np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True)
+        ready = call._replace(columns=own, eps=eps, marks=None)
+        d = _exponent(largest)
+        further: Any = None if dh is None else np.ldexp(dh[rows].astype(np.float64), d - e)
+        fits = np.True_ if further is None else np.isfinite(further) | ~np.isfinite(dh[rows])
+        reads = np.ldexp(chosen, e), np.ldexp(gradient, d), None if dh is None else np.where(fits, further, 0.0)
+        result = np.ldexp(run(ready._replace(reads=reads), False)[0], e - d)
+        dx[rows] = result if dh is None else np.where(fits, result, dh[rows])
+        large = largest[:, 0] >= LARGE
+        usual = goal_of(call.operation)
+        for some, goal in ((~large, usual), (large, 0)):
+            if any(t is not None for t in totals) and some.any():
+                e_some = e[some] - usual + goal
+                reads = np.ldexp(chosen[some], e_some), np.ldexp(gradient[some], goal), None
+                eps_some = np.ldexp(eps[some], 2 * (goal - usual))
+                shares = run(ready._replace(reads=reads, eps=eps_some), True)[1]
+                for name, total, share in zip(Totals._fields, totals, shares, strict=True):
+                    if total is not None and name not in call.operation.always:
+                        total[h] += np.ldexp(share[0], -goal)
+    return totals

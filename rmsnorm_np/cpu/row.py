@@ -1,0 +1,350 @@
+"""The program for one row, of any operation: its sums, its numbers, what it gives. It names no operation.
+
+`Program` makes it from the formulas of an operation (:mod:`rmsnorm_np.ops`) and the dtypes of a call. Its small
+functions are steps (:mod:`rmsnorm_np.cpu.tracing`); the loops around them are Numba's.
+
+Sums are added in the lanes over SEGMENT elements, then over the lanes by halves; what is longer is the sum of its
+segments, in order. So a row's bits depend on n alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from rmsnorm_np.cpu.jit import inlined, piece
+from rmsnorm_np.cpu.kinds import Arrays, Kinds
+from rmsnorm_np.cpu.shapes import SCALAR, Leaf
+from rmsnorm_np.cpu.tracing import step, tried
+from rmsnorm_np.cpu.vector import Number, Work, Writer
+from rmsnorm_np.ops.operation import Columns, Totals
+from rmsnorm_np.ops.primitives import Pair, either, plus
+from rmsnorm_np.ops.records import given, leaves, rebuilt
+
+SEGMENT = 2048  # elements summed in the lanes before the lanes are added up: bounds the error of float32 sums
+BLOCK = 64  # rows that are worked on together, at most
+# Squares and products between these lose nothing, in float64 pairs (rstd³ times a sum stays in range) and in float32.
+BOUNDS = {"exact": 2.0**300, "single": 2.0**90}
+
+
+class Program:
+    """The steps and loops of an operation on arrays of these kinds."""
+
+    def __init__(self, kinds: Kinds) -> None:
+        self.kinds, self.op, self.work = kinds, kinds.operation, kinds.work
+        self.width = self.work.width
+        kept = self.op.keep and getattr(kinds.writes, self.op.keep)
+        self.kept = self.op.keep if kept else None
+        number = Pair(SCALAR, SCALAR) if self.work.exact else SCALAR
+        lanes = Pair(self.work.leaf, self.work.leaf) if self.work.exact else self.work.leaf
+        self.lane_sums = [stage.Sums(*[lanes] * len(stage.Sums._fields)) for stage in self.op.stages]
+        self.sums = [stage.Sums(*[number] * len(stage.Sums._fields)) for stage in self.op.stages]
+        self.numbers: list[Any] = []
+        for stage, sums in zip(self.op.stages, self.sums, strict=True):
+            before = self.numbers[-1] if self.numbers else None
+            self.numbers.append(tried(stage.numbers, sums, SCALAR, SCALAR, SCALAR, before))
+        shapes = [shape for pair in zip(self.sums, self.numbers, strict=True) for shape in pair]
+        places = [0]  # where each record of a row begins, in the room for rows
+        for shape in shapes:
+            places.append(places[-1] + len(leaves(shape)))
+        self.places, self.size = places[:-1], places[-1]
+
+    # ------------------------------------------------------------------------------------------------ elements
+
+    def columns(self, w: Writer, columns: Columns, i: Any, count: Any) -> Columns:
+        """weight, bias and weight_offset of elements i, i + 1, …"""
+        names = self.kinds.columns
+        loaded = {
+            field: w.load(getattr(columns, field), getattr(names, field), i, self.work, count)
+            for field in ("weight", "bias")
+            if getattr(names, field)
+        }
+        return Columns(**loaded, weight_offset=self._offset(columns.weight_offset) if names.weight_offset else None)
+
+    def _offset(self, offset: Number) -> Any:
+        """weight_offset as weights meet it: to all its digits, whatever they have."""
+        if self.work.name == "double":
+            return offset
+        if self.work.exact:
+            return Pair(offset, None)
+        head = offset.to(Leaf("f32", 0))
+        return Pair(head, (offset - head.to(SCALAR)).to(Leaf("f32", 0)))
+
+    def element(self, w: Writer, row: Arrays, i: Any, count: Any, first: bool) -> Any:
+        """What elements i, i + 1, … are about. first: they are read for the first time, and kept if they are to be."""
+        if self.kept and not first:
+            data, name = getattr(row.writes, self.kept), getattr(self.kinds.writes, self.kept)
+            return w.load(data, name, i, self.work, count)
+        e = self.op.enter(
+            given(self.kinds.reads, lambda name, data: w.load(data, name, i, self.work, count), row.reads)
+        )
+        if self.kept:
+            data, name = getattr(row.writes, self.kept), getattr(self.kinds.writes, self.kept)
+            e = w.decoded(w.store(data, name, i, e, count), name, self.work)
+        return e
+
+    # -------------------------------------------------------------------------------------------------- sums
+
+    def adding(self, s: int) -> Any:
+        """add(a, b) and zero() of the sums of stage s."""
+        shape = self.sums[s]
+        return step(lambda w, a, b: type(a)(*map(plus, a, b)), shape), step(lambda w: w.zeros(shape), shape)
+
+    def segment(self, s: int) -> Any:
+        """segment(row, start, stop, k, m, ahead): the sums of stage s over elements start to stop.
+
+        Four sums at once, for an addition takes four cycles and two AVX2 registers are added in each; two where a sum
+        takes more than one vector (float64: up to 1.1 times as fast as with registers that spill).
+        """
+        stage, width, lane_sums = self.op.stages[s], self.width, self.lane_sums[s]
+        ways = 4 if len(leaves(lane_sums)) == 1 else 2
+        rest = ways // 4 * 2  # which of them takes what is left over
+
+        def added(w: Writer, row: Arrays, i: Any, k: Any, m: Any, sums: Any, count: Any) -> Any:
+            e, c = self.element(w, row, i, count, s == 0), self.columns(w, row.columns, i, count)
+            inside = None if k is None else w.before(w.builder.sub(k, i), width)
+            found = stage.add(sums, e, c, m, inside)
+            if m is not None and count is not None:  # zeros behind the row: not what stage.add makes of them
+                there = w.before(count, width)
+                found = type(sums)(*(either(there, new, old) for new, old in zip(found, sums, strict=True)))
+            return found
+
+        def several(w: Writer, row: Arrays, i: Any, k: Any, m: Any, sums: Any, ahead: Any, many: int) -> Any:
+            b, new = w.builder, list(sums)
+            for way in range(many):
+                at = b.add(i, ir.Constant(i.type, way * width))
+                new[way] = added(w, row, at, k, m, sums[way], None)
+                if self.work.exact and self.op.share is None:
+                    w.prefetch(row.reads[0], b.add(at, ahead))
+            if s == len(self.op.stages) - 1:
+                for data in row.reads[1:]:
+                    if data is not None:
+                        w.prefetch(data, b.add(i, ahead), 2)
+            return tuple(new)
+
+        def last(w: Writer, row: Arrays, i: Any, k: Any, m: Any, sums: Any, count: Any) -> Any:
+            return *sums[:rest], added(w, row, i, k, m, sums[rest], count), *sums[rest + 1 :]
+
+        def across(w: Writer, sums: Any) -> Any:
+            while len(sums) > 1:
+                sums = [type(a)(*map(plus, a, b)) for a, b in zip(sums[0::2], sums[1::2], strict=True)]
+            return type(sums[0])(*map(w.across, sums[0]))
+
+        shape = (lane_sums,) * ways
+        zeros = step(lambda w: w.zeros(shape), shape)
+        add_all = step(lambda w, row, i, k, m, sums, ahead: several(w, row, i, k, m, sums, ahead, ways), shape)
+        add_two = step(lambda w, row, i, k, m, sums, ahead: several(w, row, i, k, m, sums, ahead, 2), shape)
+        add_last, total = step(last, shape), step(across, self.sums[s])
+        four = ways == 4
+
+        @inlined
+        def segment(row: Any, start: Any, stop: Any, k: Any, m: Any, ahead: Any) -> Any:
+            sums = zeros(())
+            i = start
+            while i + ways * width <= stop:
+                sums = add_all((row, i, k, m, sums, ahead))
+                i += ways * width
+            if four and i + 2 * width <= stop:
+                sums = add_two((row, i, k, m, sums, ahead))
+                i += 2 * width
+            while i < stop:
+                sums = add_last((row, i, k, m, sums, min(width, stop - i)))
+                i += width
+            return total((sums,))
+
+        return segment
+
+    # ------------------------------------------------------------------------------------- the numbers of rows
+    # Room for many rows: number f of row j is in place f * stride + j, so that LLVM takes several rows at once.
+
+    def put(self, shape: Any, place: int) -> Any:
+        """put(room, stride, j, record)"""
+
+        def body(w: Writer, room: Any, stride: Any, j: Any, record: Any) -> None:
+            for f, leaf in enumerate(leaves(record)):
+                w.put(room, self._place(w, place + f, stride, j), leaf)
+
+        return step(body)
+
+    def _get(self, w: Writer, shape: Any, place: int, room: Any, stride: Any, j: Any) -> Any:
+        found = [w.get(room, self._place(w, place + f, stride, j)) for f in range(len(leaves(shape)))]
+        return rebuilt(shape, found)
+
+    @staticmethod
+    def _place(w: Writer, f: int, stride: Any, j: Any) -> Any:
+        return w.builder.add(w.builder.mul(stride, ir.Constant(stride.type, f)), j)
+
+    def get(self, shape: Any, place: int) -> Any:
+        """get(room, stride, j)"""
+        return step(lambda w, room, stride, j: self._get(w, shape, place, room, stride, j), shape)
+
+    def get_numbers(self, s: int) -> Any:
+        """The numbers of stage s; None for the stage before the first."""
+        if s < 0:
+            return step(lambda w, room, stride, j: None, types.none)
+        return self.get(self.numbers[s], self.places[2 * s + 1])
+
+    def find_numbers(self, s: int) -> Any:
+        """find(room, stride, j, n, k, eps): from the sums of stage s in place j its numbers, there too."""
+        place = 2 * s
+
+        def body(w: Writer, room: Any, stride: Any, j: Any, n: Any, k: Any, eps: Any) -> None:
+            sums = self._get(w, self.sums[s], self.places[place], room, stride, j)
+            before = self._get(w, self.numbers[s - 1], self.places[place - 1], room, stride, j) if s else None
+            n = w.number(n)
+            found = self.op.stages[s].numbers(sums, n, n if k is None else w.number(k), eps, before)
+            for f, leaf in enumerate(leaves(found)):
+                w.put(room, self._place(w, self.places[place + 1] + f, stride, j), leaf)
+
+        return step(body)
+
+    def eps_of(self) -> Any:
+        """eps(size.eps, row)"""
+        return inlined((lambda eps, row: eps[row]) if self.kinds.row_eps else (lambda eps, row: eps))
+
+    def tests(self) -> tuple[Any, Any]:
+        """`is_ordinary` and `is_trivial`, where rows are marked."""
+        if self.kinds.marks:
+            return self.is_ordinary(), self.is_trivial()
+        return step(lambda w, *a: ir.Constant(ir.IntType(64), 1), types.int64), piece(lambda row, n: True)
+
+    def is_trivial(self) -> Any:
+        """trivial(row, n): whether an array makes the row trivial, as the operation tells it."""
+
+        def one(name: str, number: float | None) -> Any:
+            f = self.kinds.reads._fields.index(name)
+            get = inlined(lambda row: row.reads[f])
+            if self.kept and f == 0:  # then the row is about what is kept
+                kept = self.kinds.writes._fields.index(self.kept)
+                get = inlined(lambda row: row.writes[kept])
+
+            @piece
+            def all_equal(row: Any, n: Any) -> Any:
+                data = get(row)
+                first = data[0] if number is None else number
+                for i in range(n):  # noqa: SIM110 (Numba has no generators to give to `all`)
+                    if data[i] != first:
+                        return False
+                return True
+
+            return all_equal
+
+        if not self.op.trivial:
+            return piece(lambda row, n: False)
+        first, *_, last = [one(*field) for field in self.op.trivial * 2]
+        return piece(lambda row, n: first(row, n) or last(row, n))
+
+    def is_ordinary(self) -> Any:
+        """ordinary(room, stride, j, n, k, eps): 1 in range, 0 if only a trivial row is, -1 out of range.
+
+        NaN is in range: scaling the row would not change it.
+        """
+        s = len(self.op.stages) - 1
+
+        def body(w: Writer, room: Any, stride: Any, j: Any, n: Any, k: Any, eps: Any) -> Any:
+            b, bound = w.builder, BOUNDS[self.work.name]
+            sums = self._get(w, self.sums[s], self.places[2 * s], room, stride, j)
+            before = self._get(w, self.numbers[s - 1], self.places[2 * s - 1], room, stride, j) if s else None
+            n = w.number(n)
+            extent = self.op.extent(sums, n, n if k is None else w.number(k), eps, before)
+            none = ir.Constant(ir.IntType(1), 0)
+            outside, trivial = none, none
+            for number in (*extent.within, *extent.nontrivial, *extent.below):
+                outside = b.or_(outside, abs(number).exceeds(bound).value)
+            for number in extent.within:
+                outside = b.or_(outside, (-abs(number)).exceeds(-1 / bound).value)
+            for number in extent.nontrivial:
+                trivial = b.or_(trivial, (-abs(number)).exceeds(-1 / bound).value)
+            kind = ir.IntType(64)
+            return b.select(outside, kind(-1), b.select(trivial, kind(0), kind(1)))
+
+        return step(body, types.int64)
+
+    # ---------------------------------------------------------------------------------------- what a row gives
+
+    def write_always(self) -> Any:
+        """write_always(row, first, last): the shares of elements first to last that need no numbers of the row."""
+        op, width, plain = self.op, self.width, Work("double", self.width)
+        share: Any = op.share
+        wanted = Totals(
+            *(name if f in op.always else None for f, name in zip(Totals._fields, self.kinds.totals, strict=True))
+        )
+        if not any(wanted):
+            return piece(lambda row, first, last: None)
+        none = type(self.numbers[-1])(*[None] * len(self.numbers[-1]))
+
+        def body(w: Writer, row: Arrays, i: Any, count: Any) -> None:
+            e = self.element(w, row, i, count, False)
+            data = given(wanted, lambda name, d: d, row.totals)
+            old = given(data, lambda d: w.load(d, "float64", i, plain, count))
+            given(data, lambda d, t: w.store(d, "float64", i, t, count), share(old, e, none))
+
+        add = step(body)
+
+        @piece
+        def write_always(row: Any, first: Any, last: Any) -> Any:
+            for i in range(first, last, width):
+                add((row, i, min(width, last - i)))
+
+        return write_always
+
+    def write(self) -> Any:
+        """write(row, first, last, k, m, streaming, ahead): outputs and shares of elements first to last."""
+        op, kinds, width = self.op, self.kinds, self.width
+        target = next(f for f in kinds.writes._fields if f != op.keep)
+
+        def given_out(w: Writer, row: Arrays, i: Any, k: Any, m: Any, count: Any) -> Any:
+            e, c = self.element(w, row, i, count, False), self.columns(w, row.columns, i, count)
+            if op.share is not None:
+                plain = Work("double", width)
+                old = given(row.totals, lambda data: w.load(data, "float64", i, plain, count))
+                new = op.share(old, e, m)
+                given(row.totals, lambda data, t: w.store(data, "float64", i, t, count), new)
+            inside = None if k is None else w.before(w.builder.sub(k, i), width)
+            return getattr(op.leave(e, m, c, inside), target)
+
+        def vector(w: Writer, row: Arrays, i: Any, k: Any, m: Any, streaming: bool, ahead: Any) -> None:
+            number = given_out(w, row, i, k, m, None)
+            data, name = getattr(row.writes, target), getattr(kinds.writes, target)
+            if streaming:
+                w.stream(data, name, i, number)
+                w.prefetch(row.reads[0], w.builder.add(i, ahead), 1 if op.share is None else 2)
+            else:
+                w.store(data, name, i, number)
+
+        def part(w: Writer, row: Arrays, i: Any, k: Any, m: Any, count: Any) -> None:
+            number = given_out(w, row, i, k, m, count)
+            w.store(getattr(row.writes, target), getattr(kinds.writes, target), i, number, count)
+
+        def until(w: Writer, row: Arrays, i: Any) -> Any:
+            return w.until_aligned(getattr(row.writes, target), getattr(kinds.writes, target), i, width)
+
+        store = step(lambda w, row, i, k, m, ahead: vector(w, row, i, k, m, False, ahead))
+        stream = step(lambda w, row, i, k, m, ahead: vector(w, row, i, k, m, True, ahead))
+        write_part, until_aligned = step(part), step(until, types.int64)
+
+        @inlined
+        def whole(row: Any, n: Any, k: Any, m: Any, streaming: Any, ahead: Any) -> Any:
+            for i in range(0, n, width):
+                if streaming:
+                    stream((row, i, k, m, ahead))
+                else:
+                    store((row, i, k, m, ahead))
+
+        @inlined
+        def write(row: Any, first: Any, last: Any, k: Any, m: Any, streaming: Any, ahead: Any) -> Any:
+            head = min(first + until_aligned((row, first)), last) if streaming else first
+            body = last - (last - head) % width
+            for i in range(head, body, width):
+                if streaming:
+                    stream((row, i, k, m, ahead))
+                else:
+                    store((row, i, k, m, ahead))
+            if head > first:
+                write_part((row, first, k, m, head - first))
+            if body < last:
+                write_part((row, body, k, m, last - body))
+
+        return whole, write

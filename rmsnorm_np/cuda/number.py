@@ -1,0 +1,201 @@
+"""Numbers that write LLVM: a float32 or float64 in a register of a thread, with the operations of the formulas.
+
+libNVVM fuses a product with the addition after it. So products whose rounding error is computed are written as
+instructions of their own (`Number.product`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+BIT, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+KINDS = {FLOAT: "f32", DOUBLE: "f64", WORD: "u32"}
+LLVM = {kind: llvm for llvm, kind in KINDS.items()}
+LETTERS = {"f32": "f", "f64": "d"}  # of registers, in inline PTX
+TWO_WORDS = ir.VectorType(WORD, 2)
+
+
+class Condition:
+    """A truth value in a register."""
+
+    __slots__ = ("builder", "value")
+
+    def __init__(self, builder: Any, value: Any) -> None:
+        self.builder, self.value = builder, value
+
+    def either(self, a: Number, b: Any) -> Number:
+        """a where it holds, b elsewhere."""
+        a, b = a.both(b)
+        return Number(self.builder, self.builder.select(self.value, a.value, b.value))
+
+    def __and__(self, other: Condition) -> Condition:
+        return Condition(self.builder, self.builder.and_(self.value, other.value))
+
+    def __or__(self, other: Condition) -> Condition:
+        return Condition(self.builder, self.builder.or_(self.value, other.value))
+
+
+class Number:
+    """A number, and the builder that writes code about it.
+
+    single: a float64 that a float32 can hold. inverse: 1 / it, rounded, where something is to be divided by it.
+    """
+
+    __slots__ = ("builder", "inverse", "single", "value")
+    narrow = True  # a square is added in one step
+    renormalised = True  # a pair is, before it is divided: its head may have cancelled
+
+    def __init__(self, builder: Any, value: Any, single: bool = False, inverse: Number | None = None) -> None:
+        self.builder, self.value, self.single, self.inverse = builder, value, single, inverse
+
+    @property
+    def kind(self) -> str:
+        """Which of the types of `KINDS` it has."""
+        return KINDS[self.value.type]
+
+    def to(self, kind: str) -> Number:
+        """In another type, rounded if need be."""
+        if kind == self.kind:
+            return self
+        if kind == "f64":
+            return Number(self.builder, self.builder.fpext(self.value, DOUBLE), True)
+        return Number(self.builder, self.builder.fptrunc(self.value, FLOAT))
+
+    def constant(self, number: float) -> Number:
+        """A number of the same type."""
+        return Number(self.builder, ir.Constant(self.value.type, float(number)))
+
+    def both(self, other: Any) -> tuple[Number, Number]:
+        """Both in one type."""
+        if not isinstance(other, Number):
+            return self, self.constant(other)
+        kind = "f64" if "f64" in (self.kind, other.kind) else "f32"
+        return self.to(kind), other.to(kind)
+
+    def _do(self, name: str, other: Any) -> Number:
+        a, b = self.both(other)
+        return Number(self.builder, getattr(self.builder, name)(a.value, b.value))
+
+    def __add__(self, other: Any) -> Number:
+        return self._do("fadd", other)
+
+    def __sub__(self, other: Any) -> Number:
+        return self._do("fsub", other)
+
+    def __mul__(self, other: Any) -> Number:
+        return self._do("fmul", other)
+
+    def __truediv__(self, other: Any) -> Number:
+        inverse = getattr(other, "inverse", None)
+        if inverse is None:
+            return self._do("fdiv", other)
+        quotient = self.product(inverse)  # a division of float64 is a call, and takes registers for it
+        better = (-quotient).fma(other, self).fma(inverse, quotient)
+        return better.is_number().either(better, quotient)
+
+    def __neg__(self) -> Number:
+        return self.constant(-0.0)._do("fsub", self)  # libNVVM's older LLVM knows no fneg
+
+    def __abs__(self) -> Number:
+        return self.asm("abs.{} $0, $1;")
+
+    def asm(self, text: str, *others: Number) -> Number:
+        """One instruction of PTX, of numbers of one type."""
+        kind, letter, values = self.value.type, LETTERS[self.kind], [self.value, *(o.value for o in others)]
+        signature = ir.FunctionType(kind, [kind] * len(values))
+        constraints = ",".join([f"={letter}"] + [letter] * len(values))
+        return Number(
+            self.builder, self.builder.asm(signature, text.format(self.kind), constraints, values, side_effect=False)
+        )
+
+    def product(self, other: Any) -> Number:
+        """Rounded: not fused with what is added to it."""
+        a, b = self.both(other)
+        return a.asm("mul.rn.{} $0, $1, $2;", b)
+
+    def maximum(self, other: Any) -> Number:
+        """The larger of the two; of NaN and a number, the number."""
+        a, b = self.both(other)
+        return a.asm("max.{} $0, $1, $2;", b)
+
+    def fma(self, b: Any, c: Any) -> Number:
+        """it · b + c, rounded once."""
+        a, b = self.both(b)
+        a, c = a.both(c)
+        b, c = b.both(c)
+        values = [a.value, b.value, c.value]
+        return Number(self.builder, called(self.builder, f"llvm.fma.{a.kind}", a.value.type, *values))
+
+    multiply_add = fma
+
+    def reciprocal_root(self) -> Number:
+        """1 / sqrt(it), to an ULP or so: a step of third order from 20 bits.
+
+        A square root and a division, each right to the last bit, would be three times as many instructions, and two
+        calls; one warp computes while the others wait.
+        """
+        value = self.to("f64")
+        start = value.asm("rsqrt.approx.ftz.f64 $0, $1;")
+        rest = (-value * start).fma(start, 1.0)
+        better = (start * rest).fma(rest.fma(0.375, 0.5), start)
+        return better.is_number().either(better, start).to(self.kind)  # zero and infinity leave NaN in the rest
+
+    def as_single(self) -> Number:
+        """The nearest float32, in its own type."""
+        return self.to("f32").to(self.kind)
+
+    def compared(self, how: str, other: Any) -> Condition:
+        """How it compares; false for NaN."""
+        a, b = self.both(other)
+        return Condition(self.builder, self.builder.fcmp_ordered(how, a.value, b.value))
+
+    def is_number(self) -> Condition:
+        """Not NaN."""
+        return self.compared("ord", self)
+
+    def is_finite(self) -> Condition:
+        """Neither NaN nor infinite."""
+        return abs(self).compared("<", float("inf"))
+
+    def exceeds(self, other: Any) -> Condition:
+        """It is larger."""
+        return self.compared(">", other)
+
+    def words(self) -> list[Any]:
+        """The 32-bit words that hold it."""
+        b = self.builder
+        if self.kind == "f32":
+            return [b.bitcast(self.value, WORD)]
+        both = b.bitcast(self.value, TWO_WORDS)  # as a vector: shifts would be instructions
+        return [b.extract_element(both, WORD(j)) for j in (0, 1)]
+
+    @classmethod
+    def of_words(cls, builder: Any, words: list[Any]) -> Number:
+        """The number that these words hold."""
+        if len(words) == 1:
+            return cls(builder, builder.bitcast(words[0], FLOAT))
+        both = builder.insert_element(ir.Constant(TWO_WORDS, ir.Undefined), words[0], WORD(0))
+        return cls(builder, builder.bitcast(builder.insert_element(both, words[1], WORD(1)), DOUBLE))
+
+
+def called(builder: Any, name: str, result: Any, *values: Any) -> Any:
+    """What an intrinsic function of LLVM returns."""
+    kind = ir.FunctionType(result, [value.type for value in values])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, values)
+
+
+def shuffle(builder: Any, mask: Any, word: Any, distance: int) -> Any:
+    """The word of the lane whose place in the warp differs in this bit."""
+    found = ir.LiteralStructType((WORD, BIT))  # mode 3: places differ in the bits of the distance
+    values = mask, WORD(3), word, WORD(distance), WORD(31)
+    return builder.extract_value(called(builder, "llvm.nvvm.shfl.sync.i32", found, *values), 0)
+
+
+def opaque(builder: Any, word: Any) -> Any:
+    """The same word, or long word, in no instruction: the compiler takes it for a new one."""
+    letter = "r" if word.type == WORD else "l"
+    return builder.asm(ir.FunctionType(word.type, [word.type]), "", f"={letter},0", [word], side_effect=True)

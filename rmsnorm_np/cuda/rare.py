@@ -1,0 +1,238 @@
+"""Rows whose sums leave the range of the type they are computed in: found by their marks, and run once more.
+
+A block takes such a row a vector at a time, in float64: of 16 or 32 bits, nothing leaves its range. Where an array is
+of float64, the row is brought into the range by powers of two, which is exact: the norm of s·x with eps·s² is the norm
+of x with eps, and the gradient of s·x and t·dy is t / s times that of x and dy. dweight takes dy as it is, for xhat
+does not depend on s.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from rmsnorm_np.cuda.elements import Place, Scales, Size
+from rmsnorm_np.cuda.kernel import Kernel
+from rmsnorm_np.cuda.launch import Plan
+from rmsnorm_np.cuda.number import DOUBLE, LONG, Condition, Number
+from rmsnorm_np.cuda.row import Program
+from rmsnorm_np.cuda.schedule import arguments_of
+from rmsnorm_np.cuda.team import adder_of, agreed, inlined, numbers_finder
+from rmsnorm_np.cuda.tracing import step, zeros
+from rmsnorm_np.ops.operation import scale
+from rmsnorm_np.ops.primitives import either
+from rmsnorm_np.ops.records import given
+
+# Exponents. The largest of x becomes 2**14, so that in rows of up to 2**24 elements rstd is at most 1, and dy · rstd in
+# the range. g = dy · weight may be as large as is safe: beside a large g, a small one must stay what it is.
+X_TARGET, MOST_G, LEAST_G = 14, 900, -300
+FAR = 540  # by so much both factors of g are made smaller, or larger, to find the exponent of a g out of range
+
+
+class Largest(NamedTuple):
+    """The largest magnitudes of a row: of x in the RMS; of x less its first element; 1 if one of these is more than
+    half of that element, else 0; of g, and of g times 2**(-2 FAR) and 2**(2 FAR).
+    """
+
+    x: Any
+    apart: Any
+    far: Any
+    g: Any
+    large_g: Any
+    small_g: Any
+
+
+LARGEST = Largest(*["f64"] * 6)
+SCALES = (Scales(*["f64"] * 7), "f64")
+
+
+def larger(b: Any, one: Largest, other: Largest) -> Any:
+    """The larger of each."""
+    return given(one, Number.maximum, other)
+
+
+def survey(program: Program) -> Any:
+    """A step: survey(row, arrays, place, start, size, largest), with what this thread has of one vector of the row."""
+    kinds, recentring = program.kinds, program.op.recentring
+
+    def body(b: Any, row: Any, arrays: Any, place: Place, start: Any, size: Size, largest: Largest) -> Largest:
+        (v,), first = program.vectors(b, place), _first(b, program, arrays, start)
+        vector = program.vector_of(program.held, row[0], 0)
+        columns = program.vector_of(program.columns, row[1], 0) if row[1] is not None else None
+        for e, exists in enumerate(v.there.conditions):
+            read = program.numbers_of(b, vector, e, "plain")
+            x, dy, nothing = read[0], getattr(read, "dy", None), largest.x.constant(0.0)
+            new = largest._replace(x=largest.x.maximum(either(v.inside[e], abs(x), nothing)))
+            if recentring:
+                apart = abs(x - first)
+                apart = apart if exists is None else Condition(b, exists).either(apart, nothing)
+                far = either(apart.exceeds(abs(first) * 0.5), nothing + 1.0, nothing)
+                new = new._replace(apart=largest.apart.maximum(apart), far=largest.far.maximum(far))
+            if dy is not None:
+                c = program.columns_of(b, columns, e, size.offset, "plain")
+                factor = nothing + 1.0 if kinds.columns.weight is None else scale(c)
+                size_of = lambda power, dy=dy, factor=factor: abs(dy * power) * abs(factor * power)  # noqa: E731
+                sizes = [size_of(2.0**power) for power in (0, -FAR, FAR)]
+                found = [old.maximum(one) for old, one in zip(new[3:], sizes, strict=True)]
+                new = Largest(*new[:3], *found)
+            largest = new
+        return largest
+
+    return step(body, LARGEST)
+
+
+def _first(b: Any, program: Program, arrays: Any, start: Any) -> Number:
+    """The first element of the row."""
+    return program.one(b, program.pointer(arrays), program.held[0], start).to("f64")
+
+
+def _exponent(b: Any, number: Number) -> Any:
+    """The e of 1.… · 2**e; -1023 for zero and subnormal numbers, 1024 for infinity and NaN."""
+    bits = b.and_(b.lshr(b.bitcast(number.value, LONG), LONG(52)), LONG(0x7FF))
+    return b.sub(bits, LONG(1023))
+
+
+def _power(b: Any, e: Any) -> Number:
+    """2**e, for -1023 < e < 1024."""
+    return Number(b, b.bitcast(b.shl(b.add(e, LONG(1023)), LONG(52)), DOUBLE))
+
+
+def _limited(b: Any, e: Any) -> Any:
+    e = b.select(b.icmp_signed("<", e, LONG(-1022)), LONG(-1022), e)
+    return b.select(b.icmp_signed(">", e, LONG(1023)), LONG(1023), e)
+
+
+def _halves(b: Any, e: Any) -> tuple[Number, Number]:
+    """2**e in two factors."""
+    half = b.ashr(e, LONG(1))
+    return _power(b, half), _power(b, b.sub(e, half))
+
+
+def scales_finder(program: Program) -> Any:
+    """find(row, size, arrays): the scales of a row, and eps for the scaled row. row: see `vector_reader`."""
+    read, look, nothing, length = vector_reader(program), survey(program), zeros(LARGEST), program.plan.length
+    finish = lambda b, largest, more: _scales_of(b, program, largest, *more)  # noqa: E731
+    agree = agreed(program.plan.team, larger, LARGEST, finish, SCALES)
+
+    @inlined
+    def find(row: Any, size: Any, arrays: Any) -> Any:
+        largest = nothing(())
+        for begin in range(0, size.n, length):
+            place, words = read(row, begin, size, arrays)
+            largest = look((words, arrays, place, row[0], size, largest))
+        return agree(largest, (row[0], size, arrays))
+
+    return find
+
+
+def _scales_of(b: Any, program: Program, largest: Largest, start: Any, size: Size, arrays: Any) -> Any:
+    first, x = largest.x.constant(0.0), largest.x
+    if program.op.recentring:  # exact, if no element is too far from the first: Sterbenz' lemma
+        near = largest.far.compared("==", 0.0)
+        first = near.either(_first(b, program, arrays, start), first)
+        x = near.either(largest.apart, x)
+    root = b.ashr(_exponent(b, size.eps), LONG(1))
+    root = b.select(size.eps.exceeds(0.0).value, root, LONG(-1023))
+    e = _exponent(b, x)
+    e = b.select(b.icmp_signed("<", e, root), root, e)
+    s = _limited(b, b.sub(LONG(X_TARGET), e))
+    g = _exponent(b, largest.g)
+    g = b.select(b.icmp_signed(">", g, LONG(1023)), b.add(_exponent(b, largest.large_g), LONG(2 * FAR)), g)
+    g = b.select(b.icmp_signed("<", g, LONG(-900)), b.sub(_exponent(b, largest.small_g), LONG(2 * FAR)), g)
+    t = b.select(b.icmp_signed(">", g, LONG(MOST_G)), b.sub(LONG(MOST_G), g), LONG(0))
+    t = b.select(b.icmp_signed("<", g, LONG(LEAST_G)), b.neg(g), t)
+    t = b.select(largest.small_g.exceeds(0.0).value, _limited(b, t), LONG(0))
+    factor = _power(b, s)
+    undo, further = _halves(b, b.sub(s, t)), _halves(b, b.sub(t, s))
+    return Scales(first, factor, _power(b, t), *further, *undo), size.eps * factor * factor
+
+
+def vector_reader(program: Program) -> Any:
+    """read(row, begin, size, arrays): the place at `begin` in a row, and the words that this thread has there.
+
+    row: where its elements begin, and those of its weight and bias.
+    """
+    read, read_columns, backward = program.read(False), program.read_columns(), program.plan.backward
+
+    @inlined
+    def read_vector(row: Any, begin: Any, size: Any, arrays: Any) -> Any:
+        lane, left = np.int64(cuda.threadIdx.x), size.n - begin
+        place = Place(row[0] + begin, lane, left, row[1] + begin, row[2] + begin, size.k - begin)
+        return place, (read((arrays, place)), read_columns((arrays, place)) if backward else None)
+
+    return read_vector
+
+
+def rare_adder(program: Program, s: int) -> Any:
+    """add((row, scales), m, None, size, arrays): stage s's sums over this thread's vectors of a row."""
+    read, add, length = vector_reader(program), program.add(s), program.plan.length
+    nothing, plus = adder_of(program.sums[s])
+
+    @inlined
+    def adder(row: Any, m: Any, place: Any, size: Any, arrays: Any) -> Any:
+        sums = nothing(())
+        for begin in range(0, size.n, length):
+            place, words = read(row[0], begin, size, arrays)
+            sums = plus((sums, add((words, m, place, size, row[1]))))
+        return sums
+
+    return adder
+
+
+def row_runner(program: Program) -> Any:
+    """run(arrays, row, size, task): one row, a vector at a time."""
+    plan = program.plan
+    length, has_totals, in_range = plan.length, any(plan.kinds.totals), "float64" not in plan.kinds.names
+    read, write, find_scales = vector_reader(program), program.write(), scales_finder(program)
+    read_totals, write_totals = program.read_totals(), program.write_totals()
+    find = numbers_finder(program, [rare_adder(program, s) for s in range(len(program.op.stages))])
+    scales_in, eps_in = step(lambda b, found: found[0], SCALES[0]), step(lambda b, found: found[1], types.float64)
+
+    @inlined
+    def run(arrays: Any, row: Any, size: Any, task: Any) -> None:
+        place = (row * size.n, row % size.weight_m * size.n, row % size.bias_m * size.n)
+        if in_range:
+            scales, eps = None, size.eps
+        else:
+            found = find_scales(place, size, arrays)
+            scales, eps = scales_in((found,)), eps_in((found,))
+        m = find((place, scales), None, size, arrays, eps)
+        for begin in range(0, size.n, length):
+            here, words = read(place, begin, size, arrays)
+            there = Place(task * size.n + begin, here.lane, here.stop, 0, 0, size.k)
+            sums = write((words, arrays, here, size, m, read_totals((arrays.totals, there)), scales))
+            if has_totals:
+                write_totals((arrays.totals, there, sums))
+        cuda.syncthreads()
+
+    return run
+
+
+@lru_cache
+def rare_kernel(plan: Plan) -> Kernel:
+    """kernel(arrays, marks, size): the rows that are marked, of a plan that `launch.rare_plan` made.
+
+    Block `chunk * m + h` takes those of the rows h, h + m, … of one of `chunks` parts, and adds to row `chunk * m + h`
+    of the partial sums.
+    """
+    run_row, team = row_runner(Program(plan)), plan.team
+
+    def rare_rows(arrays: Any, marks: Any, size: Any, kept: Any) -> None:
+        task = np.int64(cuda.blockIdx.x)
+        h, chunk, groups = task % size.m, task // size.m, size.rows // size.m
+        first, last = groups * chunk // size.chunks, groups * (chunk + 1) // size.chunks
+        for base in range(first, last, team):
+            group, mark = base + cuda.threadIdx.x, 0
+            if group < last:
+                mark = marks[group * size.m + h]
+            if cuda.syncthreads_or(mark) != 0:
+                for marked in range(base, min(base + team, last)):
+                    if marks[marked * size.m + h] != 0:
+                        run_row(arrays, marked * size.m + h, size, task)
+
+    # room for two blocks: left to itself, the compiler makes room for more, and keeps numbers in memory for it
+    return Kernel(rare_rows, plan.capability, plan.block, 2, arguments_of(plan))

@@ -1,0 +1,162 @@
+"""What a thread moves: 16 bytes in one access, kept as 32-bit words, seen as numbers one at a time.
+
+Arrays reach the kernels as addresses of unsigned integers of their item's size. A vector is as many elements as fill 16
+bytes of x; of an array with another item size it takes as many elements, in fewer or more bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+
+from rmsnorm_np.cuda.number import FLOAT, HALF, LONG, SHORT, WORD, Number, opaque
+from rmsnorm_np.ops.primitives import rounded
+
+BYTES = 16  # of one access, the widest there is on every GPU
+_GLOBAL = 1  # LLVM's number for the address space of device memory
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+STORED = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
+
+
+class There(NamedTuple):
+    """Which elements of a vector are there: a condition for each, None for always.
+
+    together: they have one condition, and the vector begins at a multiple of its size.
+    """
+
+    conditions: list[Any]
+    together: bool
+
+
+ALONE = There([None], False)  # a single element
+
+
+def words_of(name: str, lanes: int) -> int:
+    """Words that a vector of this many elements fills."""
+    return max(1, ITEMSIZE[name] * lanes // 4)
+
+
+def where(b: Any, condition: Any, make: Callable[[], list[Any]], otherwise: list[Any]) -> list[Any]:
+    """The values that make() gives, `otherwise` where the condition is false. No condition: always."""
+    if condition is None:
+        return make()
+    before = b.block
+    with b.if_then(condition):
+        found = make()
+        made = b.block
+    values = []
+    for value, other in zip(found, otherwise, strict=True):
+        values.append(b.phi(value.type))
+        values[-1].add_incoming(value, made)
+        values[-1].add_incoming(other, before)
+    return values
+
+
+def _accesses(name: str, there: There) -> tuple[int, Any, list[tuple[Any, list[int]]]]:
+    """Bytes and type of one access, and for each condition the elements at which its accesses begin."""
+    count, size = len(there.conditions) if there.together else 1, ITEMSIZE[name]
+    width = min(BYTES, count * size)
+    kind = SHORT if width == 2 else ir.VectorType(WORD, width // 4)
+    parts = range(0, len(there.conditions), count)
+    return width, kind, [(there.conditions[e], list(range(e, e + count, width // size))) for e in parts]
+
+
+def _place(b: Any, pointer: Any, index: Any, kind: Any) -> Any:
+    return b.addrspacecast(b.bitcast(b.gep(pointer, [index]), kind.as_pointer()), kind.as_pointer(_GLOBAL))
+
+
+def load(b: Any, pointer: Any, index: Any, name: str, there: There) -> list[Any]:
+    """The words of a vector that begins at pointer[index]; zeros for what is not there."""
+    (width, kind, parts), found = _accesses(name, there), []
+    for condition, elements in parts:
+        fetch = lambda e: b.load(_place(b, pointer, b.add(index, LONG(e)), kind), align=width)  # noqa: E731
+        make = lambda elements=elements: [fetch(e) for e in elements]  # noqa: E731
+        found += where(b, condition, make, [ir.Constant(kind, None if width > 2 else 0)] * len(elements))
+    if width > 2:
+        return [b.extract_element(value, WORD(j)) for value in found for j in range(width // 4)]
+    halves = [b.zext(value, WORD) for value in found]
+    return _pairs(b, halves)
+
+
+def store(b: Any, pointer: Any, index: Any, name: str, words: list[Any], there: There) -> None:
+    """The words of a vector to pointer[index] and on; of what is not there, nothing."""
+    width, kind, parts = _accesses(name, there)
+    if width == 2:
+        values = [_half(b, words[e // 2], e) for e in range(len(there.conditions))]
+    else:
+        values = [_vector(b, kind, words[j : j + width // 4]) for j in range(0, len(words), width // 4)]
+    for condition, elements in parts:
+        moved = [(e, values.pop(0)) for e in elements]
+
+        def put(moved: list[tuple[int, Any]] = moved) -> list[Any]:
+            for e, value in moved:
+                b.store(value, _place(b, pointer, b.add(index, LONG(e)), kind), align=width)
+            return []
+
+        where(b, condition, put, [])
+
+
+def _vector(b: Any, kind: Any, words: list[Any]) -> Any:
+    value = ir.Constant(kind, ir.Undefined)
+    for j, word in enumerate(words):
+        value = b.insert_element(value, word, WORD(j))
+    return value
+
+
+def _half(b: Any, word: Any, e: int) -> Any:
+    """The 16 bits of element e in its word."""
+    return b.trunc(b.lshr(word, WORD(16)) if e % 2 else word, SHORT)
+
+
+def _pairs(b: Any, halves: list[Any]) -> list[Any]:
+    """Words of 16 bits each as full words, two to one; the last may be alone."""
+    return [
+        halves[j] if j + 1 == len(halves) else b.or_(halves[j], b.shl(halves[j + 1], WORD(16)))
+        for j in range(0, len(halves), 2)
+    ]
+
+
+def element(b: Any, words: list[Any], e: int, name: str, again: bool = False) -> Number:
+    """Number e of the vector, float32 or float64.
+
+    again: of words that were decoded before. Without it the compiler keeps the numbers of the pass that sums them for
+    the pass that uses them, in twice the registers that the words of 16-bit floats take.
+    """
+    size = ITEMSIZE[name]
+    parts = words[2 * e : 2 * e + 2] if size == 8 else [words[e if size == 4 else e // 2]]
+    parts = [opaque(b, word) for word in parts] if again else list(parts)
+    if size > 2:
+        return Number.of_words(b, parts)
+    (word,) = parts
+    if name == "bfloat16":
+        return Number.of_words(b, [b.and_(word, WORD(0xFFFF0000)) if e % 2 else b.shl(word, WORD(16))])
+    return Number(b, b.fpext(b.bitcast(_half(b, word, e), HALF), FLOAT))
+
+
+def encoded(b: Any, numbers: list[Any], name: str, native_bfloat16: bool) -> list[Any]:
+    """The words of a vector of these numbers, each rounded to what is stored of it."""
+    kind = "f64" if name == "float64" else "f32"
+    plain = [rounded(number).to(kind) for number in numbers]
+    if ITEMSIZE[name] > 2:
+        return [word for number in plain for word in number.words()]
+    if name == "float16":
+        halves = [b.zext(b.bitcast(b.fptrunc(a.value, HALF), SHORT), WORD) for a in plain]
+    elif native_bfloat16:
+        convert = ir.FunctionType(SHORT, [FLOAT])
+        instruction = "cvt.rn.bf16.f32 $0, $1;"
+        halves = [b.zext(b.asm(convert, instruction, "=h,f", [a.value], side_effect=False), WORD) for a in plain]
+    else:
+        halves = [_rounded_to_bfloat16(b, a) for a in plain]
+    return _pairs(b, halves)
+
+
+def _rounded_to_bfloat16(b: Any, number: Number) -> Any:
+    """Half of what is cut off is added first, ties go to even."""
+    (bits,) = number.words()
+    upper = b.lshr(bits, WORD(16))
+    half = b.add(WORD(0x7FFF), b.and_(upper, WORD(1)))
+    return b.select(number.is_number().value, b.lshr(b.add(bits, half), WORD(16)), WORD(0x7FFF))

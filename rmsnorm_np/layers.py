@@ -1,0 +1,223 @@
+"""Norms as objects, which keep their parameters from call to call: how the code of a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy import ndarray
+
+from rmsnorm_np import _arguments, _backends
+from rmsnorm_np.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+from rmsnorm_np.ops.layer import LAYER_NORM
+from rmsnorm_np.ops.rms import RMS_NORM
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
+
+    Array = npt.NDArray[Any]
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "weight": lambda value: _arguments.parameter("weight", value),
+    "bias": lambda value: _arguments.parameter("bias", value),
+    "eps": _arguments.check_eps,
+    "p": _arguments.check_p,
+    "weight_offset": lambda value: _arguments.check_weight_offset(value, has_weight=True),
+}
+
+
+class _Norm:
+    """What the norms share: parameters that are checked when they are set, and the short way of small arrays."""
+
+    _operation: Any
+    _forward: Callable[..., Any]
+    _backward: Callable[..., Any]
+    _names: tuple[str, ...]
+    _small: Callable[[Any], Any] | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._names:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}, expected one of {self._names}")
+        vars(self)[name] = _CHECKS[name](value)
+        vars(self)["_small"] = None  # found anew at the next call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_small": None}  # machine code belongs to its process
+
+    def __call__(self, x: npt.ArrayLike, out: Array | None = None) -> Array:
+        """The norm of x, see the class."""
+        if out is None and type(x) is ndarray:
+            y = (self._small or self._find_small())(x)
+            if y is not None:
+                return y  # type: ignore[no-any-return]
+        return self._forward(x, **self._arguments(), out=out)  # type: ignore[no-any-return]
+
+    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: Array | None = None) -> Any:
+        """The gradients by x, weight and bias, see the class."""
+        return self._backward(dy, x, **self._arguments(), out=out)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {name: vars(self)[name] for name in self._names}
+
+    def _find_small(self) -> Callable[[Any], Any]:
+        """The short way, for the parameters as they are."""
+        given, forward = self._arguments(), self._forward
+        engine = _backends.select(np.empty(0), None)  # the one for host arrays
+        found: Callable[[Any], Any] = engine.small(self._operation, given, lambda x: forward(x, **given))
+        vars(self)["_small"] = found
+        return found
+
+    def __repr__(self) -> str:
+        def shown(name: str, value: Any) -> str:
+            is_array = name in ("weight", "bias") and value is not None
+            return f"{name}=<{value.dtype} {value.shape}>" if is_array else f"{name}={value!r}"
+
+        return f"{type(self).__name__}({', '.join(shown(*item) for item in self._arguments().items())})"
+
+
+class RMSNorm(_Norm):
+    """`rms_norm` with parameters that stay from call to call, over the last axis.
+
+    Calls on small arrays take less time than those of the function, which looks at each parameter again.
+
+    Parameters
+    ----------
+    weight : array_like or None, of shape (n,) or (heads, n)
+        Factor of each element, as in `rms_norm`. An array is kept as it is, not copied: elements that are changed in
+        place count from the next call on.
+    bias : array_like, optional
+        Added at the end.
+    eps : float, default 1e-6
+        Added to the mean square.
+    p : float, default 1.0
+        Fraction of each row that the root mean square is taken over.
+    weight_offset : float, default 0.0
+        Added to `weight`.
+
+    Attributes
+    ----------
+    weight, bias, eps, p, weight_offset
+        As given. Each may be replaced, and is checked then.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a parameter is not of the kind, or in the range, that `rms_norm` takes. Whether its shape fits that of x is
+        seen in the call.
+
+    See Also
+    --------
+    rms_norm, rms_norm_backward : the functions, with `axis` and `backend`.
+
+    Notes
+    -----
+    The formula and its source are those of `rms_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rmsnorm_np import RMSNorm
+    >>> norm = RMSNorm(np.array([1.0, 10.0]), eps=0.0)
+    >>> x = np.array([[3.0, 4.0]])
+    >>> norm(x)
+    array([[ 0.84852814, 11.3137085 ]])
+    >>> norm.backward(np.array([[1.0, 0.0]]), x).dweight
+    array([0.84852814, 0.        ])
+    >>> norm.weight = np.ones(2)
+    >>> norm(x)
+    array([[0.84852814, 1.13137085]])
+    """
+
+    weight: Any
+    bias: Any
+    eps: float
+    p: float
+    weight_offset: float
+
+    _operation, _forward, _backward = RMS_NORM, staticmethod(rms_norm), staticmethod(rms_norm_backward)
+    _names = ("weight", "bias", "eps", "p", "weight_offset")
+
+    def __init__(
+        self,
+        weight: npt.ArrayLike | None,
+        bias: npt.ArrayLike | None = None,
+        *,
+        eps: float = 1e-6,
+        p: float = 1.0,
+        weight_offset: float = 0.0,
+    ) -> None:
+        self.weight, self.bias, self.eps, self.p, self.weight_offset = weight, bias, eps, p, weight_offset
+
+    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: Array | None = None) -> RMSNormGrads:
+        """The gradients by x, weight and bias, as `rms_norm_backward` gives them; out: where dx is written."""
+        grads: RMSNormGrads = super().backward(dy, x, out)
+        return grads
+
+
+class LayerNorm(_Norm):
+    """`layer_norm` with parameters that stay from call to call, over the last axis.
+
+    Parameters
+    ----------
+    weight : array_like or None, of shape (n,) or (heads, n)
+        Factor of each element, kept as it is, see `RMSNorm`.
+    bias : array_like, optional
+        Added at the end.
+    eps : float, default 1e-6
+        Added to the variance.
+    weight_offset : float, default 0.0
+        Added to `weight`.
+
+    Attributes
+    ----------
+    weight, bias, eps, weight_offset
+        As given. Each may be replaced, and is checked then.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a parameter is not of the kind, or in the range, that `layer_norm` takes.
+
+    See Also
+    --------
+    layer_norm, layer_norm_backward : the functions, with `axis` and `backend`.
+
+    Notes
+    -----
+    The formula and its source are those of `layer_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rmsnorm_np import LayerNorm
+    >>> norm = LayerNorm(np.ones(2), np.ones(2), eps=0.0)
+    >>> norm(np.array([[3.0, 5.0]]))
+    array([[0., 2.]])
+    """
+
+    weight: Any
+    bias: Any
+    eps: float
+    weight_offset: float
+
+    _operation, _forward, _backward = LAYER_NORM, staticmethod(layer_norm), staticmethod(layer_norm_backward)
+    _names = ("weight", "bias", "eps", "weight_offset")
+
+    def __init__(
+        self,
+        weight: npt.ArrayLike | None,
+        bias: npt.ArrayLike | None = None,
+        *,
+        eps: float = 1e-6,
+        weight_offset: float = 0.0,
+    ) -> None:
+        self.weight, self.bias, self.eps, self.weight_offset = weight, bias, eps, weight_offset
+
+    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: Array | None = None) -> LayerNormGrads:
+        """The gradients by x, weight and bias, as `layer_norm_backward` gives them; out: where dx is written."""
+        grads: LayerNormGrads = super().backward(dy, x, out)
+        return grads

@@ -1,0 +1,79 @@
+"""What the functions of the reference share: the results' types, the wider type, the one rounding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from rmsnorm_np import _arguments
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+
+class RMSNormGrads(NamedTuple):
+    """Gradients of one RMSNorm call. A gradient is None where its parameter was not given."""
+
+    dx: Array
+    dweight: Array | None
+    dbias: Array | None
+
+
+class LayerNormGrads(NamedTuple):
+    """Gradients of one LayerNorm call. A gradient is None where its parameter was not given."""
+
+    dx: Array
+    dweight: Array | None
+    dbias: Array | None
+
+
+class AddNorm(NamedTuple):
+    """The norm y of h = x + residual, and h."""
+
+    y: Array
+    h: Array
+
+
+def added(x: Array, residual: Array) -> Array:
+    """x + residual, rounded once to the residual's dtype: a sum of float32 is exact enough in float64 for that."""
+    wide = np.result_type(np.result_type(x.dtype, np.float64), np.result_type(residual.dtype, np.float64))
+    return rounded(x.astype(wide) + residual.astype(wide), residual.dtype)
+
+
+def check_backend(backend: str | None) -> None:
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend is {backend!r}, expected None or 'reference' from a function of the reference")
+
+
+def widen(*arrays: Any) -> list[Any]:
+    """The arrays in one type that is wider than each of them. None stays None."""
+    wide = np.result_type(*(_wider(a.dtype) for a in arrays if a is not None))
+    return [None if a is None else a.astype(wide) for a in arrays]
+
+
+def _wider(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    if dtype == np.float64:
+        return np.dtype(np.longdouble)
+    if dtype == np.complex128:
+        return np.dtype(np.clongdouble)
+    return np.result_type(dtype, np.float64)
+
+
+def rounded(a: Array, dtype: np.dtype[Any]) -> Array:
+    """The array in this dtype, or in the complex dtype that goes with it.
+
+    bfloat16 comes from float64 by way of float32, in ml_dtypes: 0.50001 ULP at worst, where one rounding gives 0.5.
+    """
+    return a.astype(np.result_type(dtype, np.complex64) if np.iscomplexobj(a) else dtype)
+
+
+def like(parameter: Any, gradient: Array | None) -> Array | None:
+    """The gradient of a weight or bias, rounded to the dtype and brought to the shape of that parameter."""
+    if gradient is None:
+        return None
+    given = _arguments.as_array("parameter", parameter)
+    dtype = _arguments.native_dtype("parameter", given.dtype, complex_too=True)
+    return rounded(gradient, dtype).reshape(given.shape)

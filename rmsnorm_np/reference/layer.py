@@ -1,0 +1,174 @@
+"""LayerNorm, its gradients, and both with a residual, in NumPy: see :mod:`rmsnorm_np.reference`."""
+
+# mypy: allow-redefinition
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmsnorm_np import _arguments
+from rmsnorm_np.reference._common import AddNorm, LayerNormGrads, added, check_backend, like, rounded, widen
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+
+def forward(x: Any, w: Any, b: Any, eps: float, weight_offset: float) -> Any:
+    """y of x (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n). None where not given."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)  # (..., n)
+    centred = centred - np.mean(centred, axis=-1, keepdims=True)  # (..., n): again, for the mean was rounded too
+    variance = np.mean(centred * centred, axis=-1, keepdims=True)  # (..., 1)
+    rstd = 1.0 / np.sqrt(variance + eps)  # (..., 1)
+    xhat = centred * rstd  # (..., n)
+    y = xhat if w is None else xhat * (weight_offset + w)  # (..., n) * (n,)
+    return y if b is None else y + b  # (..., n) + (n,)
+
+
+def backward(x: Any, dy: Any, w: Any, b: Any, eps: float, weight_offset: float) -> tuple[Any, Any, Any]:
+    """dx, dweight and dbias, the shapes as in `forward`."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)  # (..., n)
+    centred = centred - np.mean(centred, axis=-1, keepdims=True)  # (..., n): again, for the mean was rounded too
+    variance = np.mean(centred * centred, axis=-1, keepdims=True)  # (..., 1)
+    rstd = 1.0 / np.sqrt(variance + eps)  # (..., 1)
+    xhat = centred * rstd  # (..., n)
+    g = dy if w is None else dy * (weight_offset + w)  # (..., n) * (n,)
+    mean_g = np.mean(g, axis=-1, keepdims=True)  # (..., 1)
+    c = np.mean(g * xhat, axis=-1, keepdims=True)  # (..., 1)
+    dx = rstd * (g - mean_g - xhat * c)  # (..., n)
+
+    dweight = None if w is None else np.sum(dy * xhat, axis=tuple(range(x.ndim - w.ndim)))  # (n,), over the rows
+    dbias = None if b is None else np.sum(dy, axis=tuple(range(x.ndim - b.ndim)))  # (n,), over the rows
+    return dx, dweight, dbias
+
+
+@np.errstate(all="ignore")
+def layer_norm(
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array:
+    """LayerNorm of each row of x: `rmsnorm_np.layer_norm`, in NumPy, for real and complex x.
+
+    `backend` must be None or "reference"; the other parameters are those of `rmsnorm_np.layer_norm`.
+
+    Examples
+    --------
+    >>> layer_norm([[1.0, 2.0, 3.0]], eps=0.0)
+    array([[-1.22474487,  0.        ,  1.22474487]])
+    """
+    check_backend(backend)
+    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
+    (x,), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
+    wide_x, w, b = widen(x, w, b)
+    y = forward(wide_x, w, b, eps, weight_offset)
+    result: Array = restore([rounded(y, x.dtype)])[0]
+    return result
+
+
+@np.errstate(all="ignore")
+def layer_norm_backward(
+    dy: npt.ArrayLike,
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> LayerNormGrads:
+    """Gradients of LayerNorm: `rmsnorm_np.layer_norm_backward`, in NumPy, for real and complex arrays.
+
+    `backend` must be None or "reference"; the other parameters are those of `rmsnorm_np.layer_norm_backward`.
+
+    Examples
+    --------
+    >>> layer_norm_backward([[1.0, 0.0, 0.0]], [[1.0, 2.0, 3.0]], eps=0.0).dx
+    array([[ 0.20412415, -0.40824829,  0.20412415]])
+    """
+    check_backend(backend)
+    _arguments.check_given("dy", dy)
+    call = _arguments.Call(("x", "dy", "out"), (x, dy), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
+    (x, dy), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
+    wide_x, wide_dy, w, b = widen(x, dy, w, b)
+    dx, dweight, dbias = backward(wide_x, wide_dy, w, b, eps, weight_offset)
+    return LayerNormGrads(restore([rounded(dx, x.dtype)])[0], like(weight, dweight), like(bias, dbias))
+
+
+@np.errstate(all="ignore")
+def add_layer_norm(
+    x: npt.ArrayLike,
+    residual: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    residual_out: Array | None = None,
+    backend: str | None = None,
+) -> AddNorm:
+    """h = x + residual and its LayerNorm: `rmsnorm_np.add_layer_norm`, in NumPy, for real and complex arrays.
+
+    `backend` must be None or "reference"; the other parameters are those of `rmsnorm_np.add_layer_norm`.
+
+    Examples
+    --------
+    >>> add_layer_norm([[1.0, 2.0]], [[2.0, 2.0]], eps=0.0).h
+    array([[3., 4.]])
+    """
+    check_backend(backend)
+    _arguments.check_given("residual", residual)
+    names = "x", "residual", "out", "residual_out"
+    parameters, outs = (weight, bias, weight_offset), (out, residual_out)
+    call = _arguments.Call(names, (x, residual), parameters, outs, eps, 1.0, axis)
+    (x, residual), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
+    h = added(x, residual)  # (..., n), rounded to the residual's dtype: what follows is about the rounded h
+    wide_h, w, b = widen(h, w, b)
+    y = forward(wide_h, w, b, eps, weight_offset)  # (..., n)
+    return AddNorm(*restore([rounded(y, x.dtype), h]))
+
+
+@np.errstate(all="ignore")
+def add_layer_norm_backward(
+    dy: npt.ArrayLike,
+    dh: npt.ArrayLike | None,
+    h: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> LayerNormGrads:
+    """Gradients of `add_layer_norm`: `rmsnorm_np.add_layer_norm_backward`, in NumPy, for real and complex arrays.
+
+    `backend` must be None or "reference"; the other parameters are those of `rmsnorm_np.add_layer_norm_backward`.
+
+    Examples
+    --------
+    >>> add_layer_norm_backward([[1.0, 0.0]], [[1.0, 1.0]], [[3.0, 4.0]], eps=0.0).dx.shape
+    (1, 2)
+    """
+    check_backend(backend)
+    _arguments.check_given("dy", dy)
+    names = "h", "dy", "dh", "out"
+    call = _arguments.Call(names, (h, dy, dh), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
+    (h, dy, dh), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
+    wide_h, wide_dy, wide_dh, w, b = widen(h, dy, dh, w, b)
+    dx, dweight, dbias = backward(wide_h, wide_dy, w, b, eps, weight_offset)
+    dx = dx if wide_dh is None else wide_dh + dx  # (..., n): the gradient of both summands of h
+    return LayerNormGrads(restore([rounded(dx, h.dtype)])[0], like(weight, dweight), like(bias, dbias))

@@ -1,0 +1,175 @@
+"""RMSNorm, its gradients, and both with a residual, in NumPy: see :mod:`rmsnorm_np.reference`."""
+
+# mypy: allow-redefinition
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmsnorm_np import _arguments
+from rmsnorm_np.reference._common import AddNorm, RMSNormGrads, added, check_backend, like, rounded, widen
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+
+def forward(x: Any, w: Any, b: Any, k: int, eps: float, weight_offset: float) -> Any:
+    """y of x (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n). None where not given."""
+    mean_square = np.mean(x[..., :k] * x[..., :k], axis=-1, keepdims=True)  # (..., 1)
+    rstd = 1.0 / np.sqrt(mean_square + eps)  # (..., 1)
+    xhat = x * rstd  # (..., n)
+    y = xhat if w is None else xhat * (weight_offset + w)  # (..., n) * (n,)
+    return y if b is None else y + b  # (..., n) + (n,)
+
+
+def backward(x: Any, dy: Any, w: Any, b: Any, k: int, eps: float, weight_offset: float) -> tuple[Any, Any, Any]:
+    """dx, dweight and dbias, the shapes as in `forward`."""
+    mean_square = np.mean(x[..., :k] * x[..., :k], axis=-1, keepdims=True)  # (..., 1)
+    rstd = 1.0 / np.sqrt(mean_square + eps)  # (..., 1)
+    xhat = x * rstd  # (..., n)
+    g = dy if w is None else dy * (weight_offset + w)  # (..., n) * (n,)
+    c = np.sum(g * xhat, axis=-1, keepdims=True) / k  # (..., 1): over all n, divided by k
+    correction = xhat * c  # (..., n)
+    correction[..., k:] = 0.0  # elements outside the RMS
+    dx = rstd * (g - correction)  # (..., n)
+
+    dweight = None if w is None else np.sum(dy * xhat, axis=tuple(range(x.ndim - w.ndim)))  # (n,), over the rows
+    dbias = None if b is None else np.sum(dy, axis=tuple(range(x.ndim - b.ndim)))  # (n,), over the rows
+    return dx, dweight, dbias
+
+
+@np.errstate(all="ignore")  # NaN and Inf follow the formulas in silence, here as in the engines
+def rms_norm(
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    p: float = 1.0,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array:
+    """RMSNorm of each row of x: `rmsnorm_np.rms_norm`, in NumPy, for real and complex x.
+
+    `backend` must be None or "reference"; the other parameters are those of `rmsnorm_np.rms_norm`.
+
+    Examples
+    --------
+    >>> rms_norm([[3.0, 4.0]], eps=0.0)
+    array([[0.84852814, 1.13137085]])
+    """
+    check_backend(backend)
+    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, p, axis)
+    (x,), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
+    wide_x, w, b = widen(x, w, b)
+    y = forward(wide_x, w, b, k, eps, weight_offset)
+    result: Array = restore([rounded(y, x.dtype)])[0]
+    return result
+
+
+@np.errstate(all="ignore")
+def rms_norm_backward(
+    dy: npt.ArrayLike,
+    x: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    p: float = 1.0,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> RMSNormGrads:
+    """Gradients of RMSNorm: `rmsnorm_np.rms_norm_backward`, in NumPy, for real and complex arrays.
+
+    `backend` must be None or "reference"; the other parameters are those of `rmsnorm_np.rms_norm_backward`.
+
+    Examples
+    --------
+    >>> rms_norm_backward([[1.0, 0.0]], [[3.0, 4.0]], eps=0.0).dx
+    array([[ 0.18101934, -0.1357645 ]])
+    """
+    check_backend(backend)
+    _arguments.check_given("dy", dy)
+    call = _arguments.Call(("x", "dy", "out"), (x, dy), (weight, bias, weight_offset), (out,), eps, p, axis)
+    (x, dy), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
+    wide_x, wide_dy, w, b = widen(x, dy, w, b)
+    dx, dweight, dbias = backward(wide_x, wide_dy, w, b, k, eps, weight_offset)
+    return RMSNormGrads(restore([rounded(dx, x.dtype)])[0], like(weight, dweight), like(bias, dbias))
+
+
+@np.errstate(all="ignore")
+def add_rms_norm(
+    x: npt.ArrayLike,
+    residual: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    p: float = 1.0,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    residual_out: Array | None = None,
+    backend: str | None = None,
+) -> AddNorm:
+    """h = x + residual and its RMSNorm: `rmsnorm_np.add_rms_norm`, in NumPy, for real and complex arrays.
+
+    `backend` must be None or "reference"; the other parameters are those of `rmsnorm_np.add_rms_norm`.
+
+    Examples
+    --------
+    >>> add_rms_norm([[1.0, 2.0]], [[2.0, 2.0]], eps=0.0).h
+    array([[3., 4.]])
+    """
+    check_backend(backend)
+    _arguments.check_given("residual", residual)
+    names = "x", "residual", "out", "residual_out"
+    parameters, outs = (weight, bias, weight_offset), (out, residual_out)
+    call = _arguments.Call(names, (x, residual), parameters, outs, eps, p, axis)
+    (x, residual), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
+    h = added(x, residual)  # (..., n), rounded to the residual's dtype: what follows is about the rounded h
+    wide_h, w, b = widen(h, w, b)
+    y = forward(wide_h, w, b, k, eps, weight_offset)  # (..., n)
+    return AddNorm(*restore([rounded(y, x.dtype), h]))
+
+
+@np.errstate(all="ignore")
+def add_rms_norm_backward(
+    dy: npt.ArrayLike,
+    dh: npt.ArrayLike | None,
+    h: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+    *,
+    eps: float = 1e-6,
+    p: float = 1.0,
+    axis: int | tuple[int, ...] = -1,
+    weight_offset: float = 0.0,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> RMSNormGrads:
+    """Gradients of `add_rms_norm`: `rmsnorm_np.add_rms_norm_backward`, in NumPy, for real and complex arrays.
+
+    `backend` must be None or "reference"; the other parameters are those of `rmsnorm_np.add_rms_norm_backward`.
+
+    Examples
+    --------
+    >>> add_rms_norm_backward([[1.0, 0.0]], [[1.0, 1.0]], [[3.0, 4.0]], eps=0.0).dx.shape
+    (1, 2)
+    """
+    check_backend(backend)
+    _arguments.check_given("dy", dy)
+    names = "h", "dy", "dh", "out"
+    call = _arguments.Call(names, (h, dy, dh), (weight, bias, weight_offset), (out,), eps, p, axis)
+    (h, dy, dh), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
+    wide_h, wide_dy, wide_dh, w, b = widen(h, dy, dh, w, b)
+    dx, dweight, dbias = backward(wide_h, wide_dy, w, b, k, eps, weight_offset)
+    dx = dx if wide_dh is None else wide_dh + dx  # (..., n): the gradient of both summands of h
+    return RMSNormGrads(restore([rounded(dx, h.dtype)])[0], like(weight, dweight), like(bias, dbias))

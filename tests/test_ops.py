@@ -1,0 +1,167 @@
+"""The descriptions of the operations on plain NumPy arrays, against the reference: no compiler has a part in it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tolerances import DX_ULP, Y_ULP, worst_ulp
+
+from rmsnorm_np import reference
+from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
+from rmsnorm_np.ops.operation import Columns, GradientReads, Reads, Totals
+from rmsnorm_np.ops.primitives import Pair, over, plus, reciprocal_root, rounded, times
+from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
+
+L = np.longdouble
+OPERATIONS = {"rms": (RMS_NORM, RMS_NORM_BACKWARD), "layer": (LAYER_NORM, LAYER_NORM_BACKWARD)}
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+
+def lifted(record, exact):
+    """What an engine hands in: float64, with no rounding error yet."""
+
+    def lift(a):
+        a = None if a is None else np.asarray(a, np.float64)
+        return Pair(a, None) if exact and a is not None else a
+
+    return type(record)(*map(lift, record))
+
+
+def each(record, function):
+    """The function of each array in nested records."""
+    if record is None:
+        return None
+    if isinstance(record, tuple):
+        return type(record)(*(each(item, function) for item in record))
+    return function(record)
+
+
+def element(record, i):
+    return each(record, lambda a: a[..., i] if a.ndim else a)
+
+
+def run(operation, reads, columns, eps, k, exact):
+    """An engine in NumPy: element by element, all rows at once. Returns the outputs, and the sums over rows."""
+    rows, n = reads[0].shape
+    e, c, m = operation.enter(lifted(reads, exact)), lifted(columns, exact), None
+    kept = operation.keep is not None and len(reads) > 1 and reads[1] is not None
+    if kept:  # rounded, and from there on what was kept
+        h = rounded(e).astype(reads[1].dtype)
+        e = Pair(h, None) if exact else h.astype(np.float64)
+    for stage in operation.stages:
+        zero = np.zeros(rows)
+        s = stage.Sums(*[Pair(zero, zero) if exact else zero] * len(stage.Sums._fields))
+        for i in range(k if stage.first_k else n):
+            s = stage.add(s, element(e, i), element(c, i), m, None if k == n else np.bool_(i < k))
+        m = stage.numbers(s, np.float64(n), np.float64(k), np.float64(eps), m)
+    m = each(m, lambda a: np.broadcast_to(a, rows)[:, None])
+    outputs = operation.leave(e, m, c, None if k == n else np.arange(n) < k)
+    totals = Totals(*(None if a is None else np.zeros(n) for a in columns[:2]))
+    if operation.share is not None:
+        for r in range(rows):
+            totals = operation.share(totals, each(e, lambda a, r=r: a[r]), each(m, lambda a, r=r: a[r]))
+    return [h if a is None and kept else rounded(a) for a in outputs if a is not None or kept], totals
+
+
+def arrays(dtype, shape, rng, mean=0.0):
+    from rmsnorm_np import _arguments
+
+    dtype = np.dtype(dtype) if dtype != "bfloat16" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    _arguments.native_dtype("x", dtype)
+    rows, n = shape
+    return [
+        (a + shift).astype(dtype)
+        for a, shift in zip(
+            (*rng.standard_normal((4, rows, n)), rng.uniform(0.5, 1.5, n), rng.standard_normal(n)),
+            (mean, 0.0, 0.0, 0.0, 0.0, 0.0),
+            strict=True,
+        )
+    ]
+
+
+CALLS = {
+    "weight and bias": ({}, True, True),
+    "x alone": ({}, False, False),
+    "weight_offset": ({"weight_offset": 0.25}, True, False),
+    "eps 0": ({"eps": 0.0}, True, True),
+    "a part of the row": ({"p": 0.4}, True, True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("norm", OPERATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_description_is_the_reference(norm, dtype, call, residual, rng):
+    options, has_weight, has_bias = call
+    if norm == "layer" and "p" in options:
+        pytest.skip("LayerNorm has no p")
+    x, r, dy, dh, weight, bias = arrays(dtype, (6, 33), rng, mean=3.0)
+    weight, bias = weight if has_weight else None, bias if has_bias else None
+    n, exact = 33, dtype == "float64"
+    k = int(np.ceil(n * options.get("p", 1.0)))
+    columns = Columns(weight, bias, options.get("weight_offset"))
+    forward, backward = OPERATIONS[norm]
+    eps = options.get("eps", 1e-6)
+    name = f"add_{norm}_norm" if residual else f"{norm}_norm"
+    want = getattr(reference, name)(*((x, r) if residual else (x,)), weight, bias, **options)
+    with np.errstate(all="ignore"):
+        got, _ = run(forward, Reads(x, r if residual else None), columns, eps, k, exact)
+    if residual:
+        want, h = want
+        assert np.array_equal(got[1], h)
+        x = h
+    else:
+        dh = None
+    # the reference is rounded itself, by half an ULP
+    assert worst_ulp(got[0].astype(x.dtype), want.astype(L)) <= Y_ULP[dtype] + 0.5
+    grads = (dy, dh, x) if residual else (dy, x)
+    want = getattr(reference, name + "_backward")(*grads, weight, bias, **options)
+    with np.errstate(all="ignore"):
+        (dx,), totals = run(backward, GradientReads(x, dy, dh), columns, eps, k, exact)
+    scale = np.max(np.abs(want.dx.astype(L)), axis=1, keepdims=True)
+    assert worst_ulp(dx.astype(x.dtype), want.dx.astype(L), scale) <= DX_ULP[dtype] + 0.5
+    for total, gradient in zip(totals, want[1:], strict=True):
+        assert (total is None) == (gradient is None)
+        if total is not None:
+            unit = float(np.max(np.abs(gradient.astype(float)))) * {"bfloat16": 2**-8, "float16": 2**-11}.get(
+                dtype, 2**-23
+            )
+            assert np.max(np.abs(total - gradient.astype(float))) <= (unit if dtype != "float64" else 1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_elements_next_to_the_mean(dtype, rng):
+    """Rows at 1e6 ± 1: one number for the mean is off by 2.4 ULP in float32, by thousands in float64."""
+    x, _, _, _, weight, _ = arrays(dtype, (20, 50), rng, mean=1e6)
+    (y,), _ = run(LAYER_NORM, Reads(x), Columns(weight), 1e-6, 50, dtype == "float64")
+    want = reference.layer_norm(x, weight)
+    assert worst_ulp(y.astype(dtype), want.astype(L)) <= Y_ULP[dtype] + 0.5
+
+
+# ---- pairs
+
+
+def test_pairs_keep_what_float64_rounds_off(rng):
+    a, b = rng.standard_normal((2, 1000)) * 2.0 ** rng.integers(-30, 30, (2, 1000))
+    exact = L(a) + L(b)
+    for result, want in [
+        (plus(Pair(a, None), b), exact),
+        (times(Pair(a, None), b), L(a) * L(b)),
+        (over(Pair(a, None), b), L(a) / L(b)),
+        (reciprocal_root(Pair(np.abs(a), None)), 1 / np.sqrt(L(np.abs(a)))),
+    ]:
+        assert np.max(np.abs((L(result.head) + L(result.tail) - want) / want)) < 2.0**-62
+
+
+def test_none_is_absent():
+    assert plus(1.0, None) == 1.0
+    assert plus(None, 1.0) is None
+    assert times(2.0, None) == 2.0
+    assert times(None, 2.0) is None
+
+
+def test_an_infinite_head_is_the_result():
+    with np.errstate(all="ignore"):
+        assert rounded(times(Pair(np.float64(1e300), None), 1e300)) == np.inf
+        assert rounded(over(Pair(np.float64(1.0), None), np.float64(np.inf))) == 0.0
