@@ -88,9 +88,9 @@ def _scalar(value: Any) -> Any:
 
 
 def check_p(p: Any) -> Any:
-    """Give p as it is, a number with 0 < p <= 1."""
+    """Give p, a number with 0 < p <= 1."""
     elements_in_rms(1, p)
-    return p
+    return _scalar(p)
 
 
 # Shapes

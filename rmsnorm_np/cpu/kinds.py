@@ -33,7 +33,7 @@ class Kinds(NamedTuple):
         """How to compute: the row is about what is kept, or else about the first array that is read."""
         keep = self.operation.keep
         about = (keep and getattr(self.writes, keep)) or self.reads[0]
-        if about == "float64":
+        if about == "float64" or getattr(self.writes, "y", None) == "float64":
             return Work("exact", LANES)
         if self.operation.singles and all(ITEMSIZE[name] == 2 for name in self.reads if name):
             return Work("single", 2 * LANES if about == "bfloat16" else LANES)

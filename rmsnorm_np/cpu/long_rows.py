@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba.core import types
 
 from rmsnorm_np.cpu.arrays import Size, clearer, hold, lengths, moved, pointer_types, pointers, room_for
+from rmsnorm_np.cpu.blocks import keeping
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.mode import restore_mode, standard_mode
@@ -44,6 +45,7 @@ def measured(kinds: Kinds, program: Program, s: int) -> Any:
     add, zero = program.adding(s)
     eps_of = program.eps_of()
     stops_at_k = kinds.operation.stages[s].first_k and kinds.first_k
+    keeps, keep = bool(stops_at_k and s == 0 and program.kept), keeping(program)
 
     @piece
     def sum_piece(p: Any, row: Any, size: Any, numbers: Any, r: Any, parts: Any, segments: Any) -> Any:
@@ -54,7 +56,13 @@ def measured(kinds: Kinds, program: Program, s: int) -> Any:
             put_part((parts, segments, first // SEGMENT, found))
 
     @piece
+    def keep_piece(p: Any, row: Any, size: Any) -> Any:
+        keep(row, max(p * PIECE, size.k), min(p * PIECE + PIECE, size.n))
+
+    @piece
     def measure(row: Any, size: Any, numbers: Any, r: Any, parts: Any, threads: Any) -> Any:
+        if keeps:
+            in_parallel(keep_piece, pieces_of(size.n), threads, (row, size))
         stop = size.k if stops_at_k else size.n
         segments = (stop + SEGMENT - 1) // SEGMENT
         in_parallel(sum_piece, pieces_of(stop), threads, (row, size, numbers, r, parts, segments))

@@ -116,11 +116,11 @@ def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
     m = max(1 if a is None else len(a) for a in call.columns[:2])
     for _, rows, own in groups(call.marks, call.columns, m):
         chosen, eps = x[rows], call.eps
-        if x.itemsize == 2:
-            chosen = chosen.astype(np.float32)  # which has the range of both
-        else:
-            chosen, e, eps = in_range(call.operation, chosen, call.k, eps)
+        if x.itemsize == 8 or y.itemsize == 8:
+            chosen, e, eps = in_range(call.operation, chosen.astype(np.float64), call.k, eps)
             chosen = np.ldexp(chosen, e)
+        else:
+            chosen = chosen.astype(np.float32)  # which has the range of both 16-bit floats
         y[rows] = run(call._replace(reads=(chosen, None), columns=own, eps=eps, marks=None))
 
 
@@ -141,11 +141,9 @@ def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
         largest = np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True)
         ready = call._replace(columns=own, eps=eps, marks=None)
         d = _exponent(largest)
-        further: Any = None if dh is None else np.ldexp(dh[rows].astype(np.float64), d - e)
-        fits = np.True_ if further is None else np.isfinite(further) | ~np.isfinite(dh[rows])
-        reads = np.ldexp(chosen, e), np.ldexp(gradient, d), None if dh is None else np.where(fits, further, 0.0)
+        reads = np.ldexp(chosen, e), np.ldexp(gradient, d), None
         result = np.ldexp(run(ready._replace(reads=reads), False)[0], e - d)
-        dx[rows] = result if dh is None else np.where(fits, result, dh[rows])
+        dx[rows] = result if dh is None else result + dh[rows]  # dh may be too small, or large, for the row's scale
         large = largest[:, 0] >= LARGE
         usual = goal_of(call.operation)
         for some, goal in ((~large, usual), (large, 0)):
