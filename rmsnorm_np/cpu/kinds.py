@@ -35,7 +35,9 @@ class Kinds(NamedTuple):
         about = (keep and getattr(self.writes, keep)) or self.reads[0]
         if about == "float64" or getattr(self.writes, "y", None) == "float64":
             return Work("exact", LANES)
-        if self.operation.singles and all(ITEMSIZE[name] == 2 for name in self.reads if name):
+        # of bfloat16, an element that is not in the RMS may leave float32 until it is multiplied by its weight
+        leaves = self.first_k and "bfloat16" in self.reads
+        if self.operation.singles and not leaves and all(ITEMSIZE[name] == 2 for name in self.reads if name):
             return Work("single", 2 * LANES if about == "bfloat16" else LANES)
         return Work("double", LANES)
 

@@ -82,6 +82,7 @@ def in_range(operation: Operation, x: Any, k: int, eps: float) -> tuple[Any, Any
         + 1
         + goal_of(operation)
     )
+    e = np.where(np.isfinite(largest), e, 0)  # beside an infinity the others become zero, and must not overflow first
     return x, e, _scaled(eps, e, e)[:, 0]
 
 
