@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy import ndarray
 
 from rmsnorm_np import _hints
+from rmsnorm_np._numbers import check_eps, check_weight_offset, elements_in_rms
 from rmsnorm_np._overlap import begin_together, folds, may_write
 
 if TYPE_CHECKING:
@@ -34,63 +34,6 @@ _INFINITY = math.inf
 
 # bfloat16 joins when the first such array arrives: this package does not import ml_dtypes by itself.
 _native_dtypes = {np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)}
-
-
-# Numbers
-
-
-def check_eps(eps: Any) -> float:
-    """Give eps as a float, finite and not negative."""
-    return _number("eps", eps, "a finite number >= 0", lambda value: 0.0 <= value < math.inf)
-
-
-def check_weight_offset(weight_offset: Any, has_weight: bool) -> float:
-    """Give weight_offset as a finite float, zero where there is no weight to add it to."""
-    offset = _number("weight_offset", weight_offset, "a finite number", math.isfinite)
-    if offset != 0.0 and not has_weight:
-        raise ValueError(f"weight_offset is {weight_offset!r}, expected 0.0 without a weight to add it to")
-    return offset
-
-
-def elements_in_rms(n: int, p: Any) -> int:
-    """Give k = ceil(n * p), the number of leading elements that the RMS is taken over.
-
-    p is a rounded number, and rounding must not add an element: 100 * 0.07 is 7.000000000000001 in floating point.
-    p, the product and the factor below are each off by 2**-53 or less, relative; the factor takes off 2**-50. So
-    n * p ends up below the integer that was meant, and far above the integer before it for every n < 2**49.
-    """
-    fraction = _number("p", p, "a number with 0 < p <= 1", lambda value: 0.0 < value <= 1.0)
-    if type(p) is not float and isinstance(scalar := _scalar(p), np.floating):
-        fraction = float(str(scalar))  # np.float32(0.07) means 0.07 and not 0.07000000029802322
-    return math.ceil(n * fraction * (1.0 - 2.0**-50))
-
-
-def _number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> float:
-    scalar = value if type(value) is float else _scalar(value)
-    is_real = isinstance(scalar, Real) and not isinstance(scalar, np.timedelta64)  # an Integral, to NumPy
-    if not is_real or isinstance(scalar, bool):
-        number = math.nan
-    else:
-        try:
-            number = float(scalar)
-        except OverflowError:  # an int larger than any float
-            number = math.inf
-    if not fits(number):
-        raise (ValueError if is_real else TypeError)(f"{name} is {value!r}, expected {expected}")
-    return number
-
-
-def _scalar(value: Any) -> Any:
-    """The element of a 0-d array, which is how np.load returns a number; any other value as it is."""
-    if isinstance(value, ndarray) and value.ndim == 0:
-        value = value[()]
-    return np.float32(value) if type(value).__name__ == "bfloat16" else value  # Python knows no bfloat16 as Real
-
-
-def check_p(p: Any) -> Any:
-    """Give p, a number with 0 < p <= 1."""
-    elements_in_rms(1, p)
-    return _scalar(p)
 
 
 # Shapes
@@ -186,17 +129,6 @@ def as_array(name: str, value: Any) -> Array:
     except (TypeError, ValueError, RuntimeError) as error:  # PyTorch's tensors raise the first and the last
         raise _hints.not_an_array(name, value, error) from error
     raise TypeError(f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()")
-
-
-def parameter(name: str, value: Any) -> Any:
-    """A weight or bias that is kept for later calls: None, a device array, or an array of any layout on the host."""
-    if value is None or (type(value) is not ndarray and hasattr(value, "__cuda_array_interface__")):
-        return value
-    a = as_array(name, value)
-    native_dtype(name, a.dtype)
-    if a.ndim == 0:
-        raise ValueError(f"{name} has shape (), expected (n,), one number for each element of a row")
-    return a
 
 
 def is_ordinary_row(a: Any, n: int) -> bool:

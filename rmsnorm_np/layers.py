@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import _arguments, _backends
+from rmsnorm_np import _arguments, _backends, _numbers
 from rmsnorm_np.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from rmsnorm_np.ops.layer import LAYER_NORM
 from rmsnorm_np.ops.rms import RMS_NORM
@@ -21,12 +21,23 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 
+def _parameter(name: str, value: Any) -> Any:
+    """A weight or bias that is kept for later calls: None, a device array, or an array of any layout on the host."""
+    if value is None or (type(value) is not ndarray and hasattr(value, "__cuda_array_interface__")):
+        return value
+    a = _arguments.as_array(name, value)
+    _arguments.native_dtype(name, a.dtype)
+    if a.ndim == 0:
+        raise ValueError(f"{name} has shape (), expected (n,), one number for each element of a row")
+    return a
+
+
 _CHECKS: dict[str, Callable[[Any], Any]] = {
-    "weight": lambda value: _arguments.parameter("weight", value),
-    "bias": lambda value: _arguments.parameter("bias", value),
-    "eps": _arguments.check_eps,
-    "p": _arguments.check_p,
-    "weight_offset": lambda value: _arguments.check_weight_offset(value, has_weight=True),
+    "weight": lambda value: _parameter("weight", value),
+    "bias": lambda value: _parameter("bias", value),
+    "eps": _numbers.check_eps,
+    "p": _numbers.check_p,
+    "weight_offset": lambda value: _numbers.check_weight_offset(value, has_weight=True),
 }
 
 

@@ -17,7 +17,7 @@ from conftest import BACKENDS, DTYPES
 from tolerances import spacing
 
 import rmsnorm_np as rn
-from rmsnorm_np import _arguments, _backends, reference
+from rmsnorm_np import _arguments, _backends, _numbers, reference
 
 # float64 in two orders of summation, of at most 24 terms
 CLOSE = {"rtol": 1e-13, "atol": 1e-14}
@@ -178,14 +178,14 @@ def test_k_is_exact_wherever_p_is_a_ratio():
     """No p = k / n may give k + 1 (or k - 1), although k / n is rounded."""
     for n in (*range(1, 260), 768, 4096, 50257, 2**20, 2**31 + 1):
         for k in range(1, n + 1) if n < 260 else (1, 3, n // 7, n // 3, n // 2, n - 1, n):
-            assert _arguments.elements_in_rms(n, k / n) == k
+            assert _numbers.elements_in_rms(n, k / n) == k
 
 
 @pytest.mark.parametrize("n", [1, 3, 10, 50, 100, 576, 1000, 4096])
 def test_k_is_the_ceiling_of_the_decimal_product(n):
     for thousandths in range(1, 1001):
         p = thousandths / 1000
-        assert _arguments.elements_in_rms(n, p) == math.ceil(Fraction(thousandths, 1000) * n)
+        assert _numbers.elements_in_rms(n, p) == math.ceil(Fraction(thousandths, 1000) * n)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_k_is_the_ceiling_of_the_decimal_product(n):
     ],
 )
 def test_k_of_notable_p(n, p, k, backend, rng):
-    assert _arguments.elements_in_rms(n, p) == k
+    assert _numbers.elements_in_rms(n, p) == k
     x = rng.normal(size=(4, n))
     want = x / np.sqrt(np.mean(x[:, :k] ** 2, axis=1, keepdims=True) + 0.01)
     np.testing.assert_allclose(rn.rms_norm(x, p=p, eps=0.01, backend=backend), want, **CLOSE)

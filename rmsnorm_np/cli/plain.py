@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rmsnorm_np import _arguments
+from rmsnorm_np import _numbers
 
 if TYPE_CHECKING:
     from rmsnorm_np.cli.inputs import Array, Norm
@@ -44,4 +44,4 @@ def _statistics(norm: Norm, x: Array, eps: float) -> tuple[Array, Array]:
 
 def _elements(norm: Norm, x: Array) -> int:
     """How many elements of a row enter its RMS."""
-    return _arguments.elements_in_rms(x.shape[1], norm.p)
+    return _numbers.elements_in_rms(x.shape[1], norm.p)

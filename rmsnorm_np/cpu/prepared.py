@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import empty
 
-from rmsnorm_np import _arguments
+from rmsnorm_np import _arguments, _numbers
 from rmsnorm_np.cpu import kernel, long_rows, threads
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def small(operation: Operation, given: dict[str, Any], whole: Callable[[Any], An
     if not 0 < n <= long_rows.LONG_ROW or not all(_arguments.is_ordinary_row(a, n) for a in arrays):
         return lambda x: None
     weight, bias = (None if a is None else a[None] for a in (given["weight"], given["bias"]))
-    k = _arguments.elements_in_rms(n, given.get("p", 1.0))
+    k = _numbers.elements_in_rms(n, given.get("p", 1.0))
     offset, eps, least = given["weight_offset"], given["eps"], threads.PARALLEL_ELEMENTS
     key = (
         operation.name, _FLOAT32, True, weight is None or weight.dtype, bias is None or bias.dtype, k == n,

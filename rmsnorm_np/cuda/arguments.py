@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from rmsnorm_np import _arguments
+from rmsnorm_np import _arguments, _numbers
 from rmsnorm_np.cuda import arrays
 from rmsnorm_np.cuda.arrays import Seen
 from rmsnorm_np.cuda.copies import copy
@@ -28,7 +28,7 @@ def _geometry(shape: tuple[int, ...], axis: Any, p: Any) -> Geometry:
     axes = _arguments.axes_of(axis, shape)
     order = (*(i for i in range(len(shape)) if i not in axes), *axes)
     n = math.prod(shape[i] for i in axes)
-    trailing, k = _arguments.are_trailing(axes, len(shape)), _arguments.elements_in_rms(n, p)
+    trailing, k = _arguments.are_trailing(axes, len(shape)), _numbers.elements_in_rms(n, p)
     return Geometry(axes, trailing, order, tuple(shape[i] for i in order), math.prod(shape) // n, n, k)
 
 
@@ -50,8 +50,8 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     shape = source.shape
     plain = type(axis) is int and type(p) is float  # True is 1 to a cache
     axes, trailing, order, moved, rows, n, k = (_remembered_geometry if plain else _geometry)(shape, axis, p)
-    eps = _arguments.check_eps(eps)
-    weight_offset = _arguments.check_weight_offset(weight_offset, weight is not None)
+    eps = _numbers.check_eps(eps)
+    weight_offset = _numbers.check_weight_offset(weight_offset, weight is not None)
 
     def rows_of(array: Seen, lead: int) -> Seen:
         if not arrays.is_contiguous(array):
