@@ -26,8 +26,6 @@ __all__ = ["arguments", "backward", "describe", "forward", "small", "warmup"]
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
-SCALED_ROWS = 128  # from so many rows on, a backward pass over halves converts weight once for all of them (1.1 to 1.2
-SCALE_BYTES = 1 << 14  # times as fast), if that takes no more than half of a first-level cache
 
 _BITS = np.dtype(np.uint16)  # Numba has no 16-bit floats on CPUs: the kernels see their bits
 
@@ -110,8 +108,6 @@ def backward(
         return (dx,), totals
     weight_m = 1 if weight is None else len(weight)
     m = max(weight_m, 1 if dweight is None else len(dweight), 1 if dbias is None else len(dbias))
-    if weight is not None and x.itemsize == 2:
-        weight, offset = _scale(x, weight, offset)
     long = n > long_rows.LONG_ROW
     partials: tuple[Any, Any] = _NO_TOTALS
     sums: tuple[Any, ...] = totals
@@ -120,7 +116,7 @@ def backward(
         sums = tuple(t if t is None or len(t) == m else np.empty((m, n)) for t in totals)
     else:
         chunks = min(CHUNKS // m or 1, rows // m // ROWS_PER_CHUNK or 1)
-        room = chunks * m, n
+        room = chunks * m * n + memory.LINE // 8  # the kernel begins at the first cache line
         partials = None if dweight is None else np.empty(room), None if dbias is None else np.empty(room)
     key = (
         operation.name, x.dtype, reads[1].dtype, reads[2] is None or reads[2].dtype, weight is None or weight.dtype,
@@ -146,9 +142,10 @@ def backward(
         call = rare.Call(operation, operation.Reads(*reads), Columns(*columns), k, eps, marks)
         with rare.standard_here():
             shares = rare.backward(_backward_unmarked, call, dx, m)
+        if not long:
+            sums = tuple(t if t is None else memory.from_line(t, (chunks * m, n)) for t in partials)
         sums = tuple(
-            t if t is None else np.concatenate(parts)
-            for t, *parts in zip(totals, sums if long else partials, shares, strict=True)
+            t if t is None else np.concatenate(parts) for t, *parts in zip(totals, sums, shares, strict=True)
         )
     elif not long:
         return (dx,), totals
@@ -163,22 +160,6 @@ def _backward_unmarked(call: rare.Call, with_totals: bool) -> tuple[Any, Any]:
     totals = tuple(np.empty((1, n)) if with_totals and a is not None else None for a in call.columns[:2])
     (dx,), totals = backward(call.operation, call.reads, call.columns, (None,), call.k, call.eps, totals)
     return dx, totals
-
-
-def _scale(x: Any, weight: Any, weight_offset: float) -> tuple[Any, float]:
-    """weight_offset + weight in float64, and an offset of zero, where that pays: in a backward pass over many rows of
-    halves, each of which would convert it twice.
-
-    Not where it would crowd the row out of the first-level cache. Forward, and in float32, each row does it faster.
-    """
-    rows, n = x.shape
-    if rows < SCALED_ROWS or 8 * n > SCALE_BYTES:
-        return weight, weight_offset
-    with np.errstate(invalid="ignore"):  # a signalling NaN: no more is said of it than of any other
-        scale = weight.astype(np.float64)
-    if weight_offset != 0.0:  # -0.0 + 0.0 is +0.0: skip, to keep the sign
-        scale += weight_offset
-    return scale, 0.0
 
 
 def _stored(a: Any) -> Any:
@@ -209,7 +190,7 @@ def warmup(
             dtype = np.dtype(ml_dtypes.bfloat16)
         else:
             dtype = np.dtype(name)
-        shapes = [(2, 64), (SCALED_ROWS, 64), (1, long_rows.LONG_ROW + 1)]
+        shapes = [(2, 64), (1, long_rows.LONG_ROW + 1)]
         for parameters in (("weight",), (), ("weight", "bias")):
             if report is not None:
                 report(f"{name}, {' and '.join(parameters) or 'x alone'}")

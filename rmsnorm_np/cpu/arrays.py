@@ -20,6 +20,7 @@ class Size(NamedTuple):
 
     streaming: whether to write past the cache. m, chunks: rows of the totals, and how many rows of partial sums each of
     them has. weight_m, bias_m: rows of weight and bias; row r uses row r % weight_m. block: rows worked on together.
+    modest: 1 if the columns are, see `Program.is_modest`.
     """
 
     k: Any
@@ -32,6 +33,7 @@ class Size(NamedTuple):
     weight_m: Any
     bias_m: Any
     block: Any
+    modest: Any
 
 
 @intrinsic
@@ -129,9 +131,24 @@ def pointer_types(kinds: Kinds) -> Any:
         types.NamedTuple(pointers_to(kinds.reads), type(kinds.reads)),
         types.NamedTuple([*pointers_to(kinds.columns[:2]), types.float64], Columns),
         types.NamedTuple(pointers_to(kinds.writes), type(kinds.writes)),
-        types.NamedTuple(pointers_to(kinds.totals, lambda _: types.float64), Totals),
+        totals_type(kinds),
     )
     return types.NamedTuple(parts, Arrays)
+
+
+def totals_type(kinds: Kinds) -> Any:
+    """Numba's type of pointers to sums of these totals."""
+    return types.NamedTuple(
+        [types.none if name is None else types.CPointer(types.float64) for name in kinds.totals], Totals
+    )
+
+
+def aligner(kinds: Kinds) -> Any:
+    """A step: aligned(totals), the pointers from the first cache line on.
+
+    Backward reads and writes the sums for each row: 1.05 to 1.1 times as fast as across lines.
+    """
+    return step(lambda w, totals: given(totals, w.from_line), totals_type(kinds))
 
 
 def moved(kinds: Kinds) -> Any:

@@ -110,7 +110,7 @@ def blocks(kinds: Kinds) -> Any:
             row = move((arrays, r * size.n, h * size.n, bias_h * size.n, total_start))
             h, bias_h = next_of(h, size.weight_m), next_of(bias_h, size.bias_m)
             if has_marks:
-                found = ordinary((numbers, BLOCK, j, size.n, size.k, eps_of(size.eps, r)))
+                found = ordinary((numbers, BLOCK, j, size.n, size.k, eps_of(size.eps, r), size.modest))
                 if found < 0 or (found == 0 and not trivial(row, size.n)):
                     marked += marks[r] == 0  # not those that were marked before
                     marks[r] = 1

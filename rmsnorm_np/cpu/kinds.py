@@ -38,7 +38,8 @@ class Kinds(NamedTuple):
         # of bfloat16, an element that is not in the RMS may leave float32 until it is multiplied by its weight
         leaves = self.first_k and "bfloat16" in self.reads
         if self.operation.singles and not leaves and all(ITEMSIZE[name] == 2 for name in self.reads if name):
-            return Work("single", 2 * LANES if about == "bfloat16" else LANES)
+            words = about == "bfloat16" and self.operation.share is None
+            return Work("single", 4 * LANES if words else 2 * LANES, words)
         return Work("double", LANES)
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.core import types
 
-from rmsnorm_np.cpu.arrays import Size, clearer, hold, lengths, moved, pointer_types, pointers, room_for
+from rmsnorm_np.cpu.arrays import Size, clearer, hold, lengths, moved, pointer_types, pointers, room_for, totals_type
 from rmsnorm_np.cpu.blocks import keeping
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays, Kinds
@@ -85,9 +84,6 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
     room, get_numbers = room_for(2 * TILE), program.get_numbers(len(kinds.operation.stages) - 1)
     write_always = program.write_always()
     plain = Work("double", LANES)
-    tile_type = types.NamedTuple(
-        [types.none if name is None else types.CPointer(types.float64) for name in kinds.totals], Totals
-    )
 
     def tile_at(w: Writer, data: Any, shift: Any) -> Any:
         """The sums of both, whose element 0 is `shift` behind the beginning."""
@@ -100,7 +96,7 @@ def column_sums(kinds: Kinds, program: Program) -> Any:
 
         given(kinds.totals, one, totals, tile)
 
-    tile_of = step(tile_at, tile_type)
+    tile_of = step(tile_at, totals_type(kinds))
     put = step(put_sums)
     with_tile = step(lambda w, row, tile: row._replace(totals=tile), pointer_types(kinds))
     has_marks = kinds.marks
@@ -137,7 +133,7 @@ def long_kernel(kinds: Kinds) -> Any:
     measure, measure_second = (measured(kinds, program, s) for s in (0, stages - 1))
     two, has_totals, has_marks = stages == 2, any(kinds.totals), kinds.marks
     ordinary, trivial = program.tests()
-    eps_of = program.eps_of()
+    eps_of, modest = program.eps_of(), program.is_modest()
     get_numbers, write = program.get_numbers(stages - 1), program.write()[1]
     columns_task: Any = column_sums(kinds, program) if has_totals else None
     count = program.size
@@ -162,7 +158,7 @@ def long_kernel(kinds: Kinds) -> Any:
             if two:
                 measure_second(row, size, numbers, r, parts, threads)
             if has_marks:
-                found = ordinary((numbers, size.rows, r, size.n, size.k, eps_of(size.eps, r)))
+                found = ordinary((numbers, size.rows, r, size.n, size.k, eps_of(size.eps, r), size.modest))
                 if found < 0 or (found == 0 and not trivial(row, size.n)):
                     marked += marks[r] == 0
                     marks[r] = 1
@@ -181,7 +177,7 @@ def long_kernel(kinds: Kinds) -> Any:
         reads: Any, columns: Any, writes: Any, k: Any, eps: Any, streaming: Any, marks: Any, threads: Any
     ) -> Any:
         rows, n, weight_m, bias_m = lengths(reads, columns)
-        size = Size(k, eps, streaming, 1, 1, rows, n, weight_m, bias_m, 1)
+        size = Size(k, eps, streaming, 1, 1, rows, n, weight_m, bias_m, 1, 1)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
         return run(arrays, NO_TOTALS, size, pointers(marks), threads)
 
@@ -190,8 +186,8 @@ def long_kernel(kinds: Kinds) -> Any:
     ) -> Any:
         rows, n, weight_m, bias_m = lengths(reads, columns)
         k, eps, streaming, m, chunks = settings
-        size = Size(k, eps, streaming, m, chunks, rows, n, weight_m, bias_m, 1)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
+        size = Size(k, eps, streaming, m, chunks, rows, n, weight_m, bias_m, 1, modest(arrays, weight_m * n))
         return run(arrays, pointers(totals), size, pointers(marks), threads)
 
     return forward if kinds.operation.share is None else backward

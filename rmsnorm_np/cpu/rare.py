@@ -130,13 +130,25 @@ def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
     """The rows of dx that are marked; returns their shares of the totals, float64 (m, n), but for those that the kernel
     adds.
 
-    run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. For dx each row of dy is
+    run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. Rows of 16-bit floats
+    become float32, as in `forward`. Of float64, for dx each row of dy is
     scaled to its size. Not for dweight, where a large dy meets small ones of other rows: xhat has no scale, and dy has
     the factor of x as long as there is room for it, so that their product with rstd is as large as dy.
     """
     x, dy, dh = call.reads
     totals = Totals(*(None if a is None else np.zeros((m, x.shape[1])) for a in call.columns[:2]))
+
+    def add(h: int, shares: Totals, exponent: int) -> None:
+        for name, total, share in zip(Totals._fields, totals, shares, strict=True):
+            if total is not None and name not in call.operation.always:
+                total[h] += np.ldexp(share[0], exponent)
+
     for h, rows, own in groups(call.marks, call.columns, m):
+        if x.itemsize == 2:
+            reads = tuple(None if a is None else a[rows].astype(np.float32) for a in call.reads)
+            dx[rows], shares = run(call._replace(reads=reads, columns=own, marks=None), True)
+            add(h, shares, 0)
+            continue
         chosen, e, eps = in_range(call.operation, x[rows], call.k, call.eps)
         gradient = dy[rows].astype(np.float64)
         largest = np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True)
@@ -152,8 +164,5 @@ def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
                 e_some = e[some] - usual + goal
                 reads = np.ldexp(chosen[some], e_some), np.ldexp(gradient[some], goal), None
                 eps_some = np.ldexp(eps[some], 2 * (goal - usual))
-                shares = run(ready._replace(reads=reads, eps=eps_some), True)[1]
-                for name, total, share in zip(Totals._fields, totals, shares, strict=True):
-                    if total is not None and name not in call.operation.always:
-                        total[h] += np.ldexp(share[0], -goal)
+                add(h, run(ready._replace(reads=reads, eps=eps_some), True)[1], -goal)
     return totals

@@ -19,14 +19,17 @@ from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.shapes import SCALAR, Leaf
 from rmsnorm_np.cpu.tracing import step, tried
 from rmsnorm_np.cpu.vector import Number, Work, Writer
-from rmsnorm_np.ops.operation import Columns, Totals
+from rmsnorm_np.ops.operation import Columns, Stage, Totals, scale
 from rmsnorm_np.ops.primitives import Pair, either, plus
-from rmsnorm_np.ops.records import given, leaves, rebuilt
+from rmsnorm_np.ops.records import given, leaves, mapped, rebuilt
 
 SEGMENT = 2048  # elements summed in the lanes before the lanes are added up: bounds the error of float32 sums
 BLOCK = 64  # rows that are worked on together, at most
 # Squares and products between these lose nothing, in float64 pairs (rstd³ times a sum stays in range) and in float32.
 BOUNDS = {"exact": 2.0**300, "single": 2.0**90}
+MOST_NUMBER = 2.0**100  # and the least is its reciprocal: the numbers of a row that elements meet as float32
+# dy · rstd may be subnormal in float32, off by 2**-150: with a factor up to here that is 2**-8 of the smallest bfloat16.
+LARGEST_SCALE = 2.0**9
 
 
 class Program:
@@ -35,12 +38,16 @@ class Program:
     def __init__(self, kinds: Kinds) -> None:
         self.kinds, self.op, self.work = kinds, kinds.operation, kinds.work
         self.width = self.work.width
+        # backward in float32: dy has any magnitude, and is multiplied by weight and rstd
+        self.guarded = kinds.marks and self.work.name == "single" and self.op.share is not None
         kept = self.op.keep and getattr(kinds.writes, self.op.keep)
         self.kept = self.op.keep if kept else None
         number = Pair(SCALAR, SCALAR) if self.work.exact else SCALAR
         lanes = Pair(self.work.leaf, self.work.leaf) if self.work.exact else self.work.leaf
-        self.lane_sums = [stage.Sums(*[lanes] * len(stage.Sums._fields)) for stage in self.op.stages]
-        self.sums = [stage.Sums(*[number] * len(stage.Sums._fields)) for stage in self.op.stages]
+        # a mean needs more than float32: what is next to it is a small difference
+        last, wide = self.op.stages[-1], lanes if self.work.exact else Leaf("f64", self.width)
+        self.lane_sums = [self._sums(stage, lanes if stage is last else wide) for stage in self.op.stages]
+        self.sums = [self._sums(stage, number) for stage in self.op.stages]
         self.numbers: list[Any] = []
         for stage, sums in zip(self.op.stages, self.sums, strict=True):
             before = self.numbers[-1] if self.numbers else None
@@ -50,6 +57,11 @@ class Program:
         for shape in shapes:
             places.append(places[-1] + len(leaves(shape)))
         self.places, self.size = places[:-1], places[-1]
+
+    def _sums(self, stage: Stage, each: Any) -> Any:
+        """The record of a stage's sums with `each` in it; guards are only taken where they are needed."""
+        optional = () if self.guarded else stage.Sums._field_defaults
+        return stage.Sums(*(None if name in optional else each for name in stage.Sums._fields))
 
     # ------------------------------------------------------------------------------------------------ elements
 
@@ -82,7 +94,7 @@ class Program:
         )
         if self.kept:
             data, name = getattr(row.writes, self.kept), getattr(self.kinds.writes, self.kept)
-            e = w.decoded(w.store(data, name, i, e, count), name, self.work)
+            e = w.decoded(w.store(data, name, i, e, count, self.work.words), name, self.work)
         return e
 
     # -------------------------------------------------------------------------------------------------- sums
@@ -99,7 +111,7 @@ class Program:
         takes more than one vector (float64: up to 1.1 times as fast as with registers that spill).
         """
         stage, width, lane_sums = self.op.stages[s], self.width, self.lane_sums[s]
-        ways = 4 if len(leaves(lane_sums)) == 1 else 2
+        ways = 4 if len(leaves(lane_sums)) == 1 and width <= 16 else 2
         rest = ways // 4 * 2  # which of them takes what is left over
 
         def added(w: Writer, row: Arrays, i: Any, k: Any, m: Any, sums: Any, count: Any) -> Any:
@@ -108,7 +120,7 @@ class Program:
             found = stage.add(sums, e, c, m, inside)
             if m is not None and count is not None:  # zeros behind the row: not what stage.add makes of them
                 there = w.before(count, width)
-                found = type(sums)(*(either(there, new, old) for new, old in zip(found, sums, strict=True)))
+                found = mapped(lambda new, old: either(there, new, old), found, sums)
             return found
 
         def several(w: Writer, row: Arrays, i: Any, k: Any, m: Any, sums: Any, ahead: Any, many: int) -> Any:
@@ -130,7 +142,7 @@ class Program:
         def across(w: Writer, sums: Any) -> Any:
             while len(sums) > 1:
                 sums = [type(a)(*map(plus, a, b)) for a, b in zip(sums[0::2], sums[1::2], strict=True)]
-            return type(sums[0])(*map(w.across, sums[0]))
+            return given(sums[0], w.across)
 
         shape = (lane_sums,) * ways
         zeros = step(lambda w: w.zeros(shape), shape)
@@ -237,13 +249,13 @@ class Program:
         return piece(lambda row, n: first(row, n) or last(row, n))
 
     def is_ordinary(self) -> Any:
-        """ordinary(room, stride, j, n, k, eps): 1 in range, 0 if only a trivial row is, -1 out of range.
+        """ordinary(room, stride, j, n, k, eps, modest): 1 in range, 0 if only a trivial row is, -1 out of range.
 
-        NaN is in range: scaling the row would not change it.
+        NaN is in range: scaling the row would not change it. modest: whether `is_modest` found the columns so.
         """
         s = len(self.op.stages) - 1
 
-        def body(w: Writer, room: Any, stride: Any, j: Any, n: Any, k: Any, eps: Any) -> Any:
+        def body(w: Writer, room: Any, stride: Any, j: Any, n: Any, k: Any, eps: Any, modest: Any) -> Any:
             b, bound = w.builder, BOUNDS[self.work.name]
             sums = self._get(w, self.sums[s], self.places[2 * s], room, stride, j)
             before = self._get(w, self.numbers[s - 1], self.places[2 * s - 1], room, stride, j) if s else None
@@ -258,9 +270,36 @@ class Program:
             for number in extent.nontrivial:
                 trivial = b.or_(trivial, (-abs(number)).exceeds(-1 / bound).value)
             kind = ir.IntType(64)
+            if self.guarded:
+                outside = b.or_(outside, b.icmp_signed("==", modest, kind(0)))
+                for number in leaves(self._get(w, self.numbers[s], self.places[2 * s + 1], room, stride, j)):
+                    # what is rounded to float32 must keep its digits
+                    outside = b.or_(outside, abs(number).exceeds(MOST_NUMBER).value)
+                    small = b.and_((-abs(number)).exceeds(-1 / MOST_NUMBER).value, abs(number).exceeds(0.0).value)
+                    outside = b.or_(outside, small)
             return b.select(outside, kind(-1), b.select(trivial, kind(0), kind(1)))
 
         return step(body, types.int64)
+
+    def is_modest(self) -> Any:
+        """modest(arrays, count): 1 if none of the first count factors of the columns exceeds LARGEST_SCALE, else 0."""
+        if not (self.guarded and self.kinds.columns.weight):
+            return piece(lambda arrays, count: 1)
+        width = self.width
+
+        def body(w: Writer, arrays: Arrays, i: Any, count: Any) -> Any:
+            return w.any(abs(scale(self.columns(w, arrays.columns, i, count))).exceeds(LARGEST_SCALE))
+
+        large = step(body, types.boolean)
+
+        @piece
+        def modest(arrays: Any, count: Any) -> Any:
+            for i in range(0, count, width):
+                if large((arrays, i, min(width, count - i))):
+                    return 0
+            return 1
+
+        return modest
 
     # ---------------------------------------------------------------------------------------- what a row gives
 
@@ -309,14 +348,14 @@ class Program:
             number = given_out(w, row, i, k, m, None)
             data, name = getattr(row.writes, target), getattr(kinds.writes, target)
             if streaming:
-                w.stream(data, name, i, number)
+                w.stream(data, name, i, number, self.work.words)
                 w.prefetch(row.reads[0], w.builder.add(i, ahead), 1 if op.share is None else 2)
             else:
-                w.store(data, name, i, number)
+                w.store(data, name, i, number, None, self.work.words)
 
         def part(w: Writer, row: Arrays, i: Any, k: Any, m: Any, count: Any) -> None:
             number = given_out(w, row, i, k, m, count)
-            w.store(getattr(row.writes, target), getattr(kinds.writes, target), i, number, count)
+            w.store(getattr(row.writes, target), getattr(kinds.writes, target), i, number, count, self.work.words)
 
         def until(w: Writer, row: Arrays, i: Any) -> Any:
             return w.until_aligned(getattr(row.writes, target), getattr(kinds.writes, target), i, width)

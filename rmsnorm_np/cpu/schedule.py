@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmsnorm_np.cpu.arrays import Size, add_atomically, clearer, counters, lengths, pointers
+from rmsnorm_np.cpu.arrays import Size, add_atomically, aligner, clearer, counters, lengths, pointers
 from rmsnorm_np.cpu.blocks import blocks
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays, Kinds
-from rmsnorm_np.cpu.row import BLOCK, SEGMENT
+from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Program
 from rmsnorm_np.cpu.threads import PARALLEL_ELEMENTS, in_parallel
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import LANES, Work, Writer
@@ -61,17 +61,17 @@ def totals_task(name: str) -> Any:
 
 
 def adder(name: str | None) -> Any:
-    """add(partial, total, threads): the rows of partial sums added up, rounded to the dtype of this name."""
+    """add(partial, rows, total, threads): the rows of partial sums added up, rounded to the dtype of this name."""
     if name is None:
-        return inlined(lambda partial, total, threads: None)
+        return inlined(lambda partial, rows, total, threads: None)
     task = totals_task(name)
 
     @inlined
-    def add(partial: Any, total: Any, threads: Any) -> Any:
-        rows, n = partial.shape
+    def add(partial: Any, rows: Any, total: Any, threads: Any) -> Any:
+        m, n = total.shape
         pieces = (n + SEGMENT - 1) // SEGMENT
         adders = threads if rows * n >= PARALLEL_ELEMENTS else 1
-        in_parallel(task, pieces, adders, (pointers(partial), pointers(total), rows, total.shape[0], n))
+        in_parallel(task, pieces, adders, (partial, pointers(total), rows, m, n))
 
     return add
 
@@ -79,7 +79,7 @@ def adder(name: str | None) -> Any:
 def adding_kernel(name: str) -> Any:
     """kernel(partial, total, threads): `adder` by itself."""
     add = adder(name)
-    return lambda partial, total, threads: add(partial, total, threads)
+    return lambda partial, total, threads: add(pointers(partial), len(partial), total, threads)
 
 
 def rows_kernel(kinds: Kinds) -> Any:
@@ -87,9 +87,10 @@ def rows_kernel(kinds: Kinds) -> Any:
 
     Forward: kernel(reads, columns, writes, k, eps, streaming, marks, threads).
     Backward: kernel(reads, columns, writes, partials, totals, (k, eps, streaming, m, chunks), marks, threads), with
-    partial sums (chunks * m, n), and totals that they are added up in if no row was marked.
+    room for chunks * m * n partial sums from its first cache line on, and totals that they are added up in if no row was marked.
     """
-    block, clear = blocks(kinds), clearer()
+    block, clear, modest = blocks(kinds), clearer(), Program(kinds).is_modest()
+    aligned = aligner(kinds)
     block_elements = BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1)
     has_totals = kinds.operation.share is not None
     add_dweight, add_dbias = map(adder, kinds.totals)
@@ -136,7 +137,7 @@ def rows_kernel(kinds: Kinds) -> Any:
         rows, n, weight_m, bias_m = lengths(reads, columns)
         height = min(BLOCK, max(1, block_elements // n))
         chunks = (rows + height - 1) // height
-        size = Size(k, eps, streaming, 1, chunks, rows, n, weight_m, bias_m, height)
+        size = Size(k, eps, streaming, 1, chunks, rows, n, weight_m, bias_m, height, 1)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
         queues = counters(threads * APART + 1)
         in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))
@@ -148,14 +149,16 @@ def rows_kernel(kinds: Kinds) -> Any:
         rows, n, weight_m, bias_m = lengths(reads, columns)
         k, eps, streaming, m, chunks = settings
         height = min(BLOCK, max(1, block_elements // n))
-        size = Size(k, eps, streaming, m, chunks, rows, n, weight_m, bias_m, height)
-        arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), pointers(partials))
+        own = aligned((pointers(partials),))
+        arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), own)
+        are_modest = modest(arrays, weight_m * n)
+        size = Size(k, eps, streaming, m, chunks, rows, n, weight_m, bias_m, height, are_modest)
         queues = counters(threads * APART + 1)
         in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))
         marked = queues[threads * APART]
         if marked == 0:
-            add_dweight(partials.dweight, totals.dweight, threads)
-            add_dbias(partials.dbias, totals.dbias, threads)
+            add_dweight(own.dweight, chunks * m, totals.dweight, threads)
+            add_dbias(own.dbias, chunks * m, totals.dbias, threads)
         return marked
 
     return backward if has_totals else forward

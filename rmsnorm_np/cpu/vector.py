@@ -43,6 +43,7 @@ class Work(NamedTuple):
 
     name: str
     width: int
+    words: bool = False
 
     @property
     def leaf(self) -> Leaf:
@@ -156,6 +157,8 @@ class Number:
         return self._fused("fma", b, c)
 
     def multiply_add(self, b: Any, c: Any) -> Number:
+        if self.leaf == b.leaf and self.leaf.element == "f32" and c.leaf.element == "f64":
+            return c + self * b  # one conversion in place of two
         return self._fused("fmuladd", b, c)
 
     def root(self) -> Number:
@@ -203,6 +206,12 @@ class Writer:
         """Where a lane's number is below count; None for None."""
         return None if count is None else Condition(self.builder, llvm.mask(self.builder, count, width))
 
+    def any(self, condition: Condition) -> Any:
+        """Whether it holds in any lane."""
+        b, lanes = self.builder, condition.value.type.count
+        bits = b.bitcast(condition.value, ir.IntType(lanes))
+        return b.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
     def pointer(self, data: Any, i: Any) -> Any:
         return self.builder.gep(data, [i])
 
@@ -214,7 +223,7 @@ class Writer:
         if count is None:
             bits = b.load(pointer, align=ITEMSIZE[name])
         else:
-            bits = llvm.masked_load(b, pointer, vector, ITEMSIZE[name], count)
+            bits = llvm.masked_load(self.context, b, pointer, vector, ITEMSIZE[name], count)
         return self.decoded(bits, name, work)
 
     def decoded(self, bits: Any, name: str, work: Work) -> Any:
@@ -223,44 +232,43 @@ class Writer:
         if name == "float16":
             value = llvm.from_float16(self.context, b, bits)
         elif name == "bfloat16":
-            value = llvm.from_bfloat16(b, bits) if work.width == LANES else llvm.from_bfloat16_words(b, bits)
-        if name != "bfloat16" and work.width > LANES:
+            value = llvm.from_bfloat16_words(b, bits) if work.words else llvm.from_bfloat16(b, bits)
+        if name != "bfloat16" and work.words:
             value = llvm.with_short_nan(b, llvm.even_then_odd(b, value))
         element = "f64" if name == "float64" else work.leaf.element
         number = Number(b, value).to(Leaf(element, work.width))
         number.narrow = name != "float64"
         return Pair(number, None) if work.exact else number
 
-    def encoded(self, number: Any, name: str) -> Any:
-        """A number, rounded to what is stored of it."""
+    def encoded(self, number: Any, name: str, words: bool) -> Any:
+        """A number, rounded to what is stored of it. words: its lanes are in the order of `Work.words`."""
         b, value = self.builder, rounded(number).value
-        wide = value.type.count > LANES
-        if wide and name != "bfloat16":
+        if words and name != "bfloat16":
             value = llvm.in_memory_order(b, value)
         element = "f64" if name == "float64" else "f32"
         value = Number(b, value).to(Leaf(element, value.type.count)).value
         if name == "float16":
             return llvm.to_float16(self.context, b, value)
         if name == "bfloat16":
-            return llvm.to_bfloat16_words(b, value) if wide else llvm.to_bfloat16(b, value)
+            return llvm.to_bfloat16_words(b, value) if words else llvm.to_bfloat16(b, value)
         return value
 
-    def store(self, data: Any, name: str, i: Any, number: Any, count: Any = None) -> Any:
+    def store(self, data: Any, name: str, i: Any, number: Any, count: Any = None, words: bool = False) -> Any:
         """Write the lanes, rounded once, from element i on: the first count of them where that is given.
 
         Returns what was stored, for `decoded`.
         """
-        b, bits = self.builder, self.encoded(number, name)
+        b, bits = self.builder, self.encoded(number, name, words)
         pointer = b.bitcast(self.pointer(data, i), bits.type.as_pointer())
         if count is None:
             b.store(bits, pointer, align=ITEMSIZE[name])
         else:
-            llvm.masked_store(b, pointer, bits, ITEMSIZE[name], count)
+            llvm.masked_store(self.context, b, pointer, bits, ITEMSIZE[name], count)
         return bits
 
-    def stream(self, data: Any, name: str, i: Any, number: Any) -> None:
+    def stream(self, data: Any, name: str, i: Any, number: Any, words: bool = False) -> None:
         """`store` past the cache: the line is not read first. The address must be aligned to the bytes written."""
-        b, bits = self.builder, self.encoded(number, name)
+        b, bits = self.builder, self.encoded(number, name, words)
         pointer = b.bitcast(self.pointer(data, i), bits.type.as_pointer())
         instruction = b.store(bits, pointer, align=bits.type.count * ITEMSIZE[name])
         instruction.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
@@ -271,6 +279,12 @@ class Writer:
         address = b.ptrtoint(self.pointer(data, i), I64)
         left = b.and_(b.neg(address), ir.Constant(I64, count * size - 1))
         return b.udiv(left, ir.Constant(I64, size))
+
+    def from_line(self, data: Any) -> Any:
+        """The first address from data on that is on a cache line."""
+        b, line = self.builder, 64
+        address = b.add(b.ptrtoint(data, I64), ir.Constant(I64, line - 1))
+        return b.inttoptr(b.and_(address, ir.Constant(I64, -line)), data.type)
 
     def prefetch(self, data: Any, i: Any, level: int = 1) -> None:
         """Ask for the cache line of element i, into the first- or second-level cache; harmless where there is none."""

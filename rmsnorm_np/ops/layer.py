@@ -26,6 +26,7 @@ from rmsnorm_np.ops.operation import (
     Stage,
     Totals,
     Writes,
+    guards,
     scale,
 )
 from rmsnorm_np.ops.primitives import (
@@ -114,6 +115,7 @@ LAYER_NORM = Operation(
     extent,
     (("x", None),),
     keep="h",
+    singles=True,
     recentring=True,
 )
 
@@ -122,6 +124,7 @@ class GradientSums(NamedTuple):
     squares: Any  # (h - near)²
     g: Any
     products: Any  # g · (h - mean)
+    dy: Any = None  # dy²
 
 
 class GradientNumbers(NamedTuple):
@@ -142,6 +145,7 @@ def add_products(s: GradientSums, e: GradientReads, c: Columns, m: Mean, inside:
         plus_square(s.squares, minus(e.x, m.near)),
         plus(s.g, g),
         plus_product(s.products, g, centred(e.x, m)),
+        plus_square(s.dy, e.dy),
     )
 
 
@@ -163,7 +167,7 @@ def share(t: Totals, e: GradientReads, m: GradientNumbers) -> Totals:
 
 def extent_backward(s: GradientSums, n: Any, k: Any, eps: Any, m: Mean) -> Extent:
     within, nontrivial, _ = extent(s, n, k, eps, m)
-    return Extent(within, (*nontrivial, rounded(s.products)), (rounded(s.g),))
+    return Extent(within, (*nontrivial, rounded(s.products)), (rounded(s.g), *guards(s.dy)))
 
 
 LAYER_NORM_BACKWARD = Operation(
@@ -176,6 +180,7 @@ LAYER_NORM_BACKWARD = Operation(
     extent_backward,
     (("x", None), ("dy", 0.0)),
     share,
+    singles=True,
     always=("dbias",),
     recentring=True,
 )

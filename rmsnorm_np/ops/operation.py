@@ -68,7 +68,8 @@ class Stage(NamedTuple):
     ``add(s, e, c, m, inside)`` gives the sums s with one more element e, whose columns are c; m are the numbers of the
     stage before (None in the first); inside tells where the element is one of the first k (None: everywhere).
     ``numbers(s, n, k, eps, m)`` gives the row's numbers, a record of numbers and pairs; k is n where there is no p.
-    `Sums` is the record of the sums. `first_k`: all its sums are over the first k elements alone.
+    `Sums` is the record of the sums; those with a default are guards, which an engine may leave out (None): where it
+    computes in a type of little range, they tell whether a row is in range. `first_k`: all its sums are over the first k elements alone.
     """
 
     Sums: type[Any]
@@ -108,6 +109,11 @@ class Operation(NamedTuple):
     singles: bool = False
     recentring: bool = False
     always: tuple[str, ...] = ()
+
+
+def guards(*sums: Any) -> tuple[Any, ...]:
+    """Those sums of a row that were taken."""
+    return tuple(s for s in sums if s is not None)
 
 
 def scale(c: Columns) -> Any:

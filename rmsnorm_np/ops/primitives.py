@@ -228,7 +228,9 @@ def nearest(a: Any) -> Any:
 
 
 def plus_square(total: Any, a: Any) -> Any:
-    """total + a²."""
+    """total + a²; None where the total is."""
+    if total is None:
+        return total
     if not is_pair(total):
         return multiply_add(a, a, total) if is_narrow(a) else total + a * a
     # Knuth's two-sum with the square unrounded inside a multiply-add: 7 operations in place of 10. What is left of the

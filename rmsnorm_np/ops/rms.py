@@ -21,6 +21,7 @@ from rmsnorm_np.ops.operation import (
     Stage,
     Totals,
     Writes,
+    guards,
     scale,
 )
 from rmsnorm_np.ops.primitives import (
@@ -73,6 +74,7 @@ RMS_NORM = Operation(
 class GradientSums(NamedTuple):
     squares: Any
     products: Any  # g · x
+    dy: Any = None  # dy²
 
 
 class GradientNumbers(NamedTuple):
@@ -86,7 +88,8 @@ def enter_backward(r: GradientReads) -> GradientReads:
 
 def add_products(s: GradientSums, e: GradientReads, c: Columns, m: None, inside: Any) -> GradientSums:
     squares = either(inside, plus_square(s.squares, e.x), s.squares)
-    return GradientSums(squares, plus_product(s.products, times(e.dy, scale(c)), e.x))
+    products = plus_product(s.products, times(e.dy, scale(c)), e.x)
+    return GradientSums(squares, products, plus_square(s.dy, e.dy))
 
 
 def gradient_numbers(s: GradientSums, n: Any, k: Any, eps: Any, m: None) -> GradientNumbers:
@@ -104,7 +107,7 @@ def share(t: Totals, e: GradientReads, m: GradientNumbers) -> Totals:
 
 
 def extent_backward(s: GradientSums, n: Any, k: Any, eps: Any, m: None) -> Extent:
-    return extent(s, n, k, eps, m)._replace(nontrivial=(rounded(s.products),))
+    return extent(s, n, k, eps, m)._replace(nontrivial=(rounded(s.products),), below=guards(s.dy))
 
 
 RMS_NORM_BACKWARD = Operation(
@@ -117,5 +120,6 @@ RMS_NORM_BACKWARD = Operation(
     extent_backward,
     (("x", 0.0), ("dy", 0.0)),
     share,
+    singles=True,
     always=("dbias",),
 )

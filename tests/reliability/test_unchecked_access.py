@@ -77,7 +77,9 @@ class Recorder:
             long = n > long_rows.LONG_ROW
             # of short rows the kernel repeats the sums' own length; of long ones, every row of m has its sums
             self.check_arrays(totals, n, {m} if long else {d for d in range(1, m + 1) if m % d == 0})
-            self.check_arrays(partials, n, {chunks * m})
+            for room in partials:  # and what is left of a cache line before the first
+                assert room is None or (room.dtype == np.float64 and room.flags.carray)
+                assert room is None or room.shape == (chunks * m * n + memory.LINE // 8,)
         else:
             k, eps, streaming = rest[:3]
         assert k is None or 1 <= k < n
