@@ -23,7 +23,7 @@ L = np.longdouble
 
 pytestmark = pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by")
 
-# The CPU engine works in vectors of 8 numbers, 16 of bfloat16, and adds up to four side by side, cuts sums into
+# The CPU engine works in vectors of 8 numbers, 16 or 32 of 16-bit floats, and adds up to four side by side, cuts sums into
 # segments of 2048, takes blocks of 4096 // n rows (halves forward: 8192 // n) but at most 64, has a path of its own for
 # whole vectors up to 64 elements, splits the rows for dweight into parts of 16 or more, and goes parallel from 32768
 # elements on.
@@ -178,6 +178,28 @@ def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backen
     # bounded, so that scale · x stays finite
     x, dy = np.clip(x, -1.7, 1.7) * scale, np.clip(dy, -1.7, 1.7) * dy_scale
     assert_exact(op, x.astype(dtype), weight.astype(dtype), bias.astype(dtype), dy.astype(dtype), eps, backend)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dy_scale", "weight_scale"),
+    [
+        (1.0, 1e36, 1.0),  # the sum of dy² overflows
+        (1e-12, 1e30, 1e-30),  # dy · rstd overflows, and weight makes it finite
+        (1.0, 1e-39, 1.0),  # dy is subnormal
+        (100.0, 1e-37, 1e6),  # dy · rstd is subnormal, and weight would make its error felt
+        (1e12, 1e-30, 1.0),  # the same, and x in dweight
+        (1e-12, 1e-4, 1.0),  # rstd² times the mean of products is large
+        (1e5, 1e-20, 1.0),  # and small
+    ],
+)
+@pytest.mark.parametrize("n", [48, 70001])
+@pytest.mark.parametrize("op", ["rms", "layer"])
+def test_gradients_where_float32_is_not_enough(op, n, scale, dy_scale, weight_scale, rng):
+    """Gradients of bfloat16 are computed in float32 but for such rows; an ordinary one stands beside them."""
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    x, weight, bias, dy = arrays(rng, (3, n), np.float64)
+    x[1], dy[1], weight = x[1] * scale, dy[1] * dy_scale, weight * weight_scale
+    assert_exact(op, *(a.astype(dtype) for a in (x, weight, bias, dy)), 1e-30, "cpu")
 
 
 @pytest.mark.engine

@@ -28,8 +28,10 @@ BLOCK = 64  # rows that are worked on together, at most
 # Squares and products between these lose nothing, in float64 pairs (rstd³ times a sum stays in range) and in float32.
 BOUNDS = {"exact": 2.0**300, "single": 2.0**90}
 MOST_NUMBER = 2.0**100  # and the least is its reciprocal: the numbers of a row that elements meet as float32
-# dy · rstd may be subnormal in float32, off by 2**-150: with a factor up to here that is 2**-8 of the smallest bfloat16.
+# dy · rstd of bfloat16 may be subnormal in float32, off by 2**-150. Times a weight up to here, that is 2**-8 of the
+# smallest bfloat16; times x, whose mean square is up to here, less than 2**-120 of dweight.
 LARGEST_SCALE = 2.0**9
+LARGEST_SQUARE = 2.0**40
 
 
 class Program:
@@ -116,10 +118,10 @@ class Program:
 
         def added(w: Writer, row: Arrays, i: Any, k: Any, m: Any, sums: Any, count: Any) -> Any:
             e, c = self.element(w, row, i, count, s == 0), self.columns(w, row.columns, i, count)
-            inside = None if k is None else w.before(w.builder.sub(k, i), width)
+            inside = None if k is None else w.before(w.builder.sub(k, i), self.work)
             found = stage.add(sums, e, c, m, inside)
             if m is not None and count is not None:  # zeros behind the row: not what stage.add makes of them
-                there = w.before(count, width)
+                there = w.before(count, self.work)
                 found = mapped(lambda new, old: either(there, new, old), found, sums)
             return found
 
@@ -266,6 +268,7 @@ class Program:
             for number in (*extent.within, *extent.nontrivial, *extent.below):
                 outside = b.or_(outside, abs(number).exceeds(bound).value)
             for number in extent.within:
+                outside = b.or_(outside, number.exceeds(LARGEST_SQUARE if self.guarded else bound).value)
                 outside = b.or_(outside, (-abs(number)).exceeds(-1 / bound).value)
             for number in extent.nontrivial:
                 trivial = b.or_(trivial, (-abs(number)).exceeds(-1 / bound).value)
@@ -341,7 +344,7 @@ class Program:
                 old = given(row.totals, lambda data: w.load(data, "float64", i, plain, count))
                 new = op.share(old, e, m)
                 given(row.totals, lambda data, t: w.store(data, "float64", i, t, count), new)
-            inside = None if k is None else w.before(w.builder.sub(k, i), width)
+            inside = None if k is None else w.before(w.builder.sub(k, i), self.work)
             return getattr(op.leave(e, m, c, inside), target)
 
         def vector(w: Writer, row: Arrays, i: Any, k: Any, m: Any, streaming: bool, ahead: Any) -> None:

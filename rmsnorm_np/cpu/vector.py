@@ -202,9 +202,12 @@ class Writer:
         """A record of this shape, all of it zero."""
         return rebuilt(shape, [self.constant(leaf, 0.0) for leaf in leaves(shape)])
 
-    def before(self, count: Any, width: int) -> Condition | None:
-        """Where a lane's number is below count; None for None."""
-        return None if count is None else Condition(self.builder, llvm.mask(self.builder, count, width))
+    def before(self, count: Any, work: Work) -> Condition | None:
+        """Where the number of a lane's element is below count; None for None."""
+        if count is None:
+            return None
+        mask = llvm.mask(self.builder, count, work.width)
+        return Condition(self.builder, llvm.even_then_odd(self.builder, mask) if work.words else mask)
 
     def any(self, condition: Condition) -> Any:
         """Whether it holds in any lane."""
