@@ -83,7 +83,8 @@ def parameter_tolerance(exact, magnitudes, rows, x_dtype, dtype):
     magnitudes of what is added: each addition in float64 rounds by 2**-53, and each term is a product of dy with an
     xhat that is right to 2**-51 in float64, to 2**-21 where x is a 16-bit float and float32 is the type inside (rstd,
     two differences, two products). Such a product may be subnormal, as may x itself in a row that is scaled down: the
-    smallest float64, twice for each row. In float32 dy · rstd is off by 2**-150 where it is subnormal, and x below 2**29.
+    smallest float64, twice for each row. In float32, dy · rstd is off by 2**-150 where it is subnormal, and is
+    multiplied with an x below 2**28.
     """
     half = np.dtype(x_dtype).itemsize == 2
     term = 2.0**-21 if half else 2.0**-51

@@ -35,11 +35,13 @@ _BITS = np.dtype(np.uint16)  # Numba has no 16-bit floats on CPUs: the kernels s
 _NO_TOTALS = (None, None)
 
 
-def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any) -> tuple[Any, Any]:
+def forward(
+    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any, wide: bool = False
+) -> tuple[Any, Any]:
     """Run an operation on rows: reads (rows, n); weight and bias (m, n), where row r uses row r % m.
 
     out: arrays to write to, or None. What the operation keeps is written where a second array is read. eps: a number,
-    or one for each row, then no row may leave the range.
+    or one for each row, then no row may leave the range. wide: as in `kinds.Kinds`.
     """
     x, residual = reads
     weight, bias, offset = columns
@@ -61,7 +63,7 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
         streaming, on_threads = memory.streams(y), threads.choose(x.size)
     key = (
         operation.name, x.dtype, residual is None or residual.dtype, weight is None or weight.dtype,
-        bias is None or bias.dtype, whole, offset != 0.0, long, type(eps),
+        bias is None or bias.dtype, whole, offset != 0.0, long, type(eps), wide,
     )  # fmt: skip
     entry = kernel.entries.get(key)
     if entry is None:
@@ -78,12 +80,13 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
     return y, h
 
 
-def _forward_unmarked(call: rare.Call) -> Any:
-    return forward(call.operation, call.reads, call.columns, (None, None), call.k, call.eps)[0]
+def _forward_unmarked(call: rare.Call, out: Any) -> Any:
+    wide = call.reads[0].itemsize == 2
+    return forward(call.operation, call.reads, call.columns, (out, None), call.k, call.eps, wide)[0]
 
 
 def backward(
-    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any, totals: Any = None
+    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any, totals: Any = None, wide: bool = False
 ) -> tuple[Any, Any]:
     """Run an operation that adds up shares over rows; returns its outputs and these sums. Arguments as in `forward`.
 
@@ -121,6 +124,7 @@ def backward(
     key = (
         operation.name, x.dtype, reads[1].dtype, reads[2] is None or reads[2].dtype, weight is None or weight.dtype,
         sums[0] is None or sums[0].dtype, sums[1] is None or sums[1].dtype, k == n, offset != 0.0, long, type(eps),
+        wide,
     )  # fmt: skip
     own = weight, None, offset
     entry = kernel.entries.get(key)
@@ -144,9 +148,7 @@ def backward(
             shares = rare.backward(_backward_unmarked, call, dx, m)
         if not long:
             sums = tuple(t if t is None else memory.from_line(t, (chunks * m, n)) for t in partials)
-        sums = tuple(
-            t if t is None else np.concatenate(parts) for t, *parts in zip(totals, sums, shares, strict=True)
-        )
+        sums = tuple(t if t is None else np.concatenate(parts) for t, *parts in zip(totals, sums, shares, strict=True))
     elif not long:
         return (dx,), totals
     for total, rows_of_sums in zip(totals, sums, strict=True):
@@ -156,9 +158,9 @@ def backward(
 
 
 def _backward_unmarked(call: rare.Call, with_totals: bool) -> tuple[Any, Any]:
-    n = call.reads[0].shape[1]
+    n, wide = call.reads[0].shape[1], call.reads[0].itemsize == 2
     totals = tuple(np.empty((1, n)) if with_totals and a is not None else None for a in call.columns[:2])
-    (dx,), totals = backward(call.operation, call.reads, call.columns, (None,), call.k, call.eps, totals)
+    (dx,), totals = backward(call.operation, call.reads, call.columns, (None,), call.k, call.eps, totals, wide)
     return dx, totals
 
 

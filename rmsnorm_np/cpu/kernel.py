@@ -46,16 +46,16 @@ class Entry:
 
 
 def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any, totals: Any) -> Entry:
-    """A new entry, for arrays of these dtypes; key ends with whether rows are long, and the type of eps."""
+    """A new entry, for arrays of these dtypes; key ends with whether rows are long, the type of eps, and `Kinds.wide`."""
 
     def names(record: Any) -> Any:
         return given(record, lambda array: array.dtype.name)
 
-    first_k, offset, long, row_eps = not key[-4], key[-3], key[-2], key[-1] is not float
+    first_k, offset, long, row_eps, wide = not key[-5], key[-4], key[-3], key[-2] is not float, key[-1]
     kinds = Kinds(
         operation, names(operation.Reads(*reads)), names(Columns(*columns[:2]))._replace(weight_offset=offset or None),
         names(operation.Writes(*writes)),
-        names(Totals(*totals)), first_k, row_eps,
+        names(Totals(*totals)), first_k, row_eps, wide=wide,
     )  # fmt: skip
     kinds = kinds._replace(marks=kinds.work.name != "double" and not row_eps)
     entries[key] = found = Entry(kinds, long)

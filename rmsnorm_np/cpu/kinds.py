@@ -16,7 +16,8 @@ class Kinds(NamedTuple):
     """What a kernel is compiled for: an operation, and the dtypes of its arrays, None for one that is absent.
 
     totals: the dtypes of the sums over rows. first_k: whether fewer than n elements are in the RMS. row_eps: whether
-    each row has its own eps. marks: whether rows that leave the range are marked, and left out.
+    each row has its own eps. marks: whether rows that leave the range are marked, and left out. wide: whether the range
+    of float32 is not enough for 16-bit floats.
     """
 
     operation: Operation
@@ -27,6 +28,7 @@ class Kinds(NamedTuple):
     first_k: bool = False
     row_eps: bool = False
     marks: bool = False
+    wide: bool = False
 
     @property
     def work(self) -> Work:
@@ -37,7 +39,12 @@ class Kinds(NamedTuple):
             return Work("exact", LANES)
         # of bfloat16, an element that is not in the RMS may leave float32 until it is multiplied by its weight
         leaves = self.first_k and "bfloat16" in self.reads
-        if self.operation.singles and not leaves and all(ITEMSIZE[name] == 2 for name in self.reads if name):
+        if (
+            self.operation.singles
+            and not self.wide
+            and not leaves
+            and all(ITEMSIZE[name] == 2 for name in self.reads if name)
+        ):
             words = about == "bfloat16" and self.operation.share is None
             return Work("single", 4 * LANES if words else 2 * LANES, words)
         return Work("double", LANES)

@@ -87,7 +87,8 @@ def rows_kernel(kinds: Kinds) -> Any:
 
     Forward: kernel(reads, columns, writes, k, eps, streaming, marks, threads).
     Backward: kernel(reads, columns, writes, partials, totals, (k, eps, streaming, m, chunks), marks, threads), with
-    room for chunks * m * n partial sums from its first cache line on, and totals that they are added up in if no row was marked.
+    room for chunks * m * n partial sums from its first cache line on, and totals that they are added up in if no row
+    was marked.
     """
     block, clear, modest = blocks(kinds), clearer(), Program(kinds).is_modest()
     aligned = aligner(kinds)

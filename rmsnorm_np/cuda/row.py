@@ -32,7 +32,10 @@ class Program(Elements):
         super().__init__(plan)
         last = len(self.op.stages) - 1
         one = Pair("f64", "f64") if plan.work == "exact" else "f64"
-        self.sums = [stage.Sums(*[one] * (len(stage.Sums._fields) - len(stage.Sums._field_defaults))) for stage in self.op.stages]
+        self.sums = [  # no guards: `_mark` looks at the row's numbers and shares themselves
+            stage.Sums(*(None if name in stage.Sums._field_defaults else one for name in stage.Sums._fields))
+            for stage in self.op.stages
+        ]
         # how the elements of a stage are summed: sums before the last need every digit, as a mean far from zero does
         longer = {"single": "plain", "double": "plain", "exact": "pair"}
         self.how = [
