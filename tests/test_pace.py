@@ -97,9 +97,17 @@ def test_a_thread_that_waits_once_in_a_while_changes_nothing(kernel):
     assert np.mean(machine.run(10.0) > 1) > 0.99
 
 
-def test_the_first_late_call_costs_20_ms(kernel):
-    count = itertools.count()
-    machine = kernel.of(lambda n: 100 * US if n == 1 else 12 * MS if next(count) == 5 else 55 * US)
+@pytest.mark.parametrize("before", [0.0, 100.0])
+def test_the_first_late_call_costs_20_ms(kernel, before):
+    """Also long after a time of load."""
+    many = [12 * MS]
+    machine = kernel.of(lambda n: 100 * US if n == 1 else many[0])
+    machine.run(before)
+    many[0] = 55 * US
+    machine.run(5.0)
+    many[0] = 30 * MS
+    assert machine.run(10 * MS)[-1] == 2
+    many[0] = 55 * US
     seen = machine.run(0.5)
     assert 190 < np.sum(seen == 1) < 225  # 20 ms of 0.1 each, and the measurements
 
@@ -135,17 +143,19 @@ def test_arrays_in_memory_take_five_times_as_long_as_in_the_cache(kernel):
         assert np.mean(np.concatenate(on_threads) > 1) > 0.97
 
 
-def test_each_kernel_and_size_has_an_account_of_its_own(kernel):
-    """Threads pay for one size and not for the other, in calls by turns."""
-    machine = kernel.of(lambda n: None)
-    small, large = [], []
+@pytest.mark.parametrize("other", ["size", "kernel"])
+def test_each_kernel_and_size_has_an_account_of_its_own(kernel, other):
+    """Threads pay for one and not for the other, in calls by turns."""
+    costs = {"short": (100 * US, 9 * MS), "long": (10 * MS, 8 * MS)}
+    short = kernel.of(lambda n: costs[now][n > 1])
+    long, size = (short, 64 * SIZE) if other == "size" else (Kernel(None), SIZE)
+    long.code = short.code
+    seen = {"short": [], "long": []}
     for _ in range(3000):
-        for size, one, many, seen in ((SIZE, 100 * US, 9 * MS, small), (64 * SIZE, 10 * MS, 8 * MS, large)):
-            machine.cost = lambda n, one=one, many=many: one if n == 1 else many
-            pace.run(machine, (), size, 2)
-            seen.append(machine.seen[-1])
-    assert np.mean(np.array(small) > 1) < 0.02
-    assert np.mean(np.array(large) > 1) > 0.98
+        for now, one_of, elements in (("short", short, SIZE), ("long", long, size)):
+            seen[now].append(pace.run(one_of, (), elements, 2)[1])
+    assert np.mean(np.array(seen["short"]) > 1) < 0.02
+    assert np.mean(np.array(seen["long"]) > 1) > 0.98
 
 
 def test_rare_calls_on_a_busy_machine(kernel):
@@ -158,24 +168,22 @@ def test_rare_calls_on_a_busy_machine(kernel):
 
 
 def test_a_process_that_was_stopped_within_a_call_on_one_thread(kernel):
-    """An hour in the one call: later calls are not compared with that."""
-    stop = [False]
-
-    def cost(n):
-        if n == 1 and stop[0]:
-            stop[0] = False
-            return 3600.0
-        return 100 * US if n == 1 else late[0]
-
-    late = [12 * MS]
-    machine = kernel.of(cost)
-    machine.run(1.0)
-    stop[0] = True
-    late[0] = 55 * US
-    machine.run(4000.0 - machine.now + 1000.0)
-    late[0] = 12 * MS
+    """An hour in a call that was to show what one thread takes: later calls are not compared with that."""
+    one, many = [100 * US], [55 * US]
+    machine = kernel.of(lambda n: one[0] if n == 1 else many[0])
+    machine.run(0.5)
+    one[0] = 3600.0
+    assert machine.run(1.0)[-1] == 1
+    one[0], many[0] = 100 * US, 12 * MS
     machine.run(5.0)
-    assert not stop[0]
+    assert np.mean(machine.run(5.0) > 1) < 0.01
+
+
+def test_what_was_measured_at_a_bad_time_is_measured_again(kernel):
+    """50 ms in the first call on one thread: against that, no call on threads is late."""
+    calls = itertools.count()
+    machine = kernel.of(lambda n: 12 * MS if n > 1 else 100 * US if next(calls) else 50 * MS)
+    machine.run(30.0)
     assert np.mean(machine.run(5.0) > 1) < 0.01
 
 

@@ -56,6 +56,7 @@ class Pace:
             self.gained = PATIENCE
             self.unmeasured += took
             if self.unmeasured > threads * took:
+                self.one = threads * took / elements  # at most, as threads are at best so many times as fast
                 self.until, self.unmeasured = ONE_CALL, 0.0
         elif self.gained <= 0.0:
             self.gained, self.measured = PATIENCE, 0
