@@ -13,7 +13,7 @@ import numpy as np
 from rmsnorm_np import _arguments as arguments
 from rmsnorm_np import ops
 from rmsnorm_np._threads import get_num_threads
-from rmsnorm_np.cpu import cache, kernel, long_rows, memory, rare, threads
+from rmsnorm_np.cpu import cache, kernel, long_rows, memory, pace, rare, threads
 from rmsnorm_np.cpu.prepared import small
 from rmsnorm_np.ops.operation import Columns
 
@@ -73,7 +73,12 @@ def forward(
     if entry.halves:
         reads_, writes_ = (_stored(x), _stored(residual)), (_stored(y), _stored(h))
         columns_ = _stored(weight), _stored(bias), offset
-    if entry.code(reads_, columns_, writes_, None if whole else k, eps, streaming, marks, on_threads):
+    args = reads_, columns_, writes_, None if whole else k, eps, streaming, marks
+    if on_threads == 1:
+        marked = entry.code(*args, 1)
+    else:
+        marked, _ = pace.run(entry, args, x.size, on_threads)
+    if marked:
         call = rare.Call(operation, operation.Reads(x if h is None else h), Columns(*columns), k, eps, marks)
         with rare.standard_here():
             rare.forward(_forward_unmarked, call, y)
@@ -137,7 +142,11 @@ def backward(
         arrays = *stored, partials, tuple(map(_stored, sums))
     settings = None if k == n else k, eps, memory.streams(dx), m, chunks
     on_threads = threads.choose(x.size)
-    if entry.code(*arrays, settings, marks, on_threads):
+    if on_threads == 1:
+        marked = entry.code(*arrays, settings, marks, 1)
+    else:
+        marked, on_threads = pace.run(entry, (*arrays, settings, marks), x.size, on_threads)
+    if marked:
         if long and any(t is not None for t in sums):  # as rows were marked, they are not added up yet
             sums = tuple(None if t is None else np.empty((m, n)) for t in totals)
             again = "again", *key
