@@ -46,7 +46,7 @@ class Entry:
 
 
 def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any, totals: Any) -> Entry:
-    """A new entry, for arrays of these dtypes; key ends with whether rows are long, the type of eps, and `Kinds.wide`."""
+    """A new entry, for arrays of these dtypes; key ends with whether rows are long, eps' type, and `Kinds.wide`."""
 
     def names(record: Any) -> Any:
         return given(record, lambda array: array.dtype.name)
