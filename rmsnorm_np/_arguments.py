@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Shape: TypeAlias = tuple[int, ...]
 
 _INFINITY = math.inf
+LONGEST_APART = 1 << 16
 
 # bfloat16 joins when the first such array arrives: this package does not import ml_dtypes by itself.
 _native_dtypes = {np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)}
@@ -197,10 +198,18 @@ def result_dtypes(reads: tuple[Any, ...], results: int) -> tuple[Any, ...]:
     return tuple(None if a is None else a.dtype for a in reads[:results])
 
 
-def prepare(call: Call, complex_too: bool = False) -> Checked:
+def between(shape: Shape, axes: Shape) -> Shape:
+    """(outer, n, inner): the shape of a C-contiguous array whose normalised axes are one, if they stand together."""
+    first, last = axes[0], axes[-1] + 1
+    return math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
+
+
+def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> Checked:
     """Check every argument; put the normalised axes last and join them into one of length n.
 
-    Gives reads of shape (..., n), weight and bias of a shape that broadcasts against them; see `Checked`.
+    Gives reads of shape (..., n), weight and bias of a shape that broadcasts against them; see `Checked`. An engine says
+    up to which n it takes rows whose elements lie apart: then reads are (rows, n) or, to save a copy, (outer, n, inner),
+    and weight and bias (m, n).
     """
     x_name, *other_names = call.names[: len(call.reads)]
     x = as_array(x_name, call.reads[0])
@@ -208,9 +217,16 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
     axes = axes_of(call.axis, shape)
     trailing = are_trailing(axes, x.ndim)
     order = (*(i for i in range(x.ndim) if i not in axes), *axes)
-    moved = tuple(shape[i] for i in order)
     n = math.prod(shape[i] for i in axes)
-    lead = moved[: x.ndim - len(axes)]
+    together = axes[-1] - axes[0] < len(axes)
+    stays = trailing or (apart is not None and 0 < n <= apart and together and x.flags.c_contiguous and x.size > 0)
+    if stays:
+        order = tuple(range(x.ndim))
+    moved = tuple(shape[i] for i in order)
+    form: Shape = (*moved[: x.ndim - len(axes)], n)
+    if apart is not None:
+        outer, _, inner = between(shape, axes)
+        form = (outer, n, inner) if stays and inner > 1 else (-1, n)
     k, eps = elements_in_rms(n, call.p), check_eps(call.eps)
     weight, bias, weight_offset = call.parameters
     weight_offset = check_weight_offset(weight_offset, weight is not None)
@@ -220,7 +236,7 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
             return None
         a = as_array(name, value)
         check_same_shape(name, a.shape, x_name, shape)
-        return _contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(*lead, n)
+        return _contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(form)
 
     def parameter_of(name: str, value: Any) -> Array | None:
         if value is None:
@@ -228,7 +244,7 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
         a = as_array(name, value)
         a_dtype = native_dtype(name, a.dtype, complex_too)
         a_lead = parameter_lead(name, a.shape, shape, axes)
-        return _contiguous(a, a_dtype).reshape(*a_lead, n)
+        return _contiguous(a, a_dtype).reshape((*a_lead, n) if apart is None else (-1, n))
 
     reads = (rows_of(x_name, x), *map(rows_of, other_names, call.reads[1:]))
     weight, bias = parameter_of("weight", weight), parameter_of("bias", bias)
@@ -239,8 +255,8 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
     for name, out, dtype in zip(names, call.out, result_dtypes(reads, len(call.out)), strict=True):
         plain = None if out is None else check_out(name, out, shape, dtype)
         candidate = None
-        if plain is not None and trailing and plain.flags.carray and plain.dtype == dtype:
-            candidate = plain.reshape(*lead, n)
+        if plain is not None and stays and plain.flags.carray and plain.dtype == dtype:
+            candidate = plain.reshape(form)
         given.append(plain)
         direct.append(candidate if candidate is not None and may_write(candidate, reads, (weight, bias)) else None)
     if len(given) > 1 and given[0] is not None and given[1] is not None and np.shares_memory(given[0], given[1]):
@@ -259,7 +275,7 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
 
     def publicly(result: Array) -> Array:
         result = result.reshape(moved)
-        return result if trailing else np.ascontiguousarray(result.transpose(np.argsort(order)))
+        return result if stays else np.ascontiguousarray(result.transpose(np.argsort(order)))
 
     return Checked(reads, (weight, bias, weight_offset), tuple(direct), k, eps, restore)
 
@@ -311,9 +327,7 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
             return reads, parameters, out, k, eps, None
         return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, _reshaping(shape, out)
 
-    reads, (weight, bias, weight_offset), out, k, eps, restore = prepare(Call(*call))
-    parameters = _rows(weight), _rows(bias), weight_offset
-    return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, restore
+    return prepare(Call(*call), apart=LONGEST_APART)
 
 
 def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], first: Array | None) -> bool:

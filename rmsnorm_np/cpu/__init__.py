@@ -46,24 +46,32 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
     x, residual = reads
     weight, bias, offset = columns
     y, h = out
-    rows, n = x.shape
-    long, whole = n > long_rows.LONG_ROW, k == n
-    if not long and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
+    shape = x.shape
+    n = shape[1]
+    way = kernel.ROWS if n <= long_rows.LONG_ROW else kernel.LONG_ROWS
+    if len(shape) == 2:
+        rows = shape[0]
+    else:
+        rows, way = shape[0] * shape[2], kernel.APART
+    whole = k == n
+    if way != kernel.LONG_ROWS and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
         # a small call: the kernel takes about a microsecond, so each question that is not asked here counts
         if y is None:
-            y = np.empty((rows, n), x.dtype)
+            y = np.empty(shape, x.dtype)
         if h is None and residual is not None:
-            h = np.empty((rows, n), residual.dtype)
+            h = np.empty(shape, residual.dtype)
         streaming, on_threads = 0, 1
     else:
         if y is None:
-            y = memory.empty((rows, n), x.dtype, x)
+            y = memory.empty(shape, x.dtype, x)
         if h is None and residual is not None:
-            h = memory.empty((rows, n), residual.dtype, x, y)
+            h = memory.empty(shape, residual.dtype, x, y)
         streaming, on_threads = memory.streams(y), threads.choose(x.size)
+        if way == kernel.APART and h is not None:
+            streaming = min(streaming, memory.streams(h))
     key = (
         operation.name, x.dtype, residual is None or residual.dtype, weight is None or weight.dtype,
-        bias is None or bias.dtype, whole, offset != 0.0, long, type(eps),
+        bias is None or bias.dtype, whole, offset != 0.0, way, type(eps),
     )  # fmt: skip
     entry = kernel.entries.get(key)
     if entry is None:
@@ -92,7 +100,7 @@ def backward(
     totals: what to add the shares up in; None for arrays like weight and bias.
     """
     x = reads[0]
-    rows, n = x.shape
+    rows, n = (x.shape[0] * x.shape[2] if x.ndim == 3 else len(x)), x.shape[1]
     weight, bias, offset = columns
     dx = out[0]
     if dx is None:
@@ -111,8 +119,9 @@ def backward(
     weight_m = 1 if weight is None else len(weight)
     m = max(weight_m, 1 if dweight is None else len(dweight), 1 if dbias is None else len(dbias))
     if weight is not None and x.itemsize == 2:
-        weight, offset = _scale(x, weight, offset)
+        weight, offset = _scale(rows, weight, offset)
     long = n > long_rows.LONG_ROW
+    way = kernel.APART if x.ndim == 3 else kernel.LONG_ROWS if long else kernel.ROWS
     partials: tuple[Any, Any] = _NO_TOTALS
     sums: tuple[Any, ...] = totals
     chunks = 1
@@ -124,7 +133,7 @@ def backward(
         partials = None if dweight is None else np.empty(room), None if dbias is None else np.empty(room)
     key = (
         operation.name, x.dtype, reads[1].dtype, reads[2] is None or reads[2].dtype, weight is None or weight.dtype,
-        sums[0] is None or sums[0].dtype, sums[1] is None or sums[1].dtype, k == n, offset != 0.0, long, type(eps),
+        sums[0] is None or sums[0].dtype, sums[1] is None or sums[1].dtype, k == n, offset != 0.0, way, type(eps),
     )  # fmt: skip
     own = weight, None, offset
     entry = kernel.entries.get(key)
@@ -165,14 +174,13 @@ def _backward_unmarked(call: rare.Call, with_totals: bool) -> tuple[Any, Any]:
     return dx, totals
 
 
-def _scale(x: Any, weight: Any, weight_offset: float) -> tuple[Any, float]:
+def _scale(rows: int, weight: Any, weight_offset: float) -> tuple[Any, float]:
     """weight_offset + weight in float64, and an offset of zero, where that pays: in a backward pass over many rows of
     halves, each of which would convert it twice.
 
     Not where it would crowd the row out of the first-level cache. Forward, and in float32, each row does it faster.
     """
-    rows, n = x.shape
-    if rows < SCALED_ROWS or 8 * n > SCALE_BYTES:
+    if rows < SCALED_ROWS or 8 * weight.shape[1] > SCALE_BYTES:
         return weight, weight_offset
     with np.errstate(invalid="ignore"):  # a signalling NaN: no more is said of it than of any other
         scale = weight.astype(np.float64)

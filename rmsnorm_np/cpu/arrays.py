@@ -19,7 +19,8 @@ class Size(NamedTuple):
     """The numbers of a call. k: elements in the RMS (None: n). eps: a number, or an array with one for each row.
 
     streaming: whether to write past the cache. m, chunks: rows of the totals, and how many rows of partial sums each of
-    them has. weight_m, bias_m: rows of weight and bias; row r uses row r % weight_m. block: rows worked on together.
+    them has. inner: how many elements lie between two of a row. weight_m, bias_m: rows of weight and bias; row r uses row
+    r % weight_m. block: rows worked on together.
     """
 
     k: Any
@@ -29,6 +30,7 @@ class Size(NamedTuple):
     chunks: Any
     rows: Any
     n: Any
+    inner: Any
     weight_m: Any
     bias_m: Any
     block: Any
@@ -36,7 +38,7 @@ class Size(NamedTuple):
 
 @intrinsic
 def lengths(typing_context: Any, reads: Any, columns: Any) -> Any:
-    """(rows, n, rows of weight, rows of bias)."""
+    """(rows, n, inner, rows of weight, rows of bias) of arrays (rows, n), where inner is 1, or (outer, n, inner)."""
 
     def shape(context: Any, builder: Any, kind: Any, record: Any, j: Any) -> Any:
         if isinstance(kind[j], types.NoneType):
@@ -46,10 +48,12 @@ def lengths(typing_context: Any, reads: Any, columns: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         weight, bias = (shape(context, builder, columns, args[1], j)[0] for j in range(2))
-        found = [*shape(context, builder, reads, args[0], 0), weight, bias]
+        outer, n, *inner = shape(context, builder, reads, args[0], 0)
+        rows = builder.mul(outer, inner[0]) if inner else outer
+        found = [rows, n, *(inner or [context.get_constant(types.intp, 1)]), weight, bias]
         return context.make_tuple(builder, signature.return_type, found)
 
-    return types.UniTuple(types.intp, 4)(reads, columns), codegen
+    return types.UniTuple(types.intp, 5)(reads, columns), codegen
 
 
 @intrinsic

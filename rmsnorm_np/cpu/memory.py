@@ -160,5 +160,5 @@ def streams(y: Any) -> int:
     """1 where writing past the cache pays: a result that would not stay in the cache, in rows that fill lines."""
     if y.nbytes < STREAM_BYTES:
         return 0
-    row = y.shape[1] * y.itemsize
-    return int(row >= 8192 or (row % LINE == 0 and _address(y) % LINE == 0))
+    row = y.shape[-1] * y.itemsize
+    return int((row >= 8192 and y.ndim == 2) or (row % LINE == 0 and _address(y) % LINE == 0))

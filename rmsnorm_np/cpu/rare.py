@@ -110,19 +110,24 @@ class Call(NamedTuple):
     marks: Any
 
 
+def place_of(rows: Any, a: Any) -> Any:
+    """The index of these rows of an array (rows, n), or (outer, n, inner), as an array (rows, n)."""
+    return rows if a.ndim == 2 else (rows // a.shape[2], slice(None), rows % a.shape[2])
+
+
 @np.errstate(all="ignore")  # a result beyond the range of a 16-bit float is infinity, in silence as in the kernels
 def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
     """The rows of y that are marked. run(call) gives y of rows that need no marks."""
     x = call.reads[0]
     m = max(1 if a is None else len(a) for a in call.columns[:2])
     for _, rows, own in groups(call.marks, call.columns, m):
-        chosen, eps = x[rows], call.eps
+        chosen, eps = x[place_of(rows, x)], call.eps
         if x.itemsize == 8 or y.itemsize == 8:
             chosen, e, eps = in_range(call.operation, chosen.astype(np.float64), call.k, eps)
             chosen = np.ldexp(chosen, e)
         else:
             chosen = chosen.astype(np.float32)  # which has the range of both 16-bit floats
-        y[rows] = run(call._replace(reads=(chosen, None), columns=own, eps=eps, marks=None))
+        y[place_of(rows, y)] = run(call._replace(reads=(chosen, None), columns=own, eps=eps, marks=None))
 
 
 @np.errstate(all="ignore")
@@ -137,14 +142,15 @@ def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
     x, dy, dh = call.reads
     totals = Totals(*(None if a is None else np.zeros((m, x.shape[1])) for a in call.columns[:2]))
     for h, rows, own in groups(call.marks, call.columns, m):
-        chosen, e, eps = in_range(call.operation, x[rows], call.k, call.eps)
-        gradient = dy[rows].astype(np.float64)
+        place = place_of(rows, x)
+        chosen, e, eps = in_range(call.operation, x[place], call.k, call.eps)
+        gradient = dy[place].astype(np.float64)
         largest = np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True)
         ready = call._replace(columns=own, eps=eps, marks=None)
         d = _exponent(largest)
         reads = np.ldexp(chosen, e), np.ldexp(gradient, d), None
         result = np.ldexp(run(ready._replace(reads=reads), False)[0], e - d)
-        dx[rows] = result if dh is None else result + dh[rows]  # dh may be too small, or large, for the row's scale
+        dx[place] = result if dh is None else result + dh[place]  # dh may be too small, or large, for the row's scale
         large = largest[:, 0] >= LARGE
         usual = goal_of(call.operation)
         for some, goal in ((~large, usual), (large, 0)):
