@@ -19,7 +19,8 @@ class Size(NamedTuple):
     """The numbers of a call. k: elements in the RMS (None: n). eps: a number, or an array with one for each row.
 
     streaming: whether to write past the cache. m, chunks: rows of the totals, and how many rows of partial sums each of
-    them has. inner: how many elements lie between two of a row. weight_m, bias_m: rows of weight and bias; row r uses row
+    them has. stride, inner: from a row to the next, and from an element
+    of a row to the next, in elements. weight_m, bias_m: rows of weight and bias; row r uses row
     r % weight_m. block: rows worked on together.
     """
 
@@ -30,6 +31,7 @@ class Size(NamedTuple):
     chunks: Any
     rows: Any
     n: Any
+    stride: Any
     inner: Any
     weight_m: Any
     bias_m: Any

@@ -181,7 +181,7 @@ def long_kernel(kinds: Kinds) -> Any:
         reads: Any, columns: Any, writes: Any, k: Any, eps: Any, streaming: Any, marks: Any, threads: Any
     ) -> Any:
         rows, n, inner, weight_m, bias_m = lengths(reads, columns)
-        size = Size(k, eps, streaming, 1, 1, rows, n, inner, weight_m, bias_m, 1)
+        size = Size(k, eps, streaming, 1, 1, rows, n, n, inner, weight_m, bias_m, 1)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
         return run(arrays, NO_TOTALS, size, pointers(marks), threads)
 
@@ -190,7 +190,7 @@ def long_kernel(kinds: Kinds) -> Any:
     ) -> Any:
         rows, n, inner, weight_m, bias_m = lengths(reads, columns)
         k, eps, streaming, m, chunks = settings
-        size = Size(k, eps, streaming, m, chunks, rows, n, inner, weight_m, bias_m, 1)
+        size = Size(k, eps, streaming, m, chunks, rows, n, n, inner, weight_m, bias_m, 1)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
         return run(arrays, pointers(totals), size, pointers(marks), threads)
 

@@ -157,8 +157,13 @@ def _offset_in_page(*taken: int) -> int:
 
 
 def streams(y: Any) -> int:
-    """1 where writing past the cache pays: a result that would not stay in the cache, in rows that fill lines."""
+    """1 where writing past the cache pays: a result that would not stay in the cache, in rows that fill lines.
+
+    Of an array (outer, n, inner): 1 for a result that would not stay in the cache, 2 where the stretches of inner elements
+    fill lines as well.
+    """
     if y.nbytes < STREAM_BYTES:
         return 0
     row = y.shape[-1] * y.itemsize
-    return int((row >= 8192 and y.ndim == 2) or (row % LINE == 0 and _address(y) % LINE == 0))
+    aligned = row % LINE == 0 and _address(y) % LINE == 0
+    return 1 + aligned if y.ndim == 3 else int(row >= 8192 or aligned)

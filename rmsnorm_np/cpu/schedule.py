@@ -83,14 +83,16 @@ def adding_kernel(name: str) -> Any:
     return lambda partial, total, threads: add(partial, total, threads)
 
 
-def ways(kinds: Kinds) -> tuple[Any, Any, Any]:
-    """height(n), new_room(size) and run(room, …): see `tiles`. Rows that do not lie apart need no room."""
-    block = blocks(kinds)
-    if kinds.apart:
-        return tiles(kinds, block)
-    elements = BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1)
+def ways(kinds: Kinds) -> tuple[Any, Any, Any, Any]:
+    """How blocks are taken: height(n), rows of one; count_of(g, end, size), rows of that which begins with row g;
+    new_room(size), memory of a thread's; run(room, …), which is `blocks.block`.
+    """
+    block, elements = blocks(kinds), BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1)
     height = inlined(lambda n: min(BLOCK, max(1, elements // n)))
-    return height, inlined(lambda size: None), inlined(lambda room, *arguments: block(*arguments))
+    if kinds.apart:
+        return tiles(kinds, block, height)
+    count_of = inlined(lambda g, end, size: min(size.block, end - g))
+    return height, count_of, inlined(lambda size: None), inlined(lambda room, *arguments: block(*arguments))
 
 
 def rows_kernel(kinds: Kinds) -> Any:
@@ -100,7 +102,7 @@ def rows_kernel(kinds: Kinds) -> Any:
     Backward: kernel(reads, columns, writes, partials, totals, (k, eps, streaming, m, chunks), marks, threads), with
     partial sums (chunks * m, n), and totals that they are added up in if no row was marked.
     """
-    clear, (height, new_room, block) = clearer(), ways(kinds)
+    clear, (height, count_of, new_room, block) = clearer(), ways(kinds)
     has_totals = kinds.operation.share is not None
     add_dweight, add_dbias = map(adder, kinds.totals)
 
@@ -135,9 +137,11 @@ def rows_kernel(kinds: Kinds) -> Any:
                 for unit in range(u, min(u + share, stop)):
                     h, begin, end = groups_of(unit, size)
                     clear((arrays.totals, unit * size.n, size.n))
-                    for g in range(begin, end, size.block):
-                        count = min(size.block, end - g)
+                    g = begin
+                    while g < end:
+                        count = count_of(g, end, size)
                         marked += block(room, arrays, size, marks, g * size.m + h, size.m, count, unit * size.n)
+                        g += count
                 u = first + add_atomically(queues, part * APART, share)
         hold(held)
         if marked > 0:
@@ -148,7 +152,7 @@ def rows_kernel(kinds: Kinds) -> Any:
     ) -> Any:
         rows, n, inner, weight_m, bias_m = lengths(reads, columns)
         chunks = (rows + height(n) - 1) // height(n)
-        size = Size(k, eps, streaming, 1, chunks, rows, n, inner, weight_m, bias_m, height(n))
+        size = Size(k, eps, streaming, 1, chunks, rows, n, n, inner, weight_m, bias_m, height(n))
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
         queues = counters(threads * APART + 1)
         in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))
@@ -159,7 +163,7 @@ def rows_kernel(kinds: Kinds) -> Any:
     ) -> Any:
         rows, n, inner, weight_m, bias_m = lengths(reads, columns)
         k, eps, streaming, m, chunks = settings
-        size = Size(k, eps, streaming, m, chunks, rows, n, inner, weight_m, bias_m, height(n))
+        size = Size(k, eps, streaming, m, chunks, rows, n, n, inner, weight_m, bias_m, height(n))
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), pointers(partials))
         queues = counters(threads * APART + 1)
         in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))

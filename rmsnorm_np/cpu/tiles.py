@@ -1,8 +1,8 @@
-"""Rows whose elements lie apart: x is (outer, n, inner) and is normalised over n, so `inner` rows lie side by side.
+"""Rows whose elements lie apart: x is (outer, n, inner) and normalised over n, so `inner` rows lie side by side.
 
-A block of such rows is copied to a room that stays in the cache, as rows of their own; the block program runs there, and
-what it writes is copied back. Both ways go by squares of elements, as wide as a cache line, which are transposed in
-registers. So each operation and each dtype has the bits that it has in contiguous rows, and no array is copied as a whole.
+A block of such rows is copied to a room in the cache, as rows of their own; the block program runs there, and what it
+writes is copied back. Both ways go by squares of elements, as wide as a cache line, which are transposed in registers. So
+any operation has the bits that it has for contiguous rows, and no array is copied as a whole.
 """
 
 from __future__ import annotations
@@ -18,42 +18,47 @@ from rmsnorm_np.cpu.arrays import Size, moved, pointer_types
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.llvm import I32, I64
-from rmsnorm_np.cpu.row import BLOCK
+from rmsnorm_np.cpu.memory import LINE
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import ITEMSIZE, STORED, Writer
-from rmsnorm_np.ops.records import given, like
+from rmsnorm_np.ops.records import like
 
-LINE = 64  # bytes of a cache line
-ROOM_BYTES = 1 << 16  # of the arrays of a block together, where a block is more than one square wide
+# How wide a block is: lines that follow one another in memory, of the narrowest dtype. With one line (32, 256, 3136)
+# float32 takes 1.7 times as long, with four bfloat16 1.15 times; with 16 as long.
+LINES = 8
+ROOM_BYTES = 1 << 19  # a block is less wide where its arrays would take more than this together
 
 
 def transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """The columns of a square: bit by bit, an element's numbers of row and column are exchanged."""
+    """The columns of a square: bit by bit, the numbers of an element's row and column are exchanged."""
     found, count, bit = list(rows), len(rows), 1
     while bit < count:
-        places = [e - bit + count if e & bit else e for e in range(count)], [e + (count if e & bit else bit) for e in range(count)]
-        for i in range(count):
-            if not i & bit:
-                pair = found[i], found[i | bit]
-                for j, at in zip((i, i | bit), places, strict=True):
-                    found[j] = builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, count), at))
+        upper = [e - bit + count if e & bit else e for e in range(count)]
+        lower = [e + count if e & bit else e + bit for e in range(count)]
+        for i in (i for i in range(count) if not i & bit):
+            a, b = found[i], found[i | bit]
+            for j, places in ((i, upper), (i | bit, lower)):
+                found[j] = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, count), places))
         bit *= 2
     return found
 
 
 def copies(name: str) -> tuple[Any, Any, Any]:
-    """gather(data, room, n, inner, count, ahead): count rows that lie side by side from data on, to the room.
-    scatter(data, room, n, inner, count, streaming): back to data. put_back(data, room, n, inner): one row to the room.
+    """Between an array and the room; `data` points at the first element of the first row, `room` at where it is there.
+
+    gather(data, room, stride, n, inner, count, ahead): count rows to the room; asks for those `ahead` of them.
+    scatter(data, room, stride, n, inner, count, streaming): count rows back.
+    fetch(data, room, n, inner): one row to the room.
     """
-    square = LINE // ITEMSIZE[name]
-    vector, align = ir.VectorType(STORED[name], square), ITEMSIZE[name]
+    square, align = LINE // ITEMSIZE[name], ITEMSIZE[name]
+    vector = ir.VectorType(STORED[name], square)
 
     def places(w: Writer, data: Any, first: Any, apart: Any) -> list[Any]:
         b = w.builder
-        starts = [b.add(first, b.mul(apart, ir.Constant(apart.type, r))) for r in range(square)]
+        starts = (b.add(first, b.mul(apart, ir.Constant(apart.type, r))) for r in range(square))
         return [b.bitcast(w.pointer(data, start), vector.as_pointer()) for start in starts]
 
-    def square_in(w: Writer, data: Any, at: Any, inner: Any, room: Any, to: Any, n: Any, count: Any, ahead: Any) -> None:
+    def take(w: Writer, data: Any, at: Any, inner: Any, room: Any, to: Any, stride: Any, count: Any, ahead: Any) -> None:
         b = w.builder
         sources = places(w, data, at, inner)
         if count is None:
@@ -62,181 +67,189 @@ def copies(name: str) -> tuple[Any, Any, Any]:
             rows = [llvm.masked_load(b, source, vector, align, count) for source in sources]
         if ahead is not None:
             for r in range(square):
-                w.prefetch(data, b.add(b.add(at, ahead), b.mul(inner, ir.Constant(inner.type, r))), 2)
-        for column, target in zip(transposed(b, rows), places(w, room, to, n), strict=True):
+                line = b.add(at, b.mul(inner, ir.Constant(inner.type, r)))
+                w.prefetch(data, b.add(line, ahead), 2)
+        for column, target in zip(transposed(b, rows), places(w, room, to, stride), strict=True):
             b.store(column, target, align=align)
 
-    def square_out(w: Writer, data: Any, at: Any, inner: Any, room: Any, to: Any, n: Any, count: Any, streaming: bool) -> None:
+    def give(w: Writer, data: Any, at: Any, inner: Any, room: Any, to: Any, stride: Any, count: Any, past: bool) -> None:
         b = w.builder
-        rows = transposed(b, [b.load(source, align=align) for source in places(w, room, to, n)])
+        rows = transposed(b, [b.load(source, align=align) for source in places(w, room, to, stride)])
         for row, target in zip(rows, places(w, data, at, inner), strict=True):
             if count is not None:
                 llvm.masked_store(b, target, row, align, count)
-            elif streaming:
+            elif past:
                 instruction = b.store(row, target, align=LINE)
                 instruction.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
             else:
                 b.store(row, target, align=align)
 
-    whole_in = step(lambda w, data, at, inner, room, to, n: square_in(w, data, at, inner, room, to, n, None, None))
-    whole_ahead = step(lambda w, data, at, inner, room, to, n, ahead: square_in(w, data, at, inner, room, to, n, None, ahead))
-    part_in = step(lambda w, data, at, inner, room, to, n, count: square_in(w, data, at, inner, room, to, n, count, None))
-    whole_out = step(lambda w, data, at, inner, room, to, n: square_out(w, data, at, inner, room, to, n, None, False))
-    stream_out = step(lambda w, data, at, inner, room, to, n: square_out(w, data, at, inner, room, to, n, None, True))
-    part_out = step(lambda w, data, at, inner, room, to, n, count: square_out(w, data, at, inner, room, to, n, count, False))
-
-    @inlined
-    def squares(n: Any) -> Any:
-        return (n + square - 1) // square
+    take_ahead = step(lambda w, *place_and_ahead: take(w, *place_and_ahead[:-1], None, place_and_ahead[-1]))
+    take_whole = step(lambda w, *place: take(w, *place, None, None))
+    take_part = step(lambda w, *place_and_count: take(w, *place_and_count, None))
+    give_past = step(lambda w, *place: give(w, *place, None, True))
+    give_whole = step(lambda w, *place: give(w, *place, None, False))
+    give_part = step(lambda w, *place_and_count: give(w, *place_and_count, False))
 
     @piece
-    def gather(data: Any, room: Any, n: Any, inner: Any, count: Any, ahead: Any) -> Any:
-        if n < square:
-            for i in range(n):
-                for c in range(count):
-                    room[c * n + i] = data[i * inner + c]
-            return
-        for s in range(squares(n)):
-            i = min(s * square, n - square)  # the last begins where it ends with the row
+    def gather(data: Any, room: Any, stride: Any, n: Any, inner: Any, count: Any, ahead: Any) -> Any:
+        for i in range(n if n < square else 0):
+            for c in range(count):
+                room[c * stride + i] = data[i * inner + c]
+        for first in range(0, n if n >= square else 0, square):
+            i = min(first, n - square)  # the last square ends with the row, and repeats some of the one before
             for c in range(0, count, square):
+                at, to = i * inner + c, c * stride + i
                 if c + square > count:
-                    part_in((data, i * inner + c, inner, room, c * n + i, n, count - c))
-                elif ahead:
-                    whole_ahead((data, i * inner + c, inner, room, c * n + i, n, ahead))
+                    take_part((data, at, inner, room, to, stride, count - c))
+                elif ahead > 0:
+                    take_ahead((data, at, inner, room, to, stride, ahead))
                 else:
-                    whole_in((data, i * inner + c, inner, room, c * n + i, n))
+                    take_whole((data, at, inner, room, to, stride))
 
     @piece
-    def scatter(data: Any, room: Any, n: Any, inner: Any, count: Any, streaming: Any) -> Any:
-        if n < square:
-            for i in range(n):
-                for c in range(count):
-                    data[i * inner + c] = room[c * n + i]
-            return
-        for s in range(squares(n)):
-            i = min(s * square, n - square)
+    def scatter(data: Any, room: Any, stride: Any, n: Any, inner: Any, count: Any, streaming: Any) -> Any:
+        for i in range(n if n < square else 0):
+            for c in range(count):
+                data[i * inner + c] = room[c * stride + i]
+        for first in range(0, n if n >= square else 0, square):
+            i = min(first, n - square)
             for c in range(0, count, square):
+                at, to = i * inner + c, c * stride + i
                 if c + square > count:
-                    part_out((data, i * inner + c, inner, room, c * n + i, n, count - c))
+                    give_part((data, at, inner, room, to, stride, count - c))
                 elif streaming:
-                    stream_out((data, i * inner + c, inner, room, c * n + i, n))
+                    give_past((data, at, inner, room, to, stride))
                 else:
-                    whole_out((data, i * inner + c, inner, room, c * n + i, n))
+                    give_whole((data, at, inner, room, to, stride))
 
     @piece
-    def put_back(data: Any, room: Any, n: Any, inner: Any) -> Any:
+    def fetch(data: Any, room: Any, n: Any, inner: Any) -> Any:
         for i in range(n):
             room[i] = data[i * inner]
 
-    return gather, scatter, put_back
+    return gather, scatter, fetch
 
 
-def _each(functions: list[Any]) -> Any:
+def _all(functions: list[Any]) -> Any:
     """One function that calls all of these."""
     if not functions:
-        return inlined(lambda tile, rows, *rest: None)
-    first, others = functions[0], _each(functions[1:])
+        return inlined(lambda *arguments: None)
+    first, others = functions[0], _all(functions[1:])
 
     @inlined
-    def call(tile: Any, rows: Any, *rest: Any) -> Any:
-        first(tile, rows, *rest)
-        others(tile, rows, *rest)
+    def call(*arguments: Any) -> Any:
+        first(*arguments)
+        others(*arguments)
 
     return call
 
 
-def tiles(kinds: Kinds, block: Any) -> tuple[Any, Any, Any]:
-    """height(n), how many rows to work on together; new_room(size), memory for them; and run(room, …), which is
-    `blocks.block` of what is in that room for rows of arrays (outer, n, inner).
+def tiles(kinds: Kinds, block: Any, rows_in_cache: Any) -> tuple[Any, Any, Any, Any]:
+    """What `schedule.ways` gives, for rows whose elements lie apart. rows_in_cache(n): how many rows `block` takes.
 
-    What is written takes the place of what is read: output f has the dtype of array f. A row that is marked is left as
-    it is in the output, which may be what is read.
+    What is written takes the place of what is read: output f has the dtype of array f. A row that is marked stays what
+    it was in the output, which may be an array that is read, too.
     """
-    made = {name: copies(name) for name in {*kinds.reads, *kinds.writes} if name}
+    made = {name: copies(name) for name in {*kinds.reads} if name}
+    itemsizes = [ITEMSIZE[name] for name in kinds.reads if name]
+    side = LINE // min(itemsizes)  # rows that fill a line, or several, in each array
     move = moved(kinds)
-    sizes = [ITEMSIZE[name] for name in kinds.reads if name]
-    item, smallest = sum(sizes), LINE // min(sizes)  # rows side by side that fill a line in each array
-    spare = smallest  # rows: a square is written whole
 
-    def fields(record: Any, part: int, name: str, kept: str | None = None) -> Any:
-        """The functions number `part` of `copies`, as calls with the pointers of a tile and those of its rows."""
-
+    def of_reads(part: int) -> Any:
         def one(f: int, function: Any) -> Any:
-            if name == "reads":
-                return inlined(lambda tile, rows, *rest: function(tile.reads[f], rows.reads[f], *rest))
+            return inlined(lambda tile, rows, *rest: function(tile.reads[f], rows.reads[f], *rest))
+
+        return _all([one(f, made[name][part]) for f, name in enumerate(kinds.reads) if name])
+
+    def of_writes(part: int, kept: str | None = None) -> Any:
+        def one(f: int, function: Any) -> Any:
             return inlined(lambda tile, rows, *rest: function(tile.writes[f], rows.writes[f], *rest))
 
-        return _each(
-            [one(f, made[dtype][part]) for f, dtype in enumerate(record) if dtype and record._fields[f] != kept]
-        )
+        names = enumerate(kinds.writes)
+        return _all([one(f, made[name][part]) for f, name in names if name and kinds.writes._fields[f] != kept])
 
-    copy_in, copy_out = fields(kinds.reads, 0, "reads"), fields(kinds.writes, 1, "writes")
-    put_back = fields(kinds.writes, 2, "writes", kinds.operation.keep)
+    gather, scatter, fetch = of_reads(0), of_writes(1), of_writes(2, kinds.operation.keep)
 
-    def in_room(w: Writer, room: Any, arrays: Arrays, rows: Any, n: Any) -> Arrays:
+    def in_room(w: Writer, room: Any, arrays: Arrays, elements: Any) -> Arrays:
+        """The arrays' places in the room, each on a cache line; elements: of each of them, whole lines."""
         b = w.builder
-        start = b.and_(b.add(b.ptrtoint(room, I64), ir.Constant(I64, LINE - 1)), ir.Constant(I64, -LINE))
-        elements = b.and_(b.add(b.mul(rows, n), ir.Constant(I64, LINE - 1)), ir.Constant(I64, -LINE))
-        at = []
+        up = b.add(b.ptrtoint(room, I64), ir.Constant(I64, LINE - 1))
+        address, found = b.and_(up, ir.Constant(I64, -LINE)), []
         for data, name in zip(arrays.reads, kinds.reads, strict=True):
-            at.append(None if name is None else b.inttoptr(start, data.type))
+            found.append(None if name is None else b.inttoptr(address, data.type))
             if name is not None:
-                start = b.add(start, b.mul(elements, ir.Constant(I64, ITEMSIZE[name])))
-        writes = [None if data is None else at[f] for f, data in enumerate(arrays.writes)]
-        return Arrays(like(arrays.reads, at), arrays.columns, like(arrays.writes, writes), arrays.totals)
+                address = b.add(address, b.mul(elements, ir.Constant(I64, ITEMSIZE[name])))
+        writes = [None if data is None else found[f] for f, data in enumerate(arrays.writes)]
+        return Arrays(like(arrays.reads, found), arrays.columns, like(arrays.writes, writes), arrays.totals)
 
-    rooms = step(in_room, pointer_types(kinds))
-    if kinds.marks:
+    enter = step(in_room, pointer_types(kinds))
+    has_marks, bytes_of_all = kinds.marks, sum(itemsizes)
+    if has_marks:
         marks_from = step(lambda w, marks, first: w.pointer(marks, first), types.CPointer(types.uint8))
     else:
         marks_from = step(lambda w, marks, first: None, types.none)
-    has_marks = kinds.marks
 
     @inlined
     def height(n: Any) -> Any:
-        return max(smallest, min(BLOCK, ROOM_BYTES // (item * n) // smallest * smallest))
+        return max(side, min(LINES * side, ROOM_BYTES // (bytes_of_all * n) // side * side))
+
+    @inlined
+    def count_of(g: Any, end: Any, size: Any) -> Any:
+        return min(size.block - g % size.inner % side, end - g)  # the next ones begin with a line
+
+    @inlined
+    def stride_of(n: Any) -> Any:
+        # an odd number of lines: with an even one the rows share a few of the sets of a first-level cache
+        return ((n + side - 1) // side | 1) * side
+
+    @inlined
+    def elements_of(size: Any) -> Any:
+        return (size.block + side) * stride_of(size.n)  # squares are whole, the last one too
 
     @inlined
     def new_room(size: Any) -> Any:
-        return np.empty(((size.block + spare) * size.n + LINE) * item + LINE, np.uint8)
+        return np.empty(elements_of(size) * bytes_of_all + LINE, np.uint8)
 
     @inlined
-    def next_to(r: Any, count: Any, inner: Any) -> Any:
-        """How many rows, of count from row r on, lie side by side; the first begin a cache line if the second do."""
+    def beside(r: Any, count: Any, inner: Any) -> Any:
+        """How many rows from r on, of count, lie side by side, up to where a line begins if r lies within one."""
         place = r % inner
-        found, before = min(count, inner - place), place % smallest
-        return min(found, smallest - before) if before else found
+        return min(count, inner - place, side - place % side if place % side else count)
+
+    @inlined
+    def start_of(r: Any, n: Any, inner: Any) -> Any:
+        return r // inner * n * inner + r % inner
 
     @piece
     def run(room: Any, arrays: Any, size: Any, marks: Any, first: Any, step_: Any, count: Any, total_start: Any) -> Any:
-        n, inner = size.n, size.inner
-        own = rooms((room, arrays, size.block + spare, n))
+        n, inner, stride = size.n, size.inner, stride_of(size.n)
+        rows = enter((room, arrays, elements_of(size)))
         ahead = size.block if size.streaming else 0
         j = 0
         while j < count:
-            r = first + j
-            some = next_to(r, count - j, inner)
-            start = r // inner * n * inner + r % inner
-            copy_in(move((arrays, start, 0, 0, 0)), move((own, j * n, 0, 0, 0)), n, inner, some, ahead)
+            some = beside(first + j, count - j, inner)
+            tile = move((arrays, start_of(first + j, n, inner), 0, 0, 0))
+            gather(tile, move((rows, j * stride, 0, 0, 0)), stride, n, inner, some, ahead)
             j += some
-        of_rows = Size(
-            size.k, size.eps, 0, 1, size.chunks, size.block, n, 1, size.weight_m, size.bias_m, size.block
-        )
-        marked = block(own, of_rows, marks_from((marks, first)), 0, 1, count, total_start)
+
+        size_here = Size(size.k, size.eps, 0, 1, 1, count, n, stride, 1, 1, 1, count)
+        here, marked, some = marks_from((marks, first)), 0, rows_in_cache(n)
+        for j in range(0, count, some):
+            marked += block(rows, size_here, here, j, 1, min(some, count - j), total_start)
         if has_marks and marked > 0:
             for j in range(count):
-                if marks[first + j]:
-                    r = first + j
-                    start = r // inner * n * inner + r % inner
-                    put_back(move((arrays, start, 0, 0, 0)), move((own, j * n, 0, 0, 0)), n, inner)
+                if here[j] != 0:
+                    tile = move((arrays, start_of(first + j, n, inner), 0, 0, 0))
+                    fetch(tile, move((rows, j * stride, 0, 0, 0)), n, inner)
+
         j = 0
         while j < count:
             r = first + j
-            some = next_to(r, count - j, inner)
-            start = r // inner * n * inner + r % inner
-            streaming = size.streaming if r % inner % smallest == 0 else 0
-            copy_out(move((arrays, start, 0, 0, 0)), move((own, j * n, 0, 0, 0)), n, inner, some, streaming)
+            some, past = beside(r, count - j, inner), size.streaming > 1 and r % inner % side == 0
+            tile = move((arrays, start_of(r, n, inner), 0, 0, 0))
+            scatter(tile, move((rows, j * stride, 0, 0, 0)), stride, n, inner, some, past)
             j += some
         return marked
 
-    return height, new_room, run
+    return height, count_of, new_room, run
