@@ -9,9 +9,7 @@ The functions that take a shape or a dtype, and not an array, serve arrays on an
 
 from __future__ import annotations
 
-import contextlib
 import math
-import operator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,6 +18,7 @@ from numpy import ndarray
 from rmsnorm_np import _hints
 from rmsnorm_np._numbers import check_eps, check_weight_offset, elements_in_rms
 from rmsnorm_np._overlap import begin_together, folds, may_write
+from rmsnorm_np._shapes import are_trailing, axes_of, check_same_shape, engine_form, parameter_lead
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,61 +30,10 @@ if TYPE_CHECKING:
     Shape: TypeAlias = tuple[int, ...]
 
 _INFINITY = math.inf
-LONGEST_APART = 1 << 16
+LONGEST_APART = 1 << 16  # the CPU engine's longest row whose elements may lie apart; longer ones are copied
 
 # bfloat16 joins when the first such array arrives: this package does not import ml_dtypes by itself.
 _native_dtypes = {np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)}
-
-
-# Shapes
-
-
-def axes_of(axis: Any, shape: Shape) -> Shape:
-    """The normalised axes of x: not negative, in the order of x, at least one, with at least one element."""
-    if not shape:
-        raise ValueError("x has shape (), expected at least one axis to normalise over")
-    axes = []
-    for one in axis if isinstance(axis, tuple) else (axis,):
-        index = _index(axis, one)
-        if not -len(shape) <= index < len(shape):
-            raise ValueError(f"axis is {axis!r}, expected {-len(shape)} to {len(shape) - 1} for x.shape {shape}")
-        axes.append(index % len(shape))
-    if not axes:
-        raise ValueError("axis is (), expected at least one axis")
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"axis is {axis!r}, expected each axis of x.shape {shape} at most once")
-    if any(shape[i] == 0 for i in axes):
-        raise ValueError(f"x has shape {shape}, expected at least one element along axis {axis!r}")
-    return tuple(sorted(axes))
-
-
-def _index(axis: Any, one: Any) -> int:
-    if not isinstance(one, bool):
-        with contextlib.suppress(TypeError):  # every array has an __index__, and most raise there
-            return operator.index(one)
-    raise TypeError(f"axis is {axis!r}, expected an int or a tuple of ints")
-
-
-def are_trailing(axes: Shape, ndim: int) -> bool:
-    """Whether the normalised axes are the last ones, so that each row is one stretch of memory."""
-    return axes[0] == ndim - len(axes)
-
-
-def parameter_lead(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> Shape:
-    """The leading part of a weight's or bias's shape: () for one per element of a row, (heads,) for one per head."""
-    if are_trailing(axes, len(x_shape)):
-        fits = len(axes) <= len(shape) <= len(x_shape) and shape == x_shape[len(x_shape) - len(shape) :]
-    else:
-        fits = shape == tuple(x_shape[i] for i in axes)
-    if not fits:
-        raise ValueError(_hints.parameter_shape(name, shape, x_shape, axes))
-    return shape[: len(shape) - len(axes)]
-
-
-def check_same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape) -> None:
-    """Demand exactly the shape of x."""
-    if shape != x_shape:
-        raise ValueError(_hints.same_shape(name, shape, x_name, x_shape))
 
 
 # Arrays
@@ -198,18 +146,12 @@ def result_dtypes(reads: tuple[Any, ...], results: int) -> tuple[Any, ...]:
     return tuple(None if a is None else a.dtype for a in reads[:results])
 
 
-def between(shape: Shape, axes: Shape) -> Shape:
-    """(outer, n, inner): the shape of a C-contiguous array whose normalised axes are one, if they stand together."""
-    first, last = axes[0], axes[-1] + 1
-    return math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
-
-
 def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> Checked:
     """Check every argument; put the normalised axes last and join them into one of length n.
 
-    Gives reads of shape (..., n), weight and bias of a shape that broadcasts against them; see `Checked`. An engine says
-    up to which n it takes rows whose elements lie apart: then reads are (rows, n) or, to save a copy, (outer, n, inner),
-    and weight and bias (m, n).
+    Gives reads of shape (..., n), weight and bias of a shape that broadcasts against them; see `Checked`.
+    apart: for an engine, up to which n it takes rows whose elements lie apart. Then reads are (rows, n) or, where that
+    saves a copy, (outer, n, inner), and weight and bias (m, n).
     """
     x_name, *other_names = call.names[: len(call.reads)]
     x = as_array(x_name, call.reads[0])
@@ -218,15 +160,12 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
     trailing = are_trailing(axes, x.ndim)
     order = (*(i for i in range(x.ndim) if i not in axes), *axes)
     n = math.prod(shape[i] for i in axes)
-    together = axes[-1] - axes[0] < len(axes)
-    stays = trailing or (apart is not None and 0 < n <= apart and together and x.flags.c_contiguous and x.size > 0)
+    rows_apart = None if apart is None or n > apart or not x.flags.c_contiguous else engine_form(shape, axes)
+    stays = trailing or rows_apart is not None
     if stays:
         order = tuple(range(x.ndim))
     moved = tuple(shape[i] for i in order)
-    form: Shape = (*moved[: x.ndim - len(axes)], n)
-    if apart is not None:
-        outer, _, inner = between(shape, axes)
-        form = (outer, n, inner) if stays and inner > 1 else (-1, n)
+    form: Shape = rows_apart or ((*moved[: x.ndim - len(axes)], n) if apart is None else (-1, n))
     k, eps = elements_in_rms(n, call.p), check_eps(call.eps)
     weight, bias, weight_offset = call.parameters
     weight_offset = check_weight_offset(weight_offset, weight is not None)

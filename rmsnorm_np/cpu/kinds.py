@@ -16,8 +16,8 @@ class Kinds(NamedTuple):
     """What a kernel is compiled for: an operation, and the dtypes of its arrays, None for one that is absent.
 
     totals: the dtypes of the sums over rows. first_k: whether fewer than n elements are in the RMS. row_eps: whether
-    each row has its own eps. marks: whether rows that leave the range are marked, and left out. apart: whether the elements
-    of a row lie apart (see `tiles`).
+    each row has its own eps. marks: whether rows that leave the range are marked, and left out. apart: whether rows lie
+    apart (see `tiles`).
     """
 
     operation: Operation

@@ -159,8 +159,8 @@ def _offset_in_page(*taken: int) -> int:
 def streams(y: Any) -> int:
     """1 where writing past the cache pays: a result that would not stay in the cache, in rows that fill lines.
 
-    Of an array (outer, n, inner): 1 for a result that would not stay in the cache, 2 where the stretches of inner elements
-    fill lines as well.
+    Of an array (outer, n, inner): 1 for a result that would not stay in the cache, 2 where its inner elements fill
+    lines as well.
     """
     if y.nbytes < STREAM_BYTES:
         return 0

@@ -1,8 +1,8 @@
 """Rows whose elements lie apart: x is (outer, n, inner) and normalised over n, so `inner` rows lie side by side.
 
-A block of such rows is copied to a room in the cache, as rows of their own; the block program runs there, and what it
-writes is copied back. Both ways go by squares of elements, as wide as a cache line, which are transposed in registers. So
-any operation has the bits that it has for contiguous rows, and no array is copied as a whole.
+A block of such rows is copied to a room in the cache, as contiguous rows; the block program runs there, and what it
+writes is copied back. Both ways go by squares of elements, as wide as a cache line, which are transposed in registers.
+So any operation gives the bits that it gives for contiguous rows, and no array is copied as a whole.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def copies(name: str) -> tuple[Any, Any, Any]:
         starts = (b.add(first, b.mul(apart, ir.Constant(apart.type, r))) for r in range(square))
         return [b.bitcast(w.pointer(data, start), vector.as_pointer()) for start in starts]
 
-    def take(w: Writer, data: Any, at: Any, inner: Any, room: Any, to: Any, stride: Any, count: Any, ahead: Any) -> None:
-        b = w.builder
+    # a place: where a square is in the array, and in the room
+
+    def take(w: Writer, place: Any, count: Any, ahead: Any) -> None:
+        b, (data, at, inner, room, to, stride) = w.builder, place
         sources = places(w, data, at, inner)
         if count is None:
             rows = [b.load(source, align=align) for source in sources]
@@ -72,8 +74,8 @@ def copies(name: str) -> tuple[Any, Any, Any]:
         for column, target in zip(transposed(b, rows), places(w, room, to, stride), strict=True):
             b.store(column, target, align=align)
 
-    def give(w: Writer, data: Any, at: Any, inner: Any, room: Any, to: Any, stride: Any, count: Any, past: bool) -> None:
-        b = w.builder
+    def give(w: Writer, place: Any, count: Any, past: bool) -> None:
+        b, (data, at, inner, room, to, stride) = w.builder, place
         rows = transposed(b, [b.load(source, align=align) for source in places(w, room, to, stride)])
         for row, target in zip(rows, places(w, data, at, inner), strict=True):
             if count is not None:
@@ -84,12 +86,12 @@ def copies(name: str) -> tuple[Any, Any, Any]:
             else:
                 b.store(row, target, align=align)
 
-    take_ahead = step(lambda w, *place_and_ahead: take(w, *place_and_ahead[:-1], None, place_and_ahead[-1]))
-    take_whole = step(lambda w, *place: take(w, *place, None, None))
-    take_part = step(lambda w, *place_and_count: take(w, *place_and_count, None))
-    give_past = step(lambda w, *place: give(w, *place, None, True))
-    give_whole = step(lambda w, *place: give(w, *place, None, False))
-    give_part = step(lambda w, *place_and_count: give(w, *place_and_count, False))
+    take_whole = step(lambda w, place: take(w, place, None, None))
+    take_part = step(lambda w, place, count: take(w, place, count, None))
+    take_ahead = step(lambda w, place, ahead: take(w, place, None, ahead))
+    give_whole = step(lambda w, place: give(w, place, None, False))
+    give_part = step(lambda w, place, count: give(w, place, count, False))
+    give_past = step(lambda w, place: give(w, place, None, True))
 
     @piece
     def gather(data: Any, room: Any, stride: Any, n: Any, inner: Any, count: Any, ahead: Any) -> Any:
@@ -99,13 +101,13 @@ def copies(name: str) -> tuple[Any, Any, Any]:
         for first in range(0, n if n >= square else 0, square):
             i = min(first, n - square)  # the last square ends with the row, and repeats some of the one before
             for c in range(0, count, square):
-                at, to = i * inner + c, c * stride + i
+                place = data, i * inner + c, inner, room, c * stride + i, stride
                 if c + square > count:
-                    take_part((data, at, inner, room, to, stride, count - c))
+                    take_part((place, count - c))
                 elif ahead > 0:
-                    take_ahead((data, at, inner, room, to, stride, ahead))
+                    take_ahead((place, ahead))
                 else:
-                    take_whole((data, at, inner, room, to, stride))
+                    take_whole((place,))
 
     @piece
     def scatter(data: Any, room: Any, stride: Any, n: Any, inner: Any, count: Any, streaming: Any) -> Any:
@@ -115,13 +117,13 @@ def copies(name: str) -> tuple[Any, Any, Any]:
         for first in range(0, n if n >= square else 0, square):
             i = min(first, n - square)
             for c in range(0, count, square):
-                at, to = i * inner + c, c * stride + i
+                place = data, i * inner + c, inner, room, c * stride + i, stride
                 if c + square > count:
-                    give_part((data, at, inner, room, to, stride, count - c))
+                    give_part((place, count - c))
                 elif streaming:
-                    give_past((data, at, inner, room, to, stride))
+                    give_past((place,))
                 else:
-                    give_whole((data, at, inner, room, to, stride))
+                    give_whole((place,))
 
     @piece
     def fetch(data: Any, room: Any, n: Any, inner: Any) -> Any:
