@@ -1,8 +1,8 @@
 """Check the arguments of a call and bring them into the one form that the engines take.
 
-Every error about an argument but `backend` is raised here; `_hints` writes the longer messages. Past this file there is
-no question left about shape, dtype, axis, layout or missing values: x is (rows, n), C-contiguous, aligned, in native
-byte order.
+Every error about an argument but `backend` is raised here or in `_shapes` and `_numbers`; `_hints` writes the longer
+messages. Past this file there is no question left about shape, dtype, axis, layout or missing values: x is (rows, n),
+or (outer, n, inner) where an engine takes rows whose elements lie apart; C-contiguous, aligned, in native byte order.
 
 The functions that take a shape or a dtype, and not an array, serve arrays on any device.
 """
@@ -127,9 +127,9 @@ class Call(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """The arguments as an engine takes them: reads (rows, n); weight, bias (m, n); weight_offset, a float.
+    """The arguments as an engine takes them: reads (rows, n) or (outer, n, inner); weight, bias (m, n); weight_offset.
 
-    out: arrays (rows, n) that an engine may write straight to, or None. restore: gives results their public shape, and
+    out: arrays like x that an engine may write straight to, or None. restore: gives results their public shape, and
     writes them to where the caller asked for them.
     """
 
