@@ -1,17 +1,15 @@
 """Check the arguments of a call and bring them into the one form that the engines take.
 
-Every error about an argument but `backend` is raised here; `_hints` writes the longer messages. Past this file there is
-no question left about shape, dtype, axis, layout or missing values: x is (rows, n), C-contiguous, aligned, in native
-byte order.
+Every error about an argument but `backend` is raised here or in `_shapes` and `_numbers`; `_hints` writes the longer
+messages. Past this file there is no question left about shape, dtype, axis, layout or missing values: x is (rows, n),
+or (outer, n, inner) where an engine takes rows whose elements lie apart; C-contiguous, aligned, in native byte order.
 
 The functions that take a shape or a dtype, and not an array, serve arrays on any device.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import operator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,6 +18,7 @@ from numpy import ndarray
 from rmsnorm_np import _hints
 from rmsnorm_np._numbers import check_eps, check_weight_offset, elements_in_rms
 from rmsnorm_np._overlap import begin_together, folds, may_write
+from rmsnorm_np._shapes import are_trailing, axes_of, check_same_shape, engine_form, parameter_lead
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,60 +30,10 @@ if TYPE_CHECKING:
     Shape: TypeAlias = tuple[int, ...]
 
 _INFINITY = math.inf
+LONGEST_APART = 1 << 16  # the CPU engine's longest row whose elements may lie apart; longer ones are copied
 
 # bfloat16 joins when the first such array arrives: this package does not import ml_dtypes by itself.
 _native_dtypes = {np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)}
-
-
-# Shapes
-
-
-def axes_of(axis: Any, shape: Shape) -> Shape:
-    """The normalised axes of x: not negative, in the order of x, at least one, with at least one element."""
-    if not shape:
-        raise ValueError("x has shape (), expected at least one axis to normalise over")
-    axes = []
-    for one in axis if isinstance(axis, tuple) else (axis,):
-        index = _index(axis, one)
-        if not -len(shape) <= index < len(shape):
-            raise ValueError(f"axis is {axis!r}, expected {-len(shape)} to {len(shape) - 1} for x.shape {shape}")
-        axes.append(index % len(shape))
-    if not axes:
-        raise ValueError("axis is (), expected at least one axis")
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"axis is {axis!r}, expected each axis of x.shape {shape} at most once")
-    if any(shape[i] == 0 for i in axes):
-        raise ValueError(f"x has shape {shape}, expected at least one element along axis {axis!r}")
-    return tuple(sorted(axes))
-
-
-def _index(axis: Any, one: Any) -> int:
-    if not isinstance(one, bool):
-        with contextlib.suppress(TypeError):  # every array has an __index__, and most raise there
-            return operator.index(one)
-    raise TypeError(f"axis is {axis!r}, expected an int or a tuple of ints")
-
-
-def are_trailing(axes: Shape, ndim: int) -> bool:
-    """Whether the normalised axes are the last ones, so that each row is one stretch of memory."""
-    return axes[0] == ndim - len(axes)
-
-
-def parameter_lead(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> Shape:
-    """The leading part of a weight's or bias's shape: () for one per element of a row, (heads,) for one per head."""
-    if are_trailing(axes, len(x_shape)):
-        fits = len(axes) <= len(shape) <= len(x_shape) and shape == x_shape[len(x_shape) - len(shape) :]
-    else:
-        fits = shape == tuple(x_shape[i] for i in axes)
-    if not fits:
-        raise ValueError(_hints.parameter_shape(name, shape, x_shape, axes))
-    return shape[: len(shape) - len(axes)]
-
-
-def check_same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape) -> None:
-    """Demand exactly the shape of x."""
-    if shape != x_shape:
-        raise ValueError(_hints.same_shape(name, shape, x_name, x_shape))
 
 
 # Arrays
@@ -178,9 +127,9 @@ class Call(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """The arguments as an engine takes them: reads (rows, n); weight, bias (m, n); weight_offset, a float.
+    """The arguments as an engine takes them: reads (rows, n) or (outer, n, inner); weight, bias (m, n); weight_offset.
 
-    out: arrays (rows, n) that an engine may write straight to, or None. restore: gives results their public shape, and
+    out: arrays like x that an engine may write straight to, or None. restore: gives results their public shape, and
     writes them to where the caller asked for them.
     """
 
@@ -197,10 +146,12 @@ def result_dtypes(reads: tuple[Any, ...], results: int) -> tuple[Any, ...]:
     return tuple(None if a is None else a.dtype for a in reads[:results])
 
 
-def prepare(call: Call, complex_too: bool = False) -> Checked:
+def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> Checked:
     """Check every argument; put the normalised axes last and join them into one of length n.
 
     Gives reads of shape (..., n), weight and bias of a shape that broadcasts against them; see `Checked`.
+    apart: for an engine, up to which n it takes rows whose elements lie apart. Then reads are (rows, n) or, where that
+    saves a copy, (outer, n, inner), and weight and bias (m, n).
     """
     x_name, *other_names = call.names[: len(call.reads)]
     x = as_array(x_name, call.reads[0])
@@ -208,9 +159,13 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
     axes = axes_of(call.axis, shape)
     trailing = are_trailing(axes, x.ndim)
     order = (*(i for i in range(x.ndim) if i not in axes), *axes)
-    moved = tuple(shape[i] for i in order)
     n = math.prod(shape[i] for i in axes)
-    lead = moved[: x.ndim - len(axes)]
+    rows_apart = None if apart is None or n > apart or not x.flags.c_contiguous else engine_form(shape, axes)
+    stays = trailing or rows_apart is not None
+    if stays:
+        order = tuple(range(x.ndim))
+    moved = tuple(shape[i] for i in order)
+    form: Shape = rows_apart or ((*moved[: x.ndim - len(axes)], n) if apart is None else (-1, n))
     k, eps = elements_in_rms(n, call.p), check_eps(call.eps)
     weight, bias, weight_offset = call.parameters
     weight_offset = check_weight_offset(weight_offset, weight is not None)
@@ -220,7 +175,7 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
             return None
         a = as_array(name, value)
         check_same_shape(name, a.shape, x_name, shape)
-        return _contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(*lead, n)
+        return _contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(form)
 
     def parameter_of(name: str, value: Any) -> Array | None:
         if value is None:
@@ -228,7 +183,7 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
         a = as_array(name, value)
         a_dtype = native_dtype(name, a.dtype, complex_too)
         a_lead = parameter_lead(name, a.shape, shape, axes)
-        return _contiguous(a, a_dtype).reshape(*a_lead, n)
+        return _contiguous(a, a_dtype).reshape((*a_lead, n) if apart is None else (-1, n))
 
     reads = (rows_of(x_name, x), *map(rows_of, other_names, call.reads[1:]))
     weight, bias = parameter_of("weight", weight), parameter_of("bias", bias)
@@ -239,8 +194,8 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
     for name, out, dtype in zip(names, call.out, result_dtypes(reads, len(call.out)), strict=True):
         plain = None if out is None else check_out(name, out, shape, dtype)
         candidate = None
-        if plain is not None and trailing and plain.flags.carray and plain.dtype == dtype:
-            candidate = plain.reshape(*lead, n)
+        if plain is not None and stays and plain.flags.carray and plain.dtype == dtype:
+            candidate = plain.reshape(form)
         given.append(plain)
         direct.append(candidate if candidate is not None and may_write(candidate, reads, (weight, bias)) else None)
     if len(given) > 1 and given[0] is not None and given[1] is not None and np.shares_memory(given[0], given[1]):
@@ -259,7 +214,7 @@ def prepare(call: Call, complex_too: bool = False) -> Checked:
 
     def publicly(result: Array) -> Array:
         result = result.reshape(moved)
-        return result if trailing else np.ascontiguousarray(result.transpose(np.argsort(order)))
+        return result if stays else np.ascontiguousarray(result.transpose(np.argsort(order)))
 
     return Checked(reads, (weight, bias, weight_offset), tuple(direct), k, eps, restore)
 
@@ -311,9 +266,7 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
             return reads, parameters, out, k, eps, None
         return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, _reshaping(shape, out)
 
-    reads, (weight, bias, weight_offset), out, k, eps, restore = prepare(Call(*call))
-    parameters = _rows(weight), _rows(bias), weight_offset
-    return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, restore
+    return prepare(Call(*call), apart=LONGEST_APART)
 
 
 def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], first: Array | None) -> bool:

@@ -53,7 +53,8 @@ def rms_norm(
         Fraction of each row that the root mean square is taken over: its first ``k = ceil(n * p)`` elements, where
         a rounding error in p or in the product never adds one. ``0 < p <= 1``; a number as `eps`.
     axis : int or tuple of int, default -1
-        The axes that make up a row, in the order of x. Trailing axes of a C-contiguous x are not copied.
+        The axes that make up a row, in the order of x. A C-contiguous x is not copied if they are trailing or, on the
+        CPU, adjacent and no row is longer than 65,536.
     weight_offset : float, default 0.0
         Added to `weight`: 1.0 for weights stored as the difference to one, as Gemma's are. A number as `eps`.
     out : ndarray, optional

@@ -386,12 +386,16 @@ def test_trailing_axes_are_not_copied(rng):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("axis", "parameter_shape"), [(-1, (6,)), (-1, (3, 6)), (0, (4,)), ((0, 2), (4, 6))], ids=str)
 def test_engines_get_rows_in_the_plainest_layout(layout, axis, parameter_shape, rng):
-    """Compiled kernels read one type of array each: (rows, n), C-contiguous, aligned, native and not read-only."""
+    """Compiled kernels read one type of array each: (rows, n), or (outer, n, inner) of an x whose axis 0 is normalised;
+    C-contiguous, aligned, native and not read-only.
+    """
     x, dy = (LAYOUTS[layout](rng.normal(size=(4, 3, 6))) for _ in range(2))
     parameter = LAYOUTS[layout](rng.normal(size=parameter_shape))
     for rows in engine_arguments(x, dy, parameter, parameter, axis=axis)[:4]:
         assert type(rows) is np.ndarray
-        assert rows.ndim == 2
+        assert rows.shape in (
+            [(1, 4, 18), (18, 4), (1, 4)] if axis == 0 else [(rows.size // rows.shape[-1], rows.shape[-1])]
+        )
         assert rows.flags.carray
         assert rows.dtype == np.float64
         assert rows.dtype.isnative
@@ -525,8 +529,15 @@ def test_in_place_with_dy_being_x(op, backend, rng):
 def test_in_place_along_another_axis(op, backend, rng):
     x = rng.normal(size=(4, 6))
     want = FORWARD[op](x, axis=0, backend=backend)
-    assert engine_arguments(x, axis=0, out=x)[7] is None
+    assert np.shares_memory(engine_arguments(x, axis=0, out=x)[7], x)
     assert np.array_equal(FORWARD[op](x, axis=0, out=x, backend=backend), want)
+
+
+def test_in_place_along_axes_that_do_not_stand_together(op, backend, rng):
+    x = rng.normal(size=(4, 3, 6))
+    want = FORWARD[op](x, axis=(0, 2), backend=backend)
+    assert engine_arguments(x, axis=(0, 2), out=x)[7] is None
+    assert np.array_equal(FORWARD[op](x, axis=(0, 2), out=x, backend=backend), want)
 
 
 def test_exact_in_place_needs_no_temporary(rng):

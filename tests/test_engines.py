@@ -24,7 +24,7 @@ L = np.longdouble
 pytestmark = pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="longdouble is float64 here: nothing to judge by")
 
 # The CPU engine works in vectors of 8 numbers, 16 or 32 of 16-bit floats, and adds up to four side by side, cuts sums
-# into segments of 2048, takes blocks of 4096 // n rows (halves forward: 8192 // n) but at most 64, has a path of its own for
+# into segments of 2048, takes blocks of 4096 // n rows (halves: 8192 // n) but at most 64, has a path of its own for
 # whole vectors up to 64 elements, splits the rows for dweight into parts of 16 or more, and goes parallel from 32768
 # elements on.
 N = [

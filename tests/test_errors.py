@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import rmsnorm_np as rn
-from rmsnorm_np import _arguments, _backends, reference
+from rmsnorm_np import _backends, _shapes, reference
 
 FUNCTIONS = ("rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward")
 X = np.ones((2, 4))
@@ -427,11 +427,11 @@ def test_a_missing_engine_names_what_to_install(name, monkeypatch):
 
 def test_shape_checks_need_no_array():
     """They serve arrays on any device: shapes and dtypes are all that they take."""
-    assert _arguments.axes_of((-1, 0), (2, 3, 4)) == (0, 2)
-    assert _arguments.parameter_lead("weight", (3, 4), (2, 3, 4), (2,)) == (3,)
-    assert _arguments.parameter_lead("weight", (2, 4), (2, 3, 4), (0, 2)) == ()
+    assert _shapes.axes_of((-1, 0), (2, 3, 4)) == (0, 2)
+    assert _shapes.parameter_lead("weight", (3, 4), (2, 3, 4), (2,)) == (3,)
+    assert _shapes.parameter_lead("weight", (2, 4), (2, 3, 4), (0, 2)) == ()
     with pytest.raises(ValueError, match=r"^dy has shape"):
-        _arguments.check_same_shape("dy", (1,), "x", (2,))
+        _shapes.check_same_shape("dy", (1,), "x", (2,))
 
 
 @pytest.mark.parametrize("name", ["rms_norm_backward", "layer_norm_backward"])

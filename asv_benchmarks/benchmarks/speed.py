@@ -71,6 +71,27 @@ class Residual(_Speed):
         self.made_for = op, engine, dtype, shape
 
 
+class Apart(_Speed):
+    """Rows along the middle axis, as channels in (batch, channels, positions): beside the contiguous rows."""
+
+    params = (common.OPS, ["cpu"], ["float32", "bfloat16"], ["1 call of 8x256x3136"])
+
+    def setup(self, op, engine, dtype, shape):
+        if self.made_for == (op, engine, dtype, shape):
+            return
+        forward = common.ours("rmsnorm_np", op)
+        backward = common.ours("rmsnorm_np", f"{op}_backward")
+        outer, n, inner, self.calls = 8, 256, 3136, 1
+        x, dy, _ = common.arrays(outer * n, inner, dtype)
+        x, dy = x.reshape(outer, n, inner), dy.reshape(outer, n, inner)
+        weight = common.arrays(1, n, dtype)[2]
+        self.forward = functools.partial(forward, x, weight, axis=1, backend=engine)
+        self.backward = functools.partial(backward, dy, x, weight, axis=1, backend=engine)
+        self.forward()
+        self.backward()
+        self.made_for = op, engine, dtype, shape
+
+
 class Reference(_Speed):
     params = (common.OPS, ["reference"], ["float32"], [common.IN_CACHE])
 

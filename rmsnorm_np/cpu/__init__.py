@@ -15,6 +15,7 @@ from rmsnorm_np import ops
 from rmsnorm_np._threads import get_num_threads
 from rmsnorm_np.cpu import cache, kernel, long_rows, memory, pace, rare, threads
 from rmsnorm_np.cpu.prepared import small
+from rmsnorm_np.cpu.vector import LINE
 from rmsnorm_np.ops.operation import Columns
 
 if TYPE_CHECKING:
@@ -46,24 +47,32 @@ def forward(
     x, residual = reads
     weight, bias, offset = columns
     y, h = out
-    rows, n = x.shape
-    long, whole = n > long_rows.LONG_ROW, k == n
-    if not long and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
+    shape = x.shape
+    n = shape[1]
+    way = kernel.ROWS if n <= long_rows.LONG_ROW else kernel.LONG_ROWS
+    if len(shape) == 2:
+        rows = shape[0]
+    else:
+        rows, way = shape[0] * shape[2], kernel.APART
+    whole = k == n
+    if way != kernel.LONG_ROWS and (rows * n < threads.PARALLEL_ELEMENTS or rows == 1):
         # a small call: the kernel takes about a microsecond, so each question that is not asked here counts
         if y is None:
-            y = np.empty((rows, n), x.dtype)
+            y = np.empty(shape, x.dtype)
         if h is None and residual is not None:
-            h = np.empty((rows, n), residual.dtype)
+            h = np.empty(shape, residual.dtype)
         streaming, on_threads = 0, 1
     else:
         if y is None:
-            y = memory.empty((rows, n), x.dtype, x)
+            y = memory.empty(shape, x.dtype, x)
         if h is None and residual is not None:
-            h = memory.empty((rows, n), residual.dtype, x, y)
+            h = memory.empty(shape, residual.dtype, x, y)
         streaming, on_threads = memory.streams(y), threads.choose(x.size)
+        if way == kernel.APART and h is not None:
+            streaming = min(streaming, memory.streams(h))
     key = (
         operation.name, x.dtype, residual is None or residual.dtype, weight is None or weight.dtype,
-        bias is None or bias.dtype, whole, offset != 0.0, long, type(eps), wide,
+        bias is None or bias.dtype, whole, offset != 0.0, way, type(eps), wide,
     )  # fmt: skip
     entry = kernel.entries.get(key)
     if entry is None:
@@ -98,7 +107,7 @@ def backward(
     totals: what to add the shares up in; None for arrays like weight and bias.
     """
     x = reads[0]
-    rows, n = x.shape
+    rows, n = (x.shape[0] * x.shape[2] if x.ndim == 3 else len(x)), x.shape[1]
     weight, bias, offset = columns
     dx = out[0]
     if dx is None:
@@ -117,6 +126,7 @@ def backward(
     weight_m = 1 if weight is None else len(weight)
     m = max(weight_m, 1 if dweight is None else len(dweight), 1 if dbias is None else len(dbias))
     long = n > long_rows.LONG_ROW
+    way = kernel.APART if x.ndim == 3 else kernel.LONG_ROWS if long else kernel.ROWS
     partials: tuple[Any, Any] = _NO_TOTALS
     sums: tuple[Any, ...] = totals
     chunks = 1
@@ -124,11 +134,11 @@ def backward(
         sums = tuple(t if t is None or len(t) == m else np.empty((m, n)) for t in totals)
     else:
         chunks = min(CHUNKS // m or 1, rows // m // ROWS_PER_CHUNK or 1)
-        room = chunks * m * n + memory.LINE // 8  # the kernel begins at the first cache line
+        room = chunks * m * n + LINE // 8  # the kernel begins at the first cache line
         partials = None if dweight is None else np.empty(room), None if dbias is None else np.empty(room)
     key = (
         operation.name, x.dtype, reads[1].dtype, reads[2] is None or reads[2].dtype, weight is None or weight.dtype,
-        sums[0] is None or sums[0].dtype, sums[1] is None or sums[1].dtype, k == n, offset != 0.0, long, type(eps),
+        sums[0] is None or sums[0].dtype, sums[1] is None or sums[1].dtype, k == n, offset != 0.0, way, type(eps),
         wide,
     )  # fmt: skip
     own = weight, None, offset

@@ -19,8 +19,9 @@ class Size(NamedTuple):
     """The numbers of a call. k: elements in the RMS (None: n). eps: a number, or an array with one for each row.
 
     streaming: whether to write past the cache. m, chunks: rows of the totals, and how many rows of partial sums each of
-    them has. weight_m, bias_m: rows of weight and bias; row r uses row r % weight_m. block: rows worked on together.
-    modest: 1 if the columns are, see `Program.is_modest`.
+    them has. stride, inner: from a row to the next, and from an element of a row to the next, in elements. weight_m,
+    bias_m: rows of weight and bias; row r uses row r % weight_m. block: rows worked on together. modest: 1 if the
+    columns are, see `Program.is_modest`.
     """
 
     k: Any
@@ -30,6 +31,8 @@ class Size(NamedTuple):
     chunks: Any
     rows: Any
     n: Any
+    stride: Any
+    inner: Any
     weight_m: Any
     bias_m: Any
     block: Any
@@ -38,7 +41,7 @@ class Size(NamedTuple):
 
 @intrinsic
 def lengths(typing_context: Any, reads: Any, columns: Any) -> Any:
-    """(rows, n, rows of weight, rows of bias)."""
+    """(rows, n, inner, rows of weight, rows of bias) of arrays (rows, n), where inner is 1, or (outer, n, inner)."""
 
     def shape(context: Any, builder: Any, kind: Any, record: Any, j: Any) -> Any:
         if isinstance(kind[j], types.NoneType):
@@ -48,10 +51,12 @@ def lengths(typing_context: Any, reads: Any, columns: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         weight, bias = (shape(context, builder, columns, args[1], j)[0] for j in range(2))
-        found = [*shape(context, builder, reads, args[0], 0), weight, bias]
+        outer, n, *inner = shape(context, builder, reads, args[0], 0)
+        rows = builder.mul(outer, inner[0]) if inner else outer
+        found = [rows, n, *(inner or [context.get_constant(types.intp, 1)]), weight, bias]
         return context.make_tuple(builder, signature.return_type, found)
 
-    return types.UniTuple(types.intp, 4)(reads, columns), codegen
+    return types.UniTuple(types.intp, 5)(reads, columns), codegen
 
 
 @intrinsic

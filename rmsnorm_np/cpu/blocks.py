@@ -71,7 +71,7 @@ def blocks(kinds: Kinds) -> Any:
         def measure(arrays: Any, size: Any, first: Any, step_: Any, count: Any, room: Any, ahead: Any) -> Any:
             h, bias_h = start_of(first, size.weight_m), start_of(first, size.bias_m)
             for j in range(count):
-                row = move((arrays, (first + j * step_) * size.n, h * size.n, bias_h * size.n, 0))
+                row = move((arrays, (first + j * step_) * size.stride, h * size.n, bias_h * size.n, 0))
                 h, bias_h = next_of(h, size.weight_m), next_of(bias_h, size.bias_m)
                 m = get((room, BLOCK, j))
                 sums = zero(())
@@ -107,7 +107,7 @@ def blocks(kinds: Kinds) -> Any:
         h, bias_h = start_of(first, size.weight_m), start_of(first, size.bias_m)
         for j in range(count):
             r = first + j * step_
-            row = move((arrays, r * size.n, h * size.n, bias_h * size.n, total_start))
+            row = move((arrays, r * size.stride, h * size.n, bias_h * size.n, total_start))
             h, bias_h = next_of(h, size.weight_m), next_of(bias_h, size.bias_m)
             if has_marks:
                 found = ordinary((numbers, BLOCK, j, size.n, size.k, eps_of(size.eps, r), size.modest))

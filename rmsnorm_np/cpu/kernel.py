@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from rmsnorm_np.ops.operation import Operation
 
+ROWS, LONG_ROWS, APART = range(3)  # how rows lie: one after another, long ones, or with their elements apart
 entries: dict[Any, Entry] = {}
 _adders: dict[str, Callable[..., Any]] = {}
 
@@ -46,19 +47,19 @@ class Entry:
 
 
 def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any, totals: Any) -> Entry:
-    """A new entry, for arrays of these dtypes; key ends with whether rows are long, eps' type, and `Kinds.wide`."""
+    """A new entry, for arrays of these dtypes; key ends with how rows lie, eps' type, and `Kinds.wide`."""
 
     def names(record: Any) -> Any:
         return given(record, lambda array: array.dtype.name)
 
-    first_k, offset, long, row_eps, wide = not key[-5], key[-4], key[-3], key[-2] is not float, key[-1]
+    first_k, offset, way, row_eps, wide = not key[-5], key[-4], key[-3], key[-2] is not float, key[-1]
     kinds = Kinds(
         operation, names(operation.Reads(*reads)), names(Columns(*columns[:2]))._replace(weight_offset=offset or None),
         names(operation.Writes(*writes)),
         names(Totals(*totals)), first_k, row_eps, wide=wide,
     )  # fmt: skip
-    kinds = kinds._replace(marks=kinds.work.name != "double" and not row_eps)
-    entries[key] = found = Entry(kinds, long)
+    kinds = kinds._replace(marks=kinds.work.name != "double" and not row_eps, apart=way == APART)
+    entries[key] = found = Entry(kinds, way == LONG_ROWS)
     return found
 
 

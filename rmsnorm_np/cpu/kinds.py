@@ -17,7 +17,7 @@ class Kinds(NamedTuple):
 
     totals: the dtypes of the sums over rows. first_k: whether fewer than n elements are in the RMS. row_eps: whether
     each row has its own eps. marks: whether rows that leave the range are marked, and left out. wide: whether the range
-    of float32 is not enough for 16-bit floats.
+    of float32 is not enough for 16-bit floats. apart: whether rows lie apart (see `tiles`).
     """
 
     operation: Operation
@@ -29,6 +29,7 @@ class Kinds(NamedTuple):
     row_eps: bool = False
     marks: bool = False
     wide: bool = False
+    apart: bool = False
 
     @property
     def work(self) -> Work:
@@ -39,12 +40,8 @@ class Kinds(NamedTuple):
             return Work("exact", LANES)
         # of bfloat16, an element that is not in the RMS may leave float32 until it is multiplied by its weight
         leaves = self.first_k and "bfloat16" in self.reads
-        if (
-            self.operation.singles
-            and not self.wide
-            and not leaves
-            and all(ITEMSIZE[name] == 2 for name in self.reads if name)
-        ):
+        halves = all(ITEMSIZE[name] == 2 for name in self.reads if name)
+        if self.operation.singles and halves and not self.wide and not leaves:
             words = about == "bfloat16" and self.operation.share is None
             return Work("single", 4 * LANES if words else 2 * LANES, words)
         return Work("double", LANES)

@@ -176,18 +176,18 @@ def long_kernel(kinds: Kinds) -> Any:
     def forward(
         reads: Any, columns: Any, writes: Any, k: Any, eps: Any, streaming: Any, marks: Any, threads: Any
     ) -> Any:
-        rows, n, weight_m, bias_m = lengths(reads, columns)
-        size = Size(k, eps, streaming, 1, 1, rows, n, weight_m, bias_m, 1, 1)
+        rows, n, inner, weight_m, bias_m = lengths(reads, columns)
+        size = Size(k, eps, streaming, 1, 1, rows, n, n, inner, weight_m, bias_m, 1, 1)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
         return run(arrays, NO_TOTALS, size, pointers(marks), threads)
 
     def backward(
         reads: Any, columns: Any, writes: Any, partials: Any, totals: Any, settings: Any, marks: Any, threads: Any
     ) -> Any:
-        rows, n, weight_m, bias_m = lengths(reads, columns)
+        rows, n, inner, weight_m, bias_m = lengths(reads, columns)
         k, eps, streaming, m, chunks = settings
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
-        size = Size(k, eps, streaming, m, chunks, rows, n, weight_m, bias_m, 1, modest(arrays, weight_m * n))
+        size = Size(k, eps, streaming, m, chunks, rows, n, n, inner, weight_m, bias_m, 1, modest(arrays, weight_m * n))
         return run(arrays, pointers(totals), size, pointers(marks), threads)
 
     return forward if kinds.operation.share is None else backward

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-LINE = 64  # bytes of a cache line, and of the widest vector
+from rmsnorm_np.cpu.vector import LINE
+
 PAGE = 4096  # bytes; the sets of a first-level cache repeat with it
 STREAM_BYTES = 8 << 20  # outputs from this size on are written past the cache: they would not stay in it
 # Smaller arrays are NumPy's, for a lease takes 5 µs. The C library recycles larger ones too, but not in every process:
@@ -163,8 +164,13 @@ def _offset_in_page(*taken: int) -> int:
 
 
 def streams(y: Any) -> int:
-    """1 where writing past the cache pays: a result that would not stay in the cache, in rows that fill lines."""
+    """1 where writing past the cache pays: a result that would not stay in the cache, in rows that fill lines.
+
+    Of an array (outer, n, inner): 1 for a result that would not stay in the cache, 2 where its inner elements fill
+    lines as well.
+    """
     if y.nbytes < STREAM_BYTES:
         return 0
-    row = y.shape[1] * y.itemsize
-    return int(row >= 8192 or (row % LINE == 0 and _address(y) % LINE == 0))
+    row = y.shape[-1] * y.itemsize
+    aligned = row % LINE == 0 and _address(y) % LINE == 0
+    return 1 + aligned if y.ndim == 3 else int(row >= 8192 or aligned)

@@ -1,8 +1,9 @@
 """Rows whose sums leave the range of the type they are computed in: gathered, brought into the range, run once more.
 
-Rows of 16-bit floats, which the engine computes in float32, are computed in float64 then. A row of float64 is scaled by a power of two, which is exact, and eps by its square: the norm of s·x with eps·s² is the norm of x
-with eps. The scale makes the root mean square lie between 1 and 2, so neither xhat nor a product of dy and rstd leaves
-the range unless the result does.
+Rows of 16-bit floats, which the engine computes in float32, are then computed in float64. A row of float64 is scaled by
+a power of two, which is exact, and eps by its square: the norm of s·x with eps·s² is the norm of x with eps. The scale
+makes the root mean square lie between 1 and 2, so neither xhat nor a product of dy and rstd leaves the range unless the
+result does.
 """
 
 from __future__ import annotations
@@ -60,9 +61,7 @@ def groups(marks: Any, columns: Columns, m: int, at_once: int) -> Iterator[tuple
         own = [None if a is None else a[h % len(a)][None] for a in (columns.weight, columns.bias)]
         chosen = rows[rows % m == h]
         for first in range(0, len(chosen), at_once):
-            some = chosen[first : first + at_once]
-            whole = some[-1] - some[0] == len(some) - 1  # then a slice does, which copies nothing
-            yield int(h), slice(some[0], some[-1] + 1) if whole else some, columns._replace(weight=own[0], bias=own[1])
+            yield int(h), chosen[first : first + at_once], columns._replace(weight=own[0], bias=own[1])
 
 
 @np.errstate(all="ignore")
@@ -123,23 +122,30 @@ class Call(NamedTuple):
     marks: Any
 
 
+def place_of(rows: Any, a: Any) -> Any:
+    """The index of these rows of an array (rows, n), or (outer, n, inner), as an array (rows, n)."""
+    if a.ndim == 3:
+        return rows // a.shape[2], slice(None), rows % a.shape[2]
+    # a slice copies nothing
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else rows
+
+
 @np.errstate(all="ignore")  # a result beyond the range of a 16-bit float is infinity, in silence as in the kernels
 def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
-    """The rows of y that are marked. run(call, out) gives y of rows that need no marks, written to
-    out if that is not None.
-    """
+    """The rows of y that are marked. run(call, out) gives y of rows that need no marks, in out if that is not None."""
     x = call.reads[0]
     m = max(1 if a is None else len(a) for a in call.columns[:2])
-    at_once = len(x) if x.itemsize == 2 else max(1, AT_ONCE // x.shape[1])
+    at_once = len(call.marks) if x.itemsize == 2 else max(1, AT_ONCE // x.shape[1])
     for _, rows, own in groups(call.marks, call.columns, m, at_once):
-        chosen, eps = x[rows], call.eps
-        if x.itemsize == 2 and isinstance(rows, slice):
-            run(call._replace(reads=(chosen, None), columns=own, marks=None), y[rows])
+        place = place_of(rows, x)
+        chosen, eps = x[place], call.eps
+        if x.itemsize == 2 and isinstance(place, slice):
+            run(call._replace(reads=(chosen, None), columns=own, marks=None), y[place])
             continue
         if x.itemsize > 2:
             chosen, e, eps = in_range(call.operation, chosen.astype(np.float64), call.k, eps)
             chosen = times_power(chosen, e)
-        y[rows] = run(call._replace(reads=(chosen, None), columns=own, eps=eps, marks=None), None)
+        y[place] = run(call._replace(reads=(chosen, None), columns=own, eps=eps, marks=None), None)
 
 
 @np.errstate(all="ignore")
@@ -147,13 +153,13 @@ def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
     """The rows of dx that are marked; returns their shares of the totals, float64 (m, n), but for those that the kernel
     adds.
 
-    run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. For dx each row of float64
-    dy is scaled to its size. Not for dweight, where a large dy meets small ones of other rows: xhat has no scale, and dy has
+    run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. For dx each row of dy is
+    scaled to its size. Not for dweight, where a large dy meets small ones of other rows: xhat has no scale, and dy has
     the factor of x as long as there is room for it, so that their product with rstd is as large as dy.
     """
     x, dy, dh = call.reads
     totals = Totals(*(None if a is None else np.zeros((m, x.shape[1])) for a in call.columns[:2]))
-    at_once = len(x) if x.itemsize == 2 else max(1, AT_ONCE // x.shape[1])
+    at_once = len(call.marks) if x.itemsize == 2 else max(1, AT_ONCE // x.shape[1])
 
     def add(h: int, shares: Totals, exponent: int) -> None:
         for name, total, share in zip(Totals._fields, totals, shares, strict=True):
@@ -161,19 +167,20 @@ def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
                 total[h] += np.ldexp(share[0], exponent)
 
     for h, rows, own in groups(call.marks, call.columns, m, at_once):
+        place = place_of(rows, x)
         if x.itemsize == 2:
-            reads = tuple(None if a is None else a[rows] for a in call.reads)
-            dx[rows], shares = run(call._replace(reads=reads, columns=own, marks=None), True)
+            reads = tuple(None if a is None else a[place] for a in call.reads)
+            dx[place], shares = run(call._replace(reads=reads, columns=own, marks=None), True)
             add(h, shares, 0)
             continue
-        chosen, e, eps = in_range(call.operation, x[rows].astype(np.float64), call.k, call.eps)
-        gradient = dy[rows].astype(np.float64)
+        chosen, e, eps = in_range(call.operation, x[place].astype(np.float64), call.k, call.eps)
+        gradient = dy[place].astype(np.float64)
         largest = np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True)
         ready = call._replace(columns=own, eps=eps, marks=None)
         d = _exponent(largest)
         reads = times_power(chosen, e), times_power(gradient, d), None
         result = times_power(run(ready._replace(reads=reads), False)[0], e - d)
-        dx[rows] = result if dh is None else result + dh[rows]  # dh may be too small, or large, for the row's scale
+        dx[place] = result if dh is None else result + dh[place]  # dh may be too small, or large, for the row's scale
         large = largest[:, 0] >= LARGE
         usual = goal_of(call.operation)
         for some, goal in ((~large, usual), (large, 0)):

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmsnorm_np.cpu.arrays import Size, add_atomically, aligner, clearer, counters, lengths, pointers
+from rmsnorm_np.cpu.arrays import Size, add_atomically, aligner, clearer, counters, hold, lengths, pointers
 from rmsnorm_np.cpu.blocks import blocks
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Program
 from rmsnorm_np.cpu.threads import PARALLEL_ELEMENTS, in_parallel
+from rmsnorm_np.cpu.tiles import tiles
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import LANES, Work, Writer
 from rmsnorm_np.ops.operation import Totals
@@ -82,6 +83,18 @@ def adding_kernel(name: str) -> Any:
     return lambda partial, total, threads: add(pointers(partial), len(partial), total, threads)
 
 
+def ways(kinds: Kinds) -> tuple[Any, Any, Any, Any]:
+    """How blocks are taken: height(n), rows of one; count_of(g, end, size), rows of that which begins with row g;
+    new_room(size), memory of a thread's; run(room, …), which is `blocks.block`.
+    """
+    block, elements = blocks(kinds), BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1)
+    height = inlined(lambda n: min(BLOCK, max(1, elements // n)))
+    if kinds.apart:
+        return tiles(kinds, block, height)
+    count_of = inlined(lambda g, end, size: min(size.block, end - g))
+    return height, count_of, inlined(lambda size: None), inlined(lambda room, *arguments: block(*arguments))
+
+
 def rows_kernel(kinds: Kinds) -> Any:
     """The kernel for blocks of rows, and how many rows it marks.
 
@@ -90,9 +103,8 @@ def rows_kernel(kinds: Kinds) -> Any:
     room for chunks * m * n partial sums from its first cache line on, and totals that they are added up in if no row
     was marked.
     """
-    block, clear, modest = blocks(kinds), clearer(), Program(kinds).is_modest()
-    aligned = aligner(kinds)
-    block_elements = BLOCK_ELEMENTS * (2 if kinds.work.name == "single" else 1)
+    clear, (height, count_of, new_room, block) = clearer(), ways(kinds)
+    aligned, modest = aligner(kinds), Program(kinds).is_modest()
     has_totals = kinds.operation.share is not None
     add_dweight, add_dbias = map(adder, kinds.totals)
 
@@ -114,6 +126,8 @@ def rows_kernel(kinds: Kinds) -> Any:
     @piece
     def task(t: Any, tasks: Any, queues: Any, arrays: Any, size: Any, marks: Any) -> Any:
         units = size.chunks * size.m
+        held = new_room(size)
+        room = pointers(held)
         share = 1 if has_totals else max(1, min(16, units // (8 * tasks)))
         marked = 0
         for turn in range(tasks):
@@ -125,20 +139,22 @@ def rows_kernel(kinds: Kinds) -> Any:
                 for unit in range(u, min(u + share, stop)):
                     h, begin, end = groups_of(unit, size)
                     clear((arrays.totals, unit * size.n, size.n))
-                    for g in range(begin, end, size.block):
-                        count = min(size.block, end - g)
-                        marked += block(arrays, size, marks, g * size.m + h, size.m, count, unit * size.n)
+                    g = begin
+                    while g < end:
+                        count = count_of(g, end, size)
+                        marked += block(room, arrays, size, marks, g * size.m + h, size.m, count, unit * size.n)
+                        g += count
                 u = first + add_atomically(queues, part * APART, share)
+        hold(held)
         if marked > 0:
             add_atomically(queues, tasks * APART, marked)
 
     def forward(
         reads: Any, columns: Any, writes: Any, k: Any, eps: Any, streaming: Any, marks: Any, threads: Any
     ) -> Any:
-        rows, n, weight_m, bias_m = lengths(reads, columns)
-        height = min(BLOCK, max(1, block_elements // n))
-        chunks = (rows + height - 1) // height
-        size = Size(k, eps, streaming, 1, chunks, rows, n, weight_m, bias_m, height, 1)
+        rows, n, inner, weight_m, bias_m = lengths(reads, columns)
+        chunks = (rows + height(n) - 1) // height(n)
+        size = Size(k, eps, streaming, 1, chunks, rows, n, n, inner, weight_m, bias_m, height(n), 1)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
         queues = counters(threads * APART + 1)
         in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))
@@ -147,13 +163,12 @@ def rows_kernel(kinds: Kinds) -> Any:
     def backward(
         reads: Any, columns: Any, writes: Any, partials: Any, totals: Any, settings: Any, marks: Any, threads: Any
     ) -> Any:
-        rows, n, weight_m, bias_m = lengths(reads, columns)
+        rows, n, inner, weight_m, bias_m = lengths(reads, columns)
         k, eps, streaming, m, chunks = settings
-        height = min(BLOCK, max(1, block_elements // n))
         own = aligned((pointers(partials),))
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), own)
         are_modest = modest(arrays, weight_m * n)
-        size = Size(k, eps, streaming, m, chunks, rows, n, weight_m, bias_m, height, are_modest)
+        size = Size(k, eps, streaming, m, chunks, rows, n, n, inner, weight_m, bias_m, height(n), are_modest)
         queues = counters(threads * APART + 1)
         in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))
         marked = queues[threads * APART]

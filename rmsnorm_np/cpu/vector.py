@@ -32,6 +32,7 @@ from rmsnorm_np.cpu.shapes import Leaf
 from rmsnorm_np.ops.primitives import Pair, is_pair, plus, rounded
 from rmsnorm_np.ops.records import leaves, rebuilt
 
+LINE = 64  # bytes of a cache line, and of the widest vector
 LANES = 8  # of float64: one AVX-512 register, two AVX2 registers
 
 STORED = {"float16": I16, "bfloat16": I16, "float32": FLOAT, "float64": DOUBLE}
@@ -158,7 +159,8 @@ class Number:
 
     def multiply_add(self, b: Any, c: Any) -> Number:
         if self.leaf == b.leaf and self.leaf.element == "f32" and c.leaf.element == "f64":
-            return c + self * b  # one conversion in place of two
+            total: Number = c + self * b  # one conversion in place of two
+            return total
         return self._fused("fmuladd", b, c)
 
     def root(self) -> Number:
@@ -285,9 +287,9 @@ class Writer:
 
     def from_line(self, data: Any) -> Any:
         """The first address from data on that is on a cache line."""
-        b, line = self.builder, 64
-        address = b.add(b.ptrtoint(data, I64), ir.Constant(I64, line - 1))
-        return b.inttoptr(b.and_(address, ir.Constant(I64, -line)), data.type)
+        b = self.builder
+        address = b.add(b.ptrtoint(data, I64), ir.Constant(I64, LINE - 1))
+        return b.inttoptr(b.and_(address, ir.Constant(I64, -LINE)), data.type)
 
     def prefetch(self, data: Any, i: Any, level: int = 1) -> None:
         """Ask for the cache line of element i, into the first- or second-level cache; harmless where there is none."""

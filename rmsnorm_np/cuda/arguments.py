@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from rmsnorm_np import _arguments, _numbers
+from rmsnorm_np import _numbers, _shapes
 from rmsnorm_np.cuda import arrays
 from rmsnorm_np.cuda.arrays import Seen
 from rmsnorm_np.cuda.copies import copy
@@ -25,10 +25,10 @@ class Geometry(NamedTuple):
 
 
 def _geometry(shape: tuple[int, ...], axis: Any, p: Any) -> Geometry:
-    axes = _arguments.axes_of(axis, shape)
+    axes = _shapes.axes_of(axis, shape)
     order = (*(i for i in range(len(shape)) if i not in axes), *axes)
     n = math.prod(shape[i] for i in axes)
-    trailing, k = _arguments.are_trailing(axes, len(shape)), _numbers.elements_in_rms(n, p)
+    trailing, k = _shapes.are_trailing(axes, len(shape)), _numbers.elements_in_rms(n, p)
     return Geometry(axes, trailing, order, tuple(shape[i] for i in order), math.prod(shape) // n, n, k)
 
 
@@ -68,13 +68,13 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     def read(name: str, array: Seen | None) -> Seen | None:
         if array is None:
             return None
-        _arguments.check_same_shape(name, array.shape, names[0], shape)
+        _shapes.check_same_shape(name, array.shape, names[0], shape)
         return rows_of(array if trailing else permuted(array), rows)
 
     def parameter_of(name: str, array: Seen | None) -> Seen | None:
         if array is None:
             return None
-        return rows_of(array, math.prod(_arguments.parameter_lead(name, array.shape, shape, axes)))
+        return rows_of(array, math.prod(_shapes.parameter_lead(name, array.shape, shape, axes)))
 
     read_rows = tuple(map(read, names, reads))
     weights, biases = parameter_of("weight", weights), parameter_of("bias", biases)

@@ -68,8 +68,9 @@ class Stage(NamedTuple):
     ``add(s, e, c, m, inside)`` gives the sums s with one more element e, whose columns are c; m are the numbers of the
     stage before (None in the first); inside tells where the element is one of the first k (None: everywhere).
     ``numbers(s, n, k, eps, m)`` gives the row's numbers, a record of numbers and pairs; k is n where there is no p.
-    `Sums` is the record of the sums. Those with a default are guards: they tell whether a row is in range, and an engine
-    leaves them out (None) where its type has range enough. `first_k`: all its sums are over the first k elements alone.
+    `Sums` is the record of the sums. Those with a default are guards: they tell whether a row is in range, and an
+    engine leaves them out (None) where its type has range enough. `first_k`: all its sums are over the first k elements
+    alone.
     """
 
     Sums: type[Any]
