@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rmsnorm_np.cpu.arrays import moved, room_for
+from rmsnorm_np.cpu.extremes import tests
 from rmsnorm_np.cpu.jit import block_piece, inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Program
@@ -43,7 +44,7 @@ def blocks(kinds: Kinds) -> Any:
     width = program.width
     numbers_of_row = program.get_numbers(stages - 1)
     has_marks = kinds.marks
-    ordinary, trivial = program.tests()
+    ordinary, trivial = tests(program)
     write_always = program.write_always()
 
     eps_of = program.eps_of()

@@ -19,19 +19,12 @@ from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.shapes import SCALAR, Leaf
 from rmsnorm_np.cpu.tracing import step, tried
 from rmsnorm_np.cpu.vector import Number, Work, Writer
-from rmsnorm_np.ops.operation import Columns, Stage, Totals, scale
+from rmsnorm_np.ops.operation import Columns, Stage, Totals
 from rmsnorm_np.ops.primitives import Pair, either, plus
 from rmsnorm_np.ops.records import given, leaves, mapped, rebuilt
 
 SEGMENT = 2048  # elements summed in the lanes before the lanes are added up: bounds the error of float32 sums
 BLOCK = 64  # rows that are worked on together, at most
-# Squares and products between these lose nothing, in float64 pairs (rstd³ times a sum stays in range) and in float32.
-BOUNDS = {"exact": 2.0**300, "single": 2.0**90}
-MOST_NUMBER = 2.0**100  # and the least is its reciprocal: the numbers of a row that elements meet as float32
-# dy · rstd of bfloat16 may be subnormal in float32, off by 2**-150. Times a weight up to here, that is 2**-8 of the
-# smallest bfloat16; times x, whose mean square is up to here, less than 2**-120 of dweight.
-LARGEST_SCALE = 2.0**9
-LARGEST_SQUARE = 2.0**40
 
 
 class Program:
@@ -182,7 +175,7 @@ class Program:
 
         return step(body)
 
-    def _get(self, w: Writer, shape: Any, place: int, room: Any, stride: Any, j: Any) -> Any:
+    def load(self, w: Writer, shape: Any, place: int, room: Any, stride: Any, j: Any) -> Any:
         found = [w.get(room, self._place(w, place + f, stride, j)) for f in range(len(leaves(shape)))]
         return rebuilt(shape, found)
 
@@ -192,7 +185,7 @@ class Program:
 
     def get(self, shape: Any, place: int) -> Any:
         """get(room, stride, j)"""
-        return step(lambda w, room, stride, j: self._get(w, shape, place, room, stride, j), shape)
+        return step(lambda w, room, stride, j: self.load(w, shape, place, room, stride, j), shape)
 
     def get_numbers(self, s: int) -> Any:
         """The numbers of stage s; None for the stage before the first."""
@@ -205,8 +198,8 @@ class Program:
         place = 2 * s
 
         def body(w: Writer, room: Any, stride: Any, j: Any, n: Any, k: Any, eps: Any) -> None:
-            sums = self._get(w, self.sums[s], self.places[place], room, stride, j)
-            before = self._get(w, self.numbers[s - 1], self.places[place - 1], room, stride, j) if s else None
+            sums = self.load(w, self.sums[s], self.places[place], room, stride, j)
+            before = self.load(w, self.numbers[s - 1], self.places[place - 1], room, stride, j) if s else None
             n = w.number(n)
             found = self.op.stages[s].numbers(sums, n, n if k is None else w.number(k), eps, before)
             for f, leaf in enumerate(leaves(found)):
@@ -217,92 +210,6 @@ class Program:
     def eps_of(self) -> Any:
         """eps(size.eps, row)"""
         return inlined((lambda eps, row: eps[row]) if self.kinds.row_eps else (lambda eps, row: eps))
-
-    def tests(self) -> tuple[Any, Any]:
-        """`is_ordinary` and `is_trivial`, where rows are marked."""
-        if self.kinds.marks:
-            return self.is_ordinary(), self.is_trivial()
-        return step(lambda w, *a: ir.Constant(ir.IntType(64), 1), types.int64), piece(lambda row, n: True)
-
-    def is_trivial(self) -> Any:
-        """trivial(row, n): whether an array makes the row trivial, as the operation tells it."""
-
-        def one(name: str, number: float | None) -> Any:
-            f = self.kinds.reads._fields.index(name)
-            get = inlined(lambda row: row.reads[f])
-            if self.kept and f == 0:  # then the row is about what is kept
-                kept = self.kinds.writes._fields.index(self.kept)
-                get = inlined(lambda row: row.writes[kept])
-
-            @piece
-            def all_equal(row: Any, n: Any) -> Any:
-                data = get(row)
-                first = data[0] if number is None else number
-                for i in range(n):  # noqa: SIM110 (Numba has no generators to give to `all`)
-                    if data[i] != first:
-                        return False
-                return True
-
-            return all_equal
-
-        if not self.op.trivial:
-            return piece(lambda row, n: False)
-        first, *_, last = [one(*field) for field in self.op.trivial * 2]
-        return piece(lambda row, n: first(row, n) or last(row, n))
-
-    def is_ordinary(self) -> Any:
-        """ordinary(room, stride, j, n, k, eps, modest): 1 in range, 0 if only a trivial row is, -1 out of range.
-
-        NaN is in range: scaling the row would not change it. modest: whether `is_modest` found the columns so.
-        """
-        s = len(self.op.stages) - 1
-
-        def body(w: Writer, room: Any, stride: Any, j: Any, n: Any, k: Any, eps: Any, modest: Any) -> Any:
-            b, bound = w.builder, BOUNDS[self.work.name]
-            sums = self._get(w, self.sums[s], self.places[2 * s], room, stride, j)
-            before = self._get(w, self.numbers[s - 1], self.places[2 * s - 1], room, stride, j) if s else None
-            n = w.number(n)
-            extent = self.op.extent(sums, n, n if k is None else w.number(k), eps, before)
-            none = ir.Constant(ir.IntType(1), 0)
-            outside, trivial = none, none
-            for number in (*extent.within, *extent.nontrivial, *extent.below):
-                outside = b.or_(outside, abs(number).exceeds(bound).value)
-            for number in extent.within:
-                outside = b.or_(outside, number.exceeds(LARGEST_SQUARE if self.guarded else bound).value)
-                outside = b.or_(outside, (-abs(number)).exceeds(-1 / bound).value)
-            for number in extent.nontrivial:
-                trivial = b.or_(trivial, (-abs(number)).exceeds(-1 / bound).value)
-            kind = ir.IntType(64)
-            if self.guarded:
-                outside = b.or_(outside, b.icmp_signed("==", modest, kind(0)))
-                for number in leaves(self._get(w, self.numbers[s], self.places[2 * s + 1], room, stride, j)):
-                    # what is rounded to float32 must keep its digits
-                    outside = b.or_(outside, abs(number).exceeds(MOST_NUMBER).value)
-                    small = b.and_((-abs(number)).exceeds(-1 / MOST_NUMBER).value, abs(number).exceeds(0.0).value)
-                    outside = b.or_(outside, small)
-            return b.select(outside, kind(-1), b.select(trivial, kind(0), kind(1)))
-
-        return step(body, types.int64)
-
-    def is_modest(self) -> Any:
-        """modest(arrays, count): 1 if none of the first count factors of the columns exceeds LARGEST_SCALE, else 0."""
-        if not (self.guarded and self.kinds.columns.weight):
-            return piece(lambda arrays, count: 1)
-        width = self.width
-
-        def body(w: Writer, arrays: Arrays, i: Any, count: Any) -> Any:
-            return w.any(abs(scale(self.columns(w, arrays.columns, i, count))).exceeds(LARGEST_SCALE))
-
-        large = step(body, types.boolean)
-
-        @piece
-        def modest(arrays: Any, count: Any) -> Any:
-            for i in range(0, count, width):
-                if large((arrays, i, min(width, count - i))):
-                    return 0
-            return 1
-
-        return modest
 
     # ---------------------------------------------------------------------------------------- what a row gives
 

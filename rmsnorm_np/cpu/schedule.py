@@ -12,6 +12,7 @@ from typing import Any
 
 from rmsnorm_np.cpu.arrays import Size, add_atomically, aligner, clearer, counters, hold, lengths, pointers
 from rmsnorm_np.cpu.blocks import blocks
+from rmsnorm_np.cpu.extremes import is_modest
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Program
@@ -104,7 +105,7 @@ def rows_kernel(kinds: Kinds) -> Any:
     was marked.
     """
     clear, (height, count_of, new_room, block) = clearer(), ways(kinds)
-    aligned, modest = aligner(kinds), Program(kinds).is_modest()
+    aligned, modest = aligner(kinds), is_modest(Program(kinds))
     has_totals = kinds.operation.share is not None
     add_dweight, add_dbias = map(adder, kinds.totals)
 

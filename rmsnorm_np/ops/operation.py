@@ -54,7 +54,7 @@ class Extent(NamedTuple):
     square, root or product the formulas use.
 
     within: 1/B <= |a| <= B. nontrivial: the same, but if the row is trivial (see `Operation`) it may be smaller.
-    below: |a| <= B. B is an engine's own (`BOUNDS` in `cpu/row.py` and `cuda/row.py`).
+    below: |a| <= B. B is an engine's own (`BOUNDS` in `cpu/extremes.py` and `cuda/row.py`).
     """
 
     within: tuple[Any, ...]
