@@ -102,7 +102,7 @@ class Program:
     def segment(self, s: int) -> Any:
         """segment(row, start, stop, k, m, ahead): the sums of stage s over elements start to stop.
 
-        Four sums at once, for an addition takes four cycles and two AVX2 registers are added in each; two where a sum
+        Four sums at once, for an addition takes four cycles and two AVX2 registers are added in each; fewer where a sum
         takes more than one vector (float64: up to 1.1 times as fast as with registers that spill).
         """
         stage, width, lane_sums = self.op.stages[s], self.width, self.lane_sums[s]
@@ -213,10 +213,22 @@ class Program:
 
     # ---------------------------------------------------------------------------------------- what a row gives
 
+    def add_shares(self, w: Writer, totals: Totals, e: Any, m: Any, i: Any, count: Any) -> None:
+        """Add to the totals from element i on what these elements give."""
+        share: Any = self.op.share
+        plain = Work("double", self.width)
+        old = given(totals, lambda data: w.load(data, "float64", i, plain, count))
+        if self.work.name == "single":  # a share in float32, widened then: one conversion in place of two
+            nothing = given(totals, lambda data: w.constant(self.work.leaf, -0.0))  # what is added to it stays the same
+            shares = share(nothing, e, m)
+            new = given(old, plus, shares)
+        else:
+            new = share(old, e, m)
+        given(totals, lambda data, t: w.store(data, "float64", i, t, count), new)
+
     def write_always(self) -> Any:
         """write_always(row, first, last): the shares of elements first to last that need no numbers of the row."""
-        op, width, plain = self.op, self.width, Work("double", self.width)
-        share: Any = op.share
+        op, width = self.op, self.width
         wanted = Totals(
             *(name if f in op.always else None for f, name in zip(Totals._fields, self.kinds.totals, strict=True))
         )
@@ -226,9 +238,7 @@ class Program:
 
         def body(w: Writer, row: Arrays, i: Any, count: Any) -> None:
             e = self.element(w, row, i, count, False)
-            data = given(wanted, lambda name, d: d, row.totals)
-            old = given(data, lambda d: w.load(d, "float64", i, plain, count))
-            given(data, lambda d, t: w.store(d, "float64", i, t, count), share(old, e, none))
+            self.add_shares(w, given(wanted, lambda name, data: data, row.totals), e, none, i, count)
 
         add = step(body)
 
@@ -247,10 +257,7 @@ class Program:
         def given_out(w: Writer, row: Arrays, i: Any, k: Any, m: Any, count: Any) -> Any:
             e, c = self.element(w, row, i, count, False), self.columns(w, row.columns, i, count)
             if op.share is not None:
-                plain = Work("double", width)
-                old = given(row.totals, lambda data: w.load(data, "float64", i, plain, count))
-                new = op.share(old, e, m)
-                given(row.totals, lambda data, t: w.store(data, "float64", i, t, count), new)
+                self.add_shares(w, row.totals, e, m, i, count)
             inside = None if k is None else w.before(w.builder.sub(k, i), self.work)
             return getattr(op.leave(e, m, c, inside), target)
 

@@ -158,9 +158,6 @@ class Number:
         return self._fused("fma", b, c)
 
     def multiply_add(self, b: Any, c: Any) -> Number:
-        if self.leaf == b.leaf and self.leaf.element == "f32" and c.leaf.element == "f64":
-            total: Number = c + self * b  # one conversion in place of two
-            return total
         return self._fused("fmuladd", b, c)
 
     def root(self) -> Number:
