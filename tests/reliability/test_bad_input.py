@@ -30,15 +30,15 @@ class NumPyEngine:
         x, residual = reads
         self._check(reads, parameters, out, eps)
         assert residual is None
-        y = self._called(operation, (x,), parameters, k, eps)
-        return self._written(y, out[0]), None
+        y = self._called(operation, (self._rows(x),), parameters, k, eps)
+        return self._written(self._like(y, x), out[0]), None
 
     def backward(self, operation, reads, parameters, out, k, eps):
         x, dy, dh = reads
         self._check(reads, parameters, out, eps)
         assert dh is None
-        dx, *gradients = self._called(operation, (dy, x), parameters, k, eps)
-        return (self._written(dx, out[0]),), [*map(self._gathered, gradients, parameters)]
+        dx, *gradients = self._called(operation, (self._rows(dy), self._rows(x)), parameters, k, eps)
+        return (self._written(self._like(dx, x), out[0]),), [*map(self._gathered, gradients, parameters)]
 
     def _called(self, operation, arrays, parameters, k, eps):
         (weight, bias, offset), x = parameters, arrays[-1]
@@ -47,16 +47,27 @@ class NumPyEngine:
         return function(*arrays, self._spread(weight, x), self._spread(bias, x), eps=eps, weight_offset=offset, **p)
 
     @staticmethod
+    def _rows(a):
+        """(rows, n), also of an array (outer, n, inner)."""
+        return a if a.ndim == 2 else np.moveaxis(a, 1, 2).reshape(-1, a.shape[1])
+
+    @staticmethod
+    def _like(rows, x):
+        return rows if x.ndim == 2 else np.moveaxis(rows.reshape(x.shape[0], x.shape[2], -1), 2, 1)
+
+    @staticmethod
     def _check(reads, parameters, out, eps):
         x, (weight, bias, offset), given_out = reads[0], parameters, out[0]
         for array in (*reads, weight, bias, *out):
-            assert array is None or (type(array) is np.ndarray and array.ndim == 2 and array.flags.carray)
+            assert array is None or (type(array) is np.ndarray and array.ndim in (2, 3) and array.flags.carray)
             assert array is None or array.dtype in (*_arguments._native_dtypes,)
         for array in reads:
             assert array is None or array.shape == x.shape
+        rows = x.size // x.shape[1]
         for parameter in (weight, bias):
             assert parameter is None or parameter.shape[1] == x.shape[1]
-            assert parameter is None or len(x) == len(parameter) == 0 or len(x) % len(parameter) == 0
+            assert parameter is None or rows == len(parameter) == 0 or rows % len(parameter) == 0
+            assert parameter is None or parameter.ndim == 2
             assert given_out is None or parameter is None or not np.may_share_memory(given_out, parameter)
         assert type(eps) is type(offset) is float
         assert 0.0 <= eps < np.inf
