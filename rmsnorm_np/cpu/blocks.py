@@ -44,7 +44,7 @@ def blocks(kinds: Kinds) -> Any:
     width = program.width
     numbers_of_row = program.get_numbers(stages - 1)
     has_marks = kinds.marks
-    ordinary, trivial = tests(program)
+    judge, left_out = tests(program)
     write_always = program.write_always()
 
     eps_of = program.eps_of()
@@ -102,6 +102,10 @@ def blocks(kinds: Kinds) -> Any:
         # while this block's sums are taken, and its outputs written, the next block is fetched
         ahead = count * step_ * size.n if size.streaming else 0
         measure(arrays, size, first, step_, count, numbers, ahead)
+        if has_marks:
+            for j in range(count):
+                eps = eps_of(size.eps, first + j * step_)
+                judge((numbers, BLOCK, j, size.n, size.k, eps, size.modest))
         # then memory.streams has seen to it that rows are aligned
         short = size.n <= SHORT_ROW and size.n % width == 0
         marked = 0
@@ -110,13 +114,11 @@ def blocks(kinds: Kinds) -> Any:
             r = first + j * step_
             row = move((arrays, r * size.stride, h * size.n, bias_h * size.n, total_start))
             h, bias_h = next_of(h, size.weight_m), next_of(bias_h, size.bias_m)
-            if has_marks:
-                found = ordinary((numbers, BLOCK, j, size.n, size.k, eps_of(size.eps, r), size.modest))
-                if found < 0 or (found == 0 and not trivial(row, size.n)):
-                    marked += marks[r] == 0  # not those that were marked before
-                    marks[r] = 1
-                    write_always(row, 0, size.n)
-                    continue
+            if has_marks and left_out(row, size.n, numbers, BLOCK, j):
+                marked += marks[r] == 0  # not those that were marked before
+                marks[r] = 1
+                write_always(row, 0, size.n)
+                continue
             m = numbers_of_row((numbers, BLOCK, j))
             if short:
                 whole(row, size.n, size.k, m, size.streaming, ahead)

@@ -9,9 +9,11 @@ from numba.core import types
 
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays
+from rmsnorm_np.cpu.llvm import DOUBLE
 from rmsnorm_np.cpu.row import Program
+from rmsnorm_np.cpu.shapes import SCALAR
 from rmsnorm_np.cpu.tracing import step
-from rmsnorm_np.cpu.vector import Writer
+from rmsnorm_np.cpu.vector import Number, Writer
 from rmsnorm_np.ops.operation import scale
 from rmsnorm_np.ops.records import leaves
 
@@ -25,10 +27,18 @@ LARGEST_SQUARE = 2.0**40
 
 
 def tests(program: Program) -> tuple[Any, Any]:
-    """`is_ordinary` and `is_trivial`, where rows are marked."""
-    if program.kinds.marks:
-        return is_ordinary(program), is_trivial(program)
-    return step(lambda w, *a: ir.Constant(ir.IntType(64), 1), types.int64), piece(lambda row, n: True)
+    """`judge`, and left_out(row, n, room, stride, j): whether row j is out of range; where rows are marked."""
+    if not program.kinds.marks:
+        return step(lambda w, *items: None), inlined(lambda row, n, room, stride, j: False)
+    verdict, trivial = program.get(SCALAR, program.verdict), is_trivial(program)
+    number = step(lambda w, found: found.value, types.float64)
+
+    @inlined
+    def left_out(row: Any, n: Any, room: Any, stride: Any, j: Any) -> Any:
+        found = number((verdict((room, stride, j)),))
+        return found < 0.0 or (found == 0.0 and not trivial(row, n))
+
+    return judge(program), left_out
 
 
 def is_trivial(program: Program) -> Any:
@@ -58,14 +68,15 @@ def is_trivial(program: Program) -> Any:
     return piece(lambda row, n: first(row, n) or last(row, n))
 
 
-def is_ordinary(program: Program) -> Any:
-    """ordinary(room, stride, j, n, k, eps, modest): 1 in range, 0 if only a trivial row is, -1 out of range.
+def judge(program: Program) -> Any:
+    """judge(room, stride, j, n, k, eps, modest): a verdict in row j's last place, a number, so that LLVM takes several
+    rows at once: 1 in range, 0 if only a trivial row is, -1 out of range.
 
     NaN is in range: scaling the row would not change it. modest: whether `is_modest` found the columns so.
     """
     s = len(program.op.stages) - 1
 
-    def body(w: Writer, room: Any, stride: Any, j: Any, n: Any, k: Any, eps: Any, modest: Any) -> Any:
+    def body(w: Writer, room: Any, stride: Any, j: Any, n: Any, k: Any, eps: Any, modest: Any) -> None:
         b, bound = w.builder, BOUNDS[program.work.name]
         sums = program.load(w, program.sums[s], program.places[2 * s], room, stride, j)
         before = program.load(w, program.numbers[s - 1], program.places[2 * s - 1], room, stride, j) if s else None
@@ -80,17 +91,17 @@ def is_ordinary(program: Program) -> Any:
             outside = b.or_(outside, (-abs(number)).exceeds(-1 / bound).value)
         for number in extent.nontrivial:
             trivial = b.or_(trivial, (-abs(number)).exceeds(-1 / bound).value)
-        kind = ir.IntType(64)
         if program.guarded:
-            outside = b.or_(outside, b.icmp_signed("==", modest, kind(0)))
+            outside = b.or_(outside, b.icmp_signed("==", modest, modest.type(0)))
             for number in leaves(program.load(w, program.numbers[s], program.places[2 * s + 1], room, stride, j)):
                 # what is rounded to float32 must keep its digits
                 outside = b.or_(outside, abs(number).exceeds(MOST_NUMBER).value)
                 small = b.and_((-abs(number)).exceeds(-1 / MOST_NUMBER).value, abs(number).exceeds(0.0).value)
                 outside = b.or_(outside, small)
-        return b.select(outside, kind(-1), b.select(trivial, kind(0), kind(1)))
+        verdict = b.select(outside, DOUBLE(-1.0), b.select(trivial, DOUBLE(0.0), DOUBLE(1.0)))
+        w.put(room, program.place(w, program.verdict, stride, j), Number(b, verdict))
 
-    return step(body, types.int64)
+    return step(body)
 
 
 def is_modest(program: Program) -> Any:

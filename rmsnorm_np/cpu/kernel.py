@@ -8,6 +8,7 @@ from rmsnorm_np.cpu.jit import compiled
 from rmsnorm_np.cpu.kinds import Kinds
 from rmsnorm_np.cpu.long_rows import long_kernel
 from rmsnorm_np.cpu.schedule import adding_kernel, rows_kernel
+from rmsnorm_np.cpu.vector import LANES
 from rmsnorm_np.ops.operation import Columns, Totals
 from rmsnorm_np.ops.records import given
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from rmsnorm_np.ops.operation import Operation
 
+NARROW = "narrow"  # begins the key of a kernel for rows shorter than its widest vectors
 ROWS, LONG_ROWS, APART = range(3)  # how rows lie: one after another, long ones, or with their elements apart
 entries: dict[Any, Entry] = {}
 _adders: dict[str, Callable[..., Any]] = {}
@@ -25,14 +27,15 @@ class Entry:
     """A kernel, and what a call needs to know of it. Two calls with one key have arguments of the same types.
 
     code: see `schedule.rows_kernel`; it takes the records as plain tuples. marks: whether it wants marks. halves:
-    whether arrays of 16-bit floats are among them, whose bits it takes.
+    whether arrays of 16-bit floats are among them, whose bits it takes. has_narrow: whether short rows have another.
     """
 
-    __slots__ = ("code", "halves", "kinds", "long", "marks")
+    __slots__ = ("code", "halves", "has_narrow", "kinds", "long", "marks")
 
     def __init__(self, kinds: Kinds, long: bool) -> None:
         self.kinds, self.long, self.marks = kinds, long, kinds.marks
         self.halves = any(name in ("float16", "bfloat16") for record in kinds[1:5] for name in record)
+        self.has_narrow = kinds.work.width > 2 * LANES
         self.code: Callable[..., Any] = self._first_call
 
     def _first_call(self, reads: Any, columns: Any, writes: Any, *rest: Any) -> Any:
@@ -58,6 +61,7 @@ def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any,
         names(operation.Writes(*writes)),
         names(Totals(*totals)), first_k, row_eps, wide=wide,
     )  # fmt: skip
+    kinds = kinds._replace(narrow=key[0] == NARROW)
     kinds = kinds._replace(marks=kinds.work.name != "double" and not row_eps, apart=way == APART)
     entries[key] = found = Entry(kinds, way == LONG_ROWS)
     return found

@@ -17,7 +17,8 @@ class Kinds(NamedTuple):
 
     totals: the dtypes of the sums over rows. first_k: whether fewer than n elements are in the RMS. row_eps: whether
     each row has its own eps. marks: whether rows that leave the range are marked, and left out. wide: whether the range
-    of float32 is not enough for 16-bit floats. apart: whether rows lie apart (see `tiles`).
+    of float32 is not enough for 16-bit floats. narrow: whether rows are shorter than the widest vectors. apart: whether
+    rows lie apart (see `tiles`).
     """
 
     operation: Operation
@@ -29,6 +30,7 @@ class Kinds(NamedTuple):
     row_eps: bool = False
     marks: bool = False
     wide: bool = False
+    narrow: bool = False
     apart: bool = False
 
     @property
@@ -43,7 +45,7 @@ class Kinds(NamedTuple):
         halves = all(ITEMSIZE[name] == 2 for name in self.reads if name)
         if self.operation.singles and halves and not self.wide and not leaves:
             words = about == "bfloat16" and self.operation.share is None
-            return Work("single", 4 * LANES if words else 2 * LANES, words)
+            return Work("single", 4 * LANES if words and not self.narrow else 2 * LANES, words)
         return Work("double", LANES)
 
 

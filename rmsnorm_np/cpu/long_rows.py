@@ -133,7 +133,7 @@ def long_kernel(kinds: Kinds) -> Any:
     stages = len(kinds.operation.stages)
     measure, measure_second = (measured(kinds, program, s) for s in (0, stages - 1))
     two, has_totals, has_marks = stages == 2, any(kinds.totals), kinds.marks
-    ordinary, trivial = tests(program)
+    judge, left_out = tests(program)
     eps_of, modest = program.eps_of(), is_modest(program)
     get_numbers, write = program.get_numbers(stages - 1), program.write()[1]
     columns_task: Any = column_sums(kinds, program) if has_totals else None
@@ -159,8 +159,8 @@ def long_kernel(kinds: Kinds) -> Any:
             if two:
                 measure_second(row, size, numbers, r, parts, threads)
             if has_marks:
-                found = ordinary((numbers, size.rows, r, size.n, size.k, eps_of(size.eps, r), size.modest))
-                if found < 0 or (found == 0 and not trivial(row, size.n)):
+                judge((numbers, size.rows, r, size.n, size.k, eps_of(size.eps, r), size.modest))
+                if left_out(row, size.n, numbers, size.rows, r):
                     marked += marks[r] == 0
                     marks[r] = 1
                     continue

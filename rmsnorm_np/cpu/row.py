@@ -51,7 +51,8 @@ class Program:
         places = [0]  # where each record of a row begins, in the room for rows
         for shape in shapes:
             places.append(places[-1] + len(leaves(shape)))
-        self.places, self.size = places[:-1], places[-1]
+        self.places, self.verdict = places[:-1], places[-1]  # the last place: see `extremes.judge`
+        self.size = self.verdict + 1
 
     def _sums(self, stage: Stage, each: Any) -> Any:
         """The record of a stage's sums with `each` in it; guards are only taken where they are needed."""
@@ -171,16 +172,16 @@ class Program:
 
         def body(w: Writer, room: Any, stride: Any, j: Any, record: Any) -> None:
             for f, leaf in enumerate(leaves(record)):
-                w.put(room, self._place(w, place + f, stride, j), leaf)
+                w.put(room, self.place(w, place + f, stride, j), leaf)
 
         return step(body)
 
     def load(self, w: Writer, shape: Any, place: int, room: Any, stride: Any, j: Any) -> Any:
-        found = [w.get(room, self._place(w, place + f, stride, j)) for f in range(len(leaves(shape)))]
+        found = [w.get(room, self.place(w, place + f, stride, j)) for f in range(len(leaves(shape)))]
         return rebuilt(shape, found)
 
     @staticmethod
-    def _place(w: Writer, f: int, stride: Any, j: Any) -> Any:
+    def place(w: Writer, f: int, stride: Any, j: Any) -> Any:
         return w.builder.add(w.builder.mul(stride, ir.Constant(stride.type, f)), j)
 
     def get(self, shape: Any, place: int) -> Any:
@@ -203,7 +204,7 @@ class Program:
             n = w.number(n)
             found = self.op.stages[s].numbers(sums, n, n if k is None else w.number(k), eps, before)
             for f, leaf in enumerate(leaves(found)):
-                w.put(room, self._place(w, self.places[place + 1] + f, stride, j), leaf)
+                w.put(room, self.place(w, self.places[place + 1] + f, stride, j), leaf)
 
         return step(body)
 
