@@ -28,7 +28,7 @@ __all__ = ["arguments", "backward", "describe", "forward", "small", "warmup"]
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
 
-NARROW_ROW = 32  # shorter rows do not fill a vector of 32 bfloat16: with 16 elements twice as fast with narrow ones
+NARROW_ROW = 32  # shorter rows do not fill a vector of 32 halves: with 16 elements twice as fast with narrower ones
 
 _BITS = np.dtype(np.uint16)  # Numba has no 16-bit floats on CPUs: the kernels see their bits
 

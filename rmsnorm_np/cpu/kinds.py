@@ -44,8 +44,8 @@ class Kinds(NamedTuple):
         leaves = self.first_k and "bfloat16" in self.reads
         halves = all(ITEMSIZE[name] == 2 for name in self.reads if name)
         if self.operation.singles and halves and not self.wide and not leaves:
-            words = about == "bfloat16" and self.operation.share is None
-            return Work("single", 4 * LANES if words and not self.narrow else 2 * LANES, words)
+            forward = self.operation.share is None
+            return Work("single", (4 if forward and not self.narrow else 2) * LANES, forward and about == "bfloat16")
         return Work("double", LANES)
 
 
