@@ -13,10 +13,10 @@ double   float32; 16 bits otherwise     float64: the product of two such numbers
 exact    float64                        float64 in pairs, which keep their rounding errors
 =======  =============================  ==========================================================
 
-Twice as many bfloat16 fill a vector as 32-bit words do, so 16 of them are read at once: a word shifted to the left is
+Twice as many bfloat16 fill a vector as 32-bit words do. Forward they are read as words: a word shifted to the left is
 the element in its lower half, a word with its lower half cleared the other, and no element has to change its place.
-So `single` lanes of bfloat16 hold the elements with even numbers and then those with odd ones, whatever is to meet
-them is loaded in the same order, and `store` undoes it: forward takes 11 operations for eight elements in place of 17.
+So `Work.words` lanes hold the elements with even numbers and then those with odd ones, whatever is to meet them is
+loaded in the same order, and `store` undoes it: forward takes 11 operations for eight elements in place of 17.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Work(NamedTuple):
-    """How a kernel computes: see the table above."""
+    """How a kernel computes: see the table above. words: in which order, see below it."""
 
     name: str
     width: int
