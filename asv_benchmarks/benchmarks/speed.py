@@ -92,6 +92,24 @@ class Apart(_Speed):
         self.made_for = op, engine, dtype, shape
 
 
+class Objects(_Speed):
+    """Calls of an object that keeps its weight: small ones, where Python is what takes the time."""
+
+    params = (["RMSNorm", "LayerNorm"], ["cpu"], ["float32"], list(common.SHAPES)[:2])
+
+    def setup(self, op, engine, dtype, shape):
+        if self.made_for == (op, engine, dtype, shape):
+            return
+        rows, n, self.calls = common.SHAPES[shape]
+        x, dy, weight = common.arrays(rows, n, dtype)
+        norm = common.ours("rmsnorm_np", op)(weight)
+        self.forward = functools.partial(norm, x)
+        self.backward = functools.partial(norm.backward, dy, x)
+        self.forward()
+        self.backward()
+        self.made_for = op, engine, dtype, shape
+
+
 class Reference(_Speed):
     params = (common.OPS, ["reference"], ["float32"], [common.IN_CACHE])
 
