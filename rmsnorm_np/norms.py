@@ -191,8 +191,9 @@ def rms_norm_backward(
 
     Eq. 8 and 9 of Zhang and Sennrich, NeurIPS 2019, with eps, and with p in the first k elements. Largest error of
     dx, in ULP of its largest term: 0.51 on the CPU; on CUDA 0.51 for float16 and bfloat16, 2 for float32, 1.5 for
-    float64. dweight and dbias are summed in float64 or more precisely on the CPU; on CUDA in float32 over the rows of
-    a block (float64 if any array is) and then in float64. The same bits for any number of threads.
+    float64. dweight and dbias are summed in float64 or more precisely on the CPU (terms of dweight are float32 where x
+    has 16 bits); on CUDA in float32 over the rows of a block (float64 if any array is) and then in float64. The same
+    bits for any number of threads.
 
     Examples
     --------
