@@ -38,7 +38,7 @@ def set_num_threads(n: int) -> None:
 
     The engine compares what calls take on threads with what they take on one, for each kernel and size. When threads
     have lost time, the next calls run on one for 20 ms, then threads are tried again; each time that fails the pause
-    doubles, up to 2 s. On an idle machine about one call in 250 runs on one thread, to measure it.
+    doubles, up to 2 s. On an idle machine one call in 128 times the number of threads runs on one, to measure it.
 
     Examples
     --------

@@ -202,6 +202,60 @@ def test_gradients_where_float32_is_not_enough(op, n, scale, dy_scale, weight_sc
     assert_exact(op, *(a.astype(dtype) for a in (x, weight, bias, dy)), 1e-30, "cpu")
 
 
+@pytest.mark.parametrize("op", ["rms", "layer"])
+def test_results_of_halves_where_float32_is_not_enough(op):
+    """xhat is subnormal and weight large; xhat · weight overflows, and bias brings it back; a NaN beside large dy."""
+    half = lambda *numbers: np.array(numbers).astype(ml_dtypes.bfloat16)  # noqa: E731
+    small, ones = np.array([[2.0**44, -(2.0**44)] + [1.5 * 2.0**-120] * 6]), np.ones(8)
+    assert_exact(op, half(*small), half(*ones * 2.0**120), half(*ones), half(*small * 0), 0.0, "cpu")
+    x = half([1.5, 0.1, 0.1, 1.0])
+    y, *_ = call(op, x, half(*[3e38] * 4), half(*[-3e38] * 4), x, 0.0, "cpu")
+    assert np.isfinite(y[0, 0])
+    x, dy = half(*[[2.0**-44, -1.5 * 2.0**-44] * 8]), half(*[[np.nan] + [2.0**100] * 15])
+    dweight = call(op, x, half(*[1.0] * 16), half(*[0.0] * 16), dy, 0.0, "cpu")[2]
+    assert np.isnan(dweight[0])
+    assert np.isfinite(dweight[1:]).all()
+
+
+@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("op", ["rms", "layer"])
+def test_halves_with_weights_of_float64(op, kind, rng):
+    x, weight, bias, dy = arrays(rng, (5, 40), np.float64)
+    assert_exact(op, x.astype(kind), weight, bias, dy.astype(kind), 1e-6, "cpu")
+
+
+def test_an_offset_beyond_float32(rng):
+    x = rng.standard_normal((2, 40)).astype(ml_dtypes.bfloat16)
+    weight = np.ones(40, x.dtype)
+    results = rn.rms_norm(x, weight, weight_offset=1e39), rn.layer_norm(x, weight, weight_offset=1e39)
+    dx = rn.rms_norm_backward(x / 2**20, x, weight, weight_offset=1e39).dx
+    assert not any(np.isnan(a).any() for a in (*results, dx))
+    assert np.isfinite(dx).all()
+
+
+def test_a_large_weight_of_one_head_changes_no_bit_of_another(rng):
+    x, dy = rng.standard_normal((2, 400, 2, 64)).astype(np.float16)
+    weight = np.ones((2, 64), np.float16)
+    one = rn.rms_norm(x, weight)[:, 0], rn.rms_norm_backward(dy, x, weight).dx[:, 0]
+    weight[1, 0] = 1000
+    two = rn.rms_norm(x, weight)[:, 0], rn.rms_norm_backward(dy, x, weight).dx[:, 0]
+    assert same(one, two)
+
+
+def test_a_row_out_of_range_beside_a_residual_of_another_type(rng):
+    """The row is computed once more from h, whose type is not y's."""
+    residual = (rng.standard_normal((3, 40)) * [[1], [1e-20], [1]]).astype(ml_dtypes.bfloat16)
+    first = rn.rms_norm(residual, eps=0.0)
+    y = rn.add_rms_norm(np.zeros((3, 40), np.float16), residual, eps=0.0).y
+    assert worst_ulp(y, rn.reference.rms_norm(residual.astype(np.float64), eps=0.0)) <= Y_ULP["float16"]
+    assert same([first], [rn.rms_norm(residual, eps=0.0)])
+    residual[1, 3] = np.inf
+    x = rng.standard_normal((3, 40))
+    y, want = rn.add_rms_norm(x, residual).y, rn.reference.add_rms_norm(x, residual).y
+    assert np.array_equal(np.isnan(y), np.isnan(want))
+    assert worst_ulp(y[::2], want[::2]) <= 2
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("shape", [(700, 7), (300, 100), (6, 70001)], ids=str)
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def run(operation, reads, columns, eps, k, exact):
         e = Pair(h, None) if exact else h.astype(np.float64)
     for stage in operation.stages:
         zero = np.zeros(rows)
-        s = stage.Sums(*[Pair(zero, zero) if exact else zero] * len(stage.Sums._fields))
+        fields = set(stage.Sums._fields) - ({*stage.Sums._field_defaults} if exact else set())
+        s = stage.Sums(**{name: Pair(zero, zero) if exact else zero for name in fields})
         for i in range(k if stage.first_k else n):
             s = stage.add(s, element(e, i), element(c, i), m, None if k == n else np.bool_(i < k))
         m = stage.numbers(s, np.float64(n), np.float64(k), np.float64(eps), m)

@@ -74,7 +74,7 @@ def forward(
             streaming = min(streaming, memory.streams(h))
     key = (
         operation.name, x.dtype, residual is None or residual.dtype, weight is None or weight.dtype,
-        bias is None or bias.dtype, whole, offset != 0.0, way, type(eps), wide,
+        bias is None or bias.dtype, whole, offset != 0.0, way, type(eps), wide and y.dtype,
     )  # fmt: skip
     entry = kernel.entries.get(key)
     if entry is None:

@@ -21,7 +21,7 @@ class Size(NamedTuple):
     streaming: whether to write past the cache. m, chunks: rows of the totals, and how many rows of partial sums each of
     them has. stride, inner: from a row to the next, and from an element of a row to the next, in elements. weight_m,
     bias_m: rows of weight and bias; row r uses row r % weight_m. block: rows worked on together. modest: 1 if the
-    columns are, see `Program.is_modest`.
+    weights, where there is one row of them, are: see `extremes.is_modest`.
     """
 
     k: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rmsnorm_np.cpu.arrays import moved, room_for
-from rmsnorm_np.cpu.extremes import tests
+from rmsnorm_np.cpu.extremes import is_modest, tests
 from rmsnorm_np.cpu.jit import block_piece, inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Program
@@ -44,7 +44,7 @@ def blocks(kinds: Kinds) -> Any:
     width = program.width
     numbers_of_row = program.get_numbers(stages - 1)
     has_marks = kinds.marks
-    judge, left_out = tests(program)
+    (judge, left_out), modest = tests(program), is_modest(program)
     write_always = program.write_always()
 
     eps_of = program.eps_of()
@@ -103,9 +103,12 @@ def blocks(kinds: Kinds) -> Any:
         ahead = count * step_ * size.n if size.streaming else 0
         measure(arrays, size, first, step_, count, numbers, ahead)
         if has_marks:
+            h, fine = start_of(first, size.weight_m), size.modest
             for j in range(count):
-                eps = eps_of(size.eps, first + j * step_)
-                judge((numbers, BLOCK, j, size.n, size.k, eps, size.modest))
+                if size.weight_m > 1:
+                    fine = modest(move((arrays, 0, h * size.n, 0, 0)), size.n)
+                    h = next_of(h, size.weight_m)
+                judge((numbers, BLOCK, j, size.n, size.k, eps_of(size.eps, first + j * step_), fine))
         # then memory.streams has seen to it that rows are aligned
         short = size.n <= SHORT_ROW and size.n % width == 0
         marked = 0

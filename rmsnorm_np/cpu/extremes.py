@@ -20,8 +20,9 @@ from rmsnorm_np.ops.records import leaves
 # Squares and products between these lose nothing, in float64 pairs (rstd³ times a sum stays in range) and in float32.
 BOUNDS = {"exact": 2.0**300, "single": 2.0**90}
 MOST_NUMBER = 2.0**100  # and the least is its reciprocal: the numbers of a row that elements meet as float32
-# dy · rstd of bfloat16 may be subnormal in float32, off by 2**-150. Times a weight up to here, that is 2**-8 of the
-# smallest bfloat16; times x, whose mean square is up to here, less than 2**-120 of dweight.
+# xhat, or dy · rstd, of bfloat16 may be subnormal in float32, off by 2**-150. Times a weight up to here, that is 2**-8
+# of the smallest bfloat16; times x, whose mean square is up to here, less than 2**-120 of dweight. Nor does xhat times
+# such a weight overflow, which a bias could bring back.
 LARGEST_SCALE = 2.0**9
 LARGEST_SQUARE = 2.0**40
 
@@ -91,8 +92,9 @@ def judge(program: Program) -> Any:
             outside = b.or_(outside, (-abs(number)).exceeds(-1 / bound).value)
         for number in extent.nontrivial:
             trivial = b.or_(trivial, (-abs(number)).exceeds(-1 / bound).value)
-        if program.guarded:
+        if program.work.name == "single":
             outside = b.or_(outside, b.icmp_signed("==", modest, modest.type(0)))
+        if program.guarded:
             for number in leaves(program.load(w, program.numbers[s], program.places[2 * s + 1], room, stride, j)):
                 # what is rounded to float32 must keep its digits
                 outside = b.or_(outside, abs(number).exceeds(MOST_NUMBER).value)
@@ -105,13 +107,14 @@ def judge(program: Program) -> Any:
 
 
 def is_modest(program: Program) -> Any:
-    """modest(arrays, count): 1 if none of the first count factors of the columns exceeds LARGEST_SCALE, else 0."""
-    if not (program.guarded and program.kinds.columns.weight):
+    """modest(arrays, count): 1 if the first count factors of the columns are at most LARGEST_SCALE, else 0."""
+    if not (program.work.name == "single" and program.kinds.columns.weight):
         return piece(lambda arrays, count: 1)
     width = program.width
 
     def body(w: Writer, arrays: Arrays, i: Any, count: Any) -> Any:
-        return w.any(abs(scale(program.columns(w, arrays.columns, i, count))).exceeds(LARGEST_SCALE))
+        size = abs(scale(program.columns(w, arrays.columns, i, count)))
+        return w.any(~size.at_most(LARGEST_SCALE))  # NaN is not; an offset beyond float32 is NaN
 
     large = step(body, types.boolean)
 

@@ -55,7 +55,7 @@ def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any,
     def names(record: Any) -> Any:
         return given(record, lambda array: array.dtype.name)
 
-    first_k, offset, way, row_eps, wide = not key[-5], key[-4], key[-3], key[-2] is not float, key[-1]
+    first_k, offset, way, row_eps, wide = not key[-5], key[-4], key[-3], key[-2] is not float, key[-1] is not False
     kinds = Kinds(
         operation, names(operation.Reads(*reads)), names(Columns(*columns[:2]))._replace(weight_offset=offset or None),
         names(operation.Writes(*writes)),

@@ -42,7 +42,7 @@ class Kinds(NamedTuple):
             return Work("exact", LANES)
         # of bfloat16, an element that is not in the RMS may leave float32 until it is multiplied by its weight
         leaves = self.first_k and "bfloat16" in self.reads
-        halves = all(ITEMSIZE[name] == 2 for name in self.reads if name)
+        halves = all(ITEMSIZE[name] == 2 for name in self.reads if name) and "float64" not in self.columns[:2]
         if self.operation.singles and halves and not self.wide and not leaves:
             forward = self.operation.share is None
             return Work("single", (4 if forward and not self.narrow else 2) * LANES, forward and about == "bfloat16")

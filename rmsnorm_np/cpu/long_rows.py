@@ -159,7 +159,8 @@ def long_kernel(kinds: Kinds) -> Any:
             if two:
                 measure_second(row, size, numbers, r, parts, threads)
             if has_marks:
-                judge((numbers, size.rows, r, size.n, size.k, eps_of(size.eps, r), size.modest))
+                fine = modest(row, size.n)
+                judge((numbers, size.rows, r, size.n, size.k, eps_of(size.eps, r), fine))
                 if left_out(row, size.n, numbers, size.rows, r):
                     marked += marks[r] == 0
                     marks[r] = 1
@@ -178,8 +179,8 @@ def long_kernel(kinds: Kinds) -> Any:
         reads: Any, columns: Any, writes: Any, k: Any, eps: Any, streaming: Any, marks: Any, threads: Any
     ) -> Any:
         rows, n, inner, weight_m, bias_m = lengths(reads, columns)
-        size = Size(k, eps, streaming, 1, 1, rows, n, n, inner, weight_m, bias_m, 1, 1)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
+        size = Size(k, eps, streaming, 1, 1, rows, n, n, inner, weight_m, bias_m, 1, 1)
         return run(arrays, NO_TOTALS, size, pointers(marks), threads)
 
     def backward(
@@ -188,7 +189,7 @@ def long_kernel(kinds: Kinds) -> Any:
         rows, n, inner, weight_m, bias_m = lengths(reads, columns)
         k, eps, streaming, m, chunks = settings
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
-        size = Size(k, eps, streaming, m, chunks, rows, n, n, inner, weight_m, bias_m, 1, modest(arrays, weight_m * n))
+        size = Size(k, eps, streaming, m, chunks, rows, n, n, inner, weight_m, bias_m, 1, 1)
         return run(arrays, pointers(totals), size, pointers(marks), threads)
 
     return forward if kinds.operation.share is None else backward

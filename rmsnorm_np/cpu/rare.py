@@ -135,17 +135,18 @@ def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
     """The rows of y that are marked. run(call, out) gives y of rows that need no marks, in out if that is not None."""
     x = call.reads[0]
     m = max(1 if a is None else len(a) for a in call.columns[:2])
-    at_once = len(call.marks) if x.itemsize == 2 else max(1, AT_ONCE // x.shape[1])
+    halves = x.itemsize == 2 and y.itemsize < 8  # float64 outputs are computed in pairs, which have no more range
+    at_once = len(call.marks) if halves else max(1, AT_ONCE // x.shape[1])
     for _, rows, own in groups(call.marks, call.columns, m, at_once):
         place = place_of(rows, x)
         chosen, eps = x[place], call.eps
-        if x.itemsize == 2 and isinstance(place, slice):
-            run(call._replace(reads=(chosen, None), columns=own, marks=None), y[place])
-            continue
-        if x.itemsize > 2:
+        out = None
+        if halves:
+            out = y[place] if isinstance(place, slice) else np.empty(chosen.shape, y.dtype)
+        else:
             chosen, e, eps = in_range(call.operation, chosen.astype(np.float64), call.k, eps)
             chosen = times_power(chosen, e)
-        y[place] = run(call._replace(reads=(chosen, None), columns=own, eps=eps, marks=None), None)
+        y[place] = run(call._replace(reads=(chosen, None), columns=own, eps=eps, marks=None), out)
 
 
 @np.errstate(all="ignore")

@@ -155,8 +155,9 @@ def rows_kernel(kinds: Kinds) -> Any:
     ) -> Any:
         rows, n, inner, weight_m, bias_m = lengths(reads, columns)
         chunks = (rows + height(n) - 1) // height(n)
-        size = Size(k, eps, streaming, 1, chunks, rows, n, n, inner, weight_m, bias_m, height(n), 1)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
+        are_modest = modest(arrays, n) if weight_m == 1 else 1
+        size = Size(k, eps, streaming, 1, chunks, rows, n, n, inner, weight_m, bias_m, height(n), are_modest)
         queues = counters(threads * APART + 1)
         in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))
         return queues[threads * APART]
@@ -168,7 +169,7 @@ def rows_kernel(kinds: Kinds) -> Any:
         k, eps, streaming, m, chunks = settings
         own = aligned((pointers(partials),))
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), own)
-        are_modest = modest(arrays, weight_m * n)
+        are_modest = modest(arrays, n) if weight_m == 1 else 1
         size = Size(k, eps, streaming, m, chunks, rows, n, n, inner, weight_m, bias_m, height(n), are_modest)
         queues = counters(threads * APART + 1)
         in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))

@@ -70,6 +70,9 @@ class Condition:
     def __and__(self, other: Condition) -> Condition:
         return Condition(self.builder, self.builder.and_(self.value, other.value))
 
+    def __invert__(self) -> Condition:
+        return Condition(self.builder, self.builder.not_(self.value))
+
     def __or__(self, other: Condition) -> Condition:
         return Condition(self.builder, self.builder.or_(self.value, other.value))
 
@@ -179,6 +182,9 @@ class Number:
 
     def exceeds(self, other: Any) -> Condition:
         return self._compared(">", other)
+
+    def at_most(self, other: Any) -> Condition:
+        return self._compared("<=", other)
 
     def equals(self, other: Any) -> Condition:
         return self._compared("==", other)

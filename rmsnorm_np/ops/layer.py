@@ -32,6 +32,7 @@ from rmsnorm_np.ops.operation import (
 from rmsnorm_np.ops.primitives import (
     either,
     exceeds,
+    larger,
     minus,
     minus_product,
     nearest,
@@ -124,7 +125,7 @@ class GradientSums(NamedTuple):
     squares: Any  # (h - near)²
     g: Any
     products: Any  # g · (h - mean)
-    dy: Any = None  # dy²
+    dy: Any = None  # the largest |dy|
 
 
 class GradientNumbers(NamedTuple):
@@ -145,7 +146,7 @@ def add_products(s: GradientSums, e: GradientReads, c: Columns, m: Mean, inside:
         plus_square(s.squares, minus(e.x, m.near)),
         plus(s.g, g),
         plus_product(s.products, g, centred(e.x, m)),
-        plus_square(s.dy, e.dy),
+        larger(s.dy, e.dy),
     )
 
 

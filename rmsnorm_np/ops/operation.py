@@ -112,9 +112,9 @@ class Operation(NamedTuple):
     always: tuple[str, ...] = ()
 
 
-def guards(*sums: Any) -> tuple[Any, ...]:
-    """Those sums of a row that were taken."""
-    return tuple(s for s in sums if s is not None)
+def guards(*sizes: Any) -> tuple[Any, ...]:
+    """The squares of those guards that were taken."""
+    return tuple(size * size for size in sizes if size is not None)
 
 
 def scale(c: Columns) -> Any:

@@ -67,7 +67,7 @@ def is_finite(a: Any) -> Any:
     return a.is_finite() if hasattr(a, "is_finite") else np.isfinite(a)
 
 
-def exceeds(a: Any, b: float) -> Any:
+def exceeds(a: Any, b: Any) -> Any:
     """Where a > b, of plain numbers."""
     return a.exceeds(b) if hasattr(a, "exceeds") else a > b
 
@@ -228,9 +228,7 @@ def nearest(a: Any) -> Any:
 
 
 def plus_square(total: Any, a: Any) -> Any:
-    """total + a²; None where the total is."""
-    if total is None:
-        return total
+    """total + a²."""
     if not is_pair(total):
         return multiply_add(a, a, total) if is_narrow(a) else total + a * a
     # Knuth's two-sum with the square unrounded inside a multiply-add: 7 operations in place of 10. What is left of the
@@ -243,6 +241,14 @@ def plus_square(total: Any, a: Any) -> Any:
     if second is not None:
         tail = fma(first + first, second, tail)
     return Pair(head, _add(total.tail, tail))
+
+
+def larger(a: Any, b: Any) -> Any:
+    """a or |b|, whichever is larger; a where b is NaN; None where a is. Of plain numbers."""
+    if a is None:
+        return a
+    size = abs(b)
+    return either(exceeds(size, a), size, a)
 
 
 def plus_product(total: Any, a: Any, b: Any) -> Any:

@@ -26,6 +26,7 @@ from rmsnorm_np.ops.operation import (
 )
 from rmsnorm_np.ops.primitives import (
     either,
+    larger,
     minus_product,
     over,
     plus,
@@ -74,7 +75,7 @@ RMS_NORM = Operation(
 class GradientSums(NamedTuple):
     squares: Any
     products: Any  # g · x
-    dy: Any = None  # dy²
+    dy: Any = None  # the largest |dy|
 
 
 class GradientNumbers(NamedTuple):
@@ -89,7 +90,7 @@ def enter_backward(r: GradientReads) -> GradientReads:
 def add_products(s: GradientSums, e: GradientReads, c: Columns, m: None, inside: Any) -> GradientSums:
     squares = either(inside, plus_square(s.squares, e.x), s.squares)
     products = plus_product(s.products, times(e.dy, scale(c)), e.x)
-    return GradientSums(squares, products, plus_square(s.dy, e.dy))
+    return GradientSums(squares, products, larger(s.dy, e.dy))
 
 
 def gradient_numbers(s: GradientSums, n: Any, k: Any, eps: Any, m: None) -> GradientNumbers:
