@@ -87,6 +87,7 @@ CASES = [
     for op in ("rms_norm", "layer_norm")
     for dtype in DTYPES
     for options in OPTIONS
+    if options == FIRST_TIER[2] or (op, dtype) == FIRST_TIER[:2]  # the rest would compile for ten minutes
 ]
 
 

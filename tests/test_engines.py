@@ -192,7 +192,7 @@ def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backen
         (1e5, 1e-20, 1.0),  # and small
     ],
 )
-@pytest.mark.parametrize("n", [48, 70001])
+@pytest.mark.parametrize("n", [48, pytest.param(70001, marks=pytest.mark.engine)])
 @pytest.mark.parametrize("op", ["rms", "layer"])
 def test_gradients_where_float32_is_not_enough(op, n, scale, dy_scale, weight_scale, rng):
     """Gradients of bfloat16 are computed in float32 but for such rows; an ordinary one stands beside them."""
@@ -217,6 +217,7 @@ def test_results_of_halves_where_float32_is_not_enough(op):
     assert np.isfinite(dweight[1:]).all()
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("op", ["rms", "layer"])
 def test_halves_with_weights_of_float64(op, kind, rng):
