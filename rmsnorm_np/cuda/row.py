@@ -55,7 +55,7 @@ class Program(Elements):
         plan, stage, how, shape = self.plan, self.op.stages[s], self.how[s], self.sums[s]
         last = s == len(self.op.stages) - 1
         part_kind = {"wide": "f64", "plain": self.kind, "pair": Pair(self.kind, self.kind)}[how]
-        part_shape = stage.Sums(*[part_kind] * len(shape))
+        part_shape = given(shape, lambda _: part_kind)
         # sums over rows in float32: a row that could make one of them infinite has to be marked
         reach = last and any(self.kinds.totals) and self.kind == "f32" and plan.marks
         again = s > 0 and not plan.backward  # with both, backward, there are too many registers for it to help
