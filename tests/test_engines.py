@@ -225,6 +225,7 @@ def test_halves_with_weights_of_float64(op, kind, rng):
     assert_exact(op, x.astype(kind), weight, bias, dy.astype(kind), 1e-6, "cpu")
 
 
+@pytest.mark.engine
 def test_an_offset_beyond_float32(rng):
     x = rng.standard_normal((2, 40)).astype(ml_dtypes.bfloat16)
     weight = np.ones(40, x.dtype)

@@ -1,7 +1,8 @@
 """The CPU engine: normalised arguments in, arrays out. Here a call gets its memory, its kernel and its threads.
 
 Read on in `schedule` (how rows are cut into blocks), `blocks` (what happens to one), `row` (to a row), `vector` (what a
-number is) and `tracing` (how a formula becomes machine code); `rare` has rows that leave the range.
+number is) and `tracing` (how a formula becomes machine code). `extremes` finds the rows that leave the range, `rare`
+has them computed once more, and `pace` takes one thread where several are slower.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ __all__ = ["arguments", "backward", "describe", "forward", "small", "warmup"]
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
-
 NARROW_ROW = 32  # shorter rows do not fill a vector of 32 halves: with 16 elements twice as fast with narrower ones
 
 _BITS = np.dtype(np.uint16)  # Numba has no 16-bit floats on CPUs: the kernels see their bits

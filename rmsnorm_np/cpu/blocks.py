@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rmsnorm_np.cpu.arrays import moved, room_for
-from rmsnorm_np.cpu.extremes import is_modest, tests
+from rmsnorm_np.cpu.extremes import is_modest, verdicts
 from rmsnorm_np.cpu.jit import block_piece, inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.row import BLOCK, SEGMENT, Program
@@ -44,7 +44,7 @@ def blocks(kinds: Kinds) -> Any:
     width = program.width
     numbers_of_row = program.get_numbers(stages - 1)
     has_marks = kinds.marks
-    (judge, left_out), modest = tests(program), is_modest(program)
+    (judge, left_out), modest = verdicts(program), is_modest(program)
     write_always = program.write_always()
 
     eps_of = program.eps_of()

@@ -27,7 +27,7 @@ LARGEST_SCALE = 2.0**9
 LARGEST_SQUARE = 2.0**40
 
 
-def tests(program: Program) -> tuple[Any, Any]:
+def verdicts(program: Program) -> tuple[Any, Any]:
     """`judge`, and left_out(row, n, room, stride, j): whether row j is out of range; where rows are marked."""
     if not program.kinds.marks:
         return step(lambda w, *items: None), inlined(lambda row, n, room, stride, j: False)

@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from rmsnorm_np.cpu.arrays import Size, clearer, hold, lengths, moved, pointer_types, pointers, room_for, totals_type
 from rmsnorm_np.cpu.blocks import keeping
-from rmsnorm_np.cpu.extremes import is_modest, tests
+from rmsnorm_np.cpu.extremes import is_modest, verdicts
 from rmsnorm_np.cpu.jit import inlined, piece
 from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.mode import restore_mode, standard_mode
@@ -133,7 +133,7 @@ def long_kernel(kinds: Kinds) -> Any:
     stages = len(kinds.operation.stages)
     measure, measure_second = (measured(kinds, program, s) for s in (0, stages - 1))
     two, has_totals, has_marks = stages == 2, any(kinds.totals), kinds.marks
-    judge, left_out = tests(program)
+    judge, left_out = verdicts(program)
     eps_of, modest = program.eps_of(), is_modest(program)
     get_numbers, write = program.get_numbers(stages - 1), program.write()[1]
     columns_task: Any = column_sums(kinds, program) if has_totals else None
