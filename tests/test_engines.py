@@ -183,23 +183,35 @@ def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backen
 @pytest.mark.parametrize(
     ("scale", "dy_scale", "weight_scale"),
     [
-        (1.0, 1e36, 1.0),  # the sum of dy² overflows
+        (1.0, 1e36, 1.0),  # dy times a product of others overflows
         (1e-12, 1e30, 1e-30),  # dy · rstd overflows, and weight makes it finite
         (1.0, 1e-39, 1.0),  # dy is subnormal
         (100.0, 1e-37, 1e6),  # dy · rstd is subnormal, and weight would make its error felt
         (1e12, 1e-30, 1.0),  # the same, and x in dweight
         (1e-12, 1e-4, 1.0),  # rstd² times the mean of products is large
-        (1e5, 1e-20, 1.0),  # and small
+        (5e5, 1e-33, 1.0),  # and small: subnormal
     ],
 )
 @pytest.mark.parametrize("n", [48, pytest.param(70001, marks=pytest.mark.engine)])
 @pytest.mark.parametrize("op", ["rms", "layer"])
 def test_gradients_where_float32_is_not_enough(op, n, scale, dy_scale, weight_scale, rng):
-    """Gradients of bfloat16 are computed in float32 but for such rows; an ordinary one stands beside them."""
+    """Gradients of bfloat16 are computed in float32 but for such rows, beside ordinary ones and alone."""
     dtype = np.dtype(ml_dtypes.bfloat16)
     x, weight, bias, dy = arrays(rng, (3, n), np.float64)
     x[1], dy[1], weight = x[1] * scale, dy[1] * dy_scale, weight * weight_scale
-    assert_exact(op, *(a.astype(dtype) for a in (x, weight, bias, dy)), 1e-30, "cpu")
+    x, weight, bias, dy = (a.astype(dtype) for a in (x, weight, bias, dy))
+    assert_exact(op, x, weight, bias, dy, 1e-30, "cpu")
+    assert_exact(op, x[1:2], weight, bias, dy[1:2], 1e-30, "cpu")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("op", ["rms", "layer"])
+def test_small_terms_of_dweight_beside_large_x(op, rng):
+    """dy · rstd is subnormal in float32, and dweight, itself float32, shows it."""
+    x, weight, bias, dy = arrays(rng, (1, 48), np.float64)
+    dy[0, :24] *= 1e-28
+    x, dy = (a.astype(ml_dtypes.bfloat16) for a in (x * 1e12, dy))
+    assert_exact(op, x, weight.astype(np.float32), bias.astype(np.float32), dy, 0.0, "cpu")
 
 
 @pytest.mark.parametrize("op", ["rms", "layer"])
@@ -242,6 +254,16 @@ def test_a_large_weight_of_one_head_changes_no_bit_of_another(rng):
     weight[1, 0] = 1000
     two = rn.rms_norm(x, weight)[:, 0], rn.rms_norm_backward(dy, x, weight).dx[:, 0]
     assert same(one, two)
+
+
+def test_a_large_weight_of_one_head_counts_for_its_rows():
+    """Alone, such a weight has a row computed in float64, as xhat is subnormal in float32."""
+    row = [2.0**44, -(2.0**44)] + [1.5 * 2.0**-120] * 6
+    x = np.array([[row, row]] * 3).astype(ml_dtypes.bfloat16)
+    weight = np.array([[1.0] * 8, [2.0**120] * 8]).astype(ml_dtypes.bfloat16)
+    y = rn.rms_norm(x, weight, eps=0.0)[:, 1]
+    assert y.all()
+    assert same([y], [rn.rms_norm(x[:, 1].copy(), weight[1], eps=0.0)])
 
 
 def test_a_row_out_of_range_beside_a_residual_of_another_type(rng):
