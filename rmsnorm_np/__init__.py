@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from rmsnorm_np import reference
 from rmsnorm_np._threads import get_num_threads, set_num_threads
+from rmsnorm_np.layer_norms import layer_norm, layer_norm_backward
 from rmsnorm_np.layers import LayerNorm, RMSNorm
-from rmsnorm_np.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+from rmsnorm_np.norms import rms_norm, rms_norm_backward
 from rmsnorm_np.reference import AddNorm, LayerNormGrads, RMSNormGrads
 from rmsnorm_np.residual import add_layer_norm, add_layer_norm_backward, add_rms_norm, add_rms_norm_backward
 
