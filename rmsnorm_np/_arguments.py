@@ -255,10 +255,12 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
     return Checked(reads, (weight, bias, weight_offset), tuple(direct), k, eps, restore)
 
 
-def engine_arguments(call: tuple[Any, ...], dtype: np.dtype[Any] | None = None) -> tuple[Any, ...]:
+def engine_arguments(
+    call: tuple[Any, ...], dtype: np.dtype[Any] | None = None, apart: int = LONGEST_APART
+) -> tuple[Any, ...]:
     """What an engine takes, as `Checked`, of the arguments of a `Call`: plain tuples, which Python makes faster.
 
-    call: its items up to axis. restore is None where the engine's results are the answer.
+    call: its items up to axis. apart: as in `prepare`. restore is None where the engine's results are the answer.
     """
     # The engine needs less than a microsecond for a small array, far less than the checks in `prepare` take. So the
     # ordinary call, of contiguous native arrays and axis -1, goes past them. What is not ordinary is not judged here.
@@ -303,7 +305,7 @@ def engine_arguments(call: tuple[Any, ...], dtype: np.dtype[Any] | None = None) 
             return reads, parameters, out, k, eps, None
         return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, _reshaping(shape, out)
 
-    return prepare(Call(*call)._replace(dtype=dtype), apart=LONGEST_APART)
+    return prepare(Call(*call)._replace(dtype=dtype), apart=apart)
 
 
 def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], first: Array | None) -> bool:
@@ -316,6 +318,20 @@ def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], fi
         and may_write(second, reads, parameters)
         and (first is None or not np.may_share_memory(first, second))
     )
+
+
+def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared: Array | None) -> Array | None:
+    """What goes along with a weight or bias, such as its tangent: of exactly its shape, in the form it has `prepared`.
+
+    name, parameter_name: of this and of the parameter, in error messages. value, parameter: both as given.
+    """
+    if value is None:
+        return None
+    if prepared is None:
+        raise ValueError(f"{name} is given, expected None without a {parameter_name}")
+    a = as_array(name, value)
+    check_same_shape(name, a.shape, parameter_name, np.shape(parameter))
+    return np.ascontiguousarray(a, native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:
