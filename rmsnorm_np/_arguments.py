@@ -128,6 +128,16 @@ def check_out(name: str, out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
     return plain
 
 
+def outs_of(out: Any, results: tuple[str, ...]) -> tuple[Any, ...]:
+    """An array or None for each of several results, out of a tuple of that length; None stands for a tuple of None."""
+    if out is None:
+        return (None,) * len(results)
+    if not isinstance(out, tuple) or len(out) != len(results):
+        given = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"of type {type(out).__name__}"
+        raise TypeError(f"out is {given}, expected None or a tuple of {len(results)}: {', '.join(results)}")
+    return out
+
+
 # A whole call
 
 

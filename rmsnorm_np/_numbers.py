@@ -39,6 +39,22 @@ def elements_in_rms(n: int, p: Any) -> int:
     return math.ceil(n * fraction * (1.0 - 2.0**-50))
 
 
+def check_scale_ub(scale_ub: Any, scale: Any) -> float:
+    """Give the largest magnitude that a row's own scale is made for, infinity for None. A given scale has none."""
+    if scale_ub is None:
+        return math.inf
+    if scale is not None:
+        raise ValueError(f"scale_ub is {scale_ub!r}, expected None where scale is given")
+    return _number("scale_ub", scale_ub, "a number > 0", lambda value: value > 0.0)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Give the value, True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
+    return bool(value)
+
+
 def check_p(p: Any) -> Any:
     """Give p, a number with 0 < p <= 1."""
     elements_in_rms(1, p)

@@ -25,20 +25,41 @@ Complex arrays are accepted here, as in no engine: no formula takes a modulus or
 analytic continuation of the real one, and a complex step gives its derivative to full precision.
 """
 
-from rmsnorm_np.reference._common import AddNorm, LayerNormGrads, RMSNormGrads
+from rmsnorm_np.reference._common import AddNorm, DoubleGrads, GatedNormGrads, LayerNormGrads, Quantized, RMSNormGrads
+from rmsnorm_np.reference.derivatives import (
+    layer_norm_double_backward,
+    layer_norm_jvp,
+    rms_norm_double_backward,
+    rms_norm_jvp,
+)
+from rmsnorm_np.reference.gated import gated_rms_norm, gated_rms_norm_backward
+from rmsnorm_np.reference.l2 import l2_norm, l2_norm_backward
 from rmsnorm_np.reference.layer import add_layer_norm, add_layer_norm_backward, layer_norm, layer_norm_backward
+from rmsnorm_np.reference.quantized import quantized_rms_norm
 from rmsnorm_np.reference.rms import add_rms_norm, add_rms_norm_backward, rms_norm, rms_norm_backward
 
 __all__ = [
     "AddNorm",
+    "DoubleGrads",
+    "GatedNormGrads",
     "LayerNormGrads",
+    "Quantized",
     "RMSNormGrads",
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
     "add_rms_norm_backward",
+    "gated_rms_norm",
+    "gated_rms_norm_backward",
+    "l2_norm",
+    "l2_norm_backward",
     "layer_norm",
     "layer_norm_backward",
+    "layer_norm_double_backward",
+    "layer_norm_jvp",
+    "quantized_rms_norm",
     "rms_norm",
     "rms_norm_backward",
+    "rms_norm_double_backward",
+    "rms_norm_jvp",
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rmsnorm_np import _arguments
+from rmsnorm_np import _arguments, _shapes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -35,6 +35,31 @@ class AddNorm(NamedTuple):
 
     y: Array
     h: Array
+
+
+class GatedNormGrads(NamedTuple):
+    """Gradients of one gated norm. A gradient is None where its parameter was not given."""
+
+    dx: Array
+    dgate: Array
+    dweight: Array | None
+    dbias: Array | None
+
+
+class Quantized(NamedTuple):
+    """The norm in 8 bits: q · scale is y, rounded. h = x + residual, or None where no residual was given."""
+
+    q: Array
+    scale: Array
+    h: Array | None
+
+
+class DoubleGrads(NamedTuple):
+    """Gradients of what a backward pass computes. dweight is None where no weight was given."""
+
+    ddy: Array
+    dx: Array
+    dweight: Array | None
 
 
 def added(x: Array, residual: Array) -> Array:
@@ -91,3 +116,17 @@ def like(parameter: Any, gradient: Array | None) -> Array | None:
     given = _arguments.as_array("parameter", parameter)
     dtype = _arguments.native_dtype("parameter", given.dtype, complex_too=True)
     return rounded(gradient, dtype).reshape(given.shape)
+
+
+def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared: Array | None) -> Array | None:
+    """What goes along with a weight or bias, such as its tangent: of exactly its shape, in the form it has `prepared`.
+
+    name, parameter_name: of this and of the parameter, in error messages. value, parameter: both as given.
+    """
+    if value is None:
+        return None
+    if prepared is None:
+        raise ValueError(f"{name} is given, expected None without a {parameter_name}")
+    a = _arguments.as_array(name, value)
+    _shapes.check_same_shape(name, a.shape, parameter_name, np.shape(parameter))
+    return np.ascontiguousarray(a, _arguments.native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
