@@ -17,6 +17,7 @@ import numpy as np
 from numpy import ndarray
 
 from rmsnorm_np import _hints
+from rmsnorm_np._broadcast import for_engines
 from rmsnorm_np._numbers import check_eps, check_weight_offset, elements_in_rms
 from rmsnorm_np._overlap import begin_together, folds, may_write
 from rmsnorm_np._shapes import are_trailing, axes_of, check_same_shape, engine_form, parameter_lead
@@ -157,14 +158,15 @@ class Call(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """The arguments as an engine takes them: reads (rows, n) or (outer, n, inner); weight, bias (m, n); weight_offset.
+    """The arguments as an engine takes them: reads (rows, n) or (outer, n, inner); weight, bias (m, n); weight_offset,
+    or a `Spread` of these where one call to the engine is not enough.
 
     out: arrays like x that an engine may write straight to, or None. restore: gives results their public shape, and
     writes them to where the caller asked for them.
     """
 
     reads: tuple[Any, ...]
-    parameters: tuple[Any, Any, float]
+    parameters: Any
     out: tuple[Any, ...]
     k: int
     eps: float
@@ -184,7 +186,7 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
 
     Gives reads of shape (..., n), weight and bias of a shape that broadcasts against them; see `Checked`.
     apart: for an engine, up to which n it takes rows whose elements lie apart. Then reads are (rows, n) or, where that
-    saves a copy, (outer, n, inner), and weight and bias (m, n).
+    saves a copy, (outer, n, inner), and weight and bias (m, n) or a `Spread`.
     """
     x_name, *other_names = call.names[: len(call.reads)]
     x = as_array(x_name, call.reads[0])
@@ -213,16 +215,19 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
         check_same_shape(name, a.shape, x_name, shape)
         return _contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(form)
 
-    def parameter_of(name: str, value: Any) -> Array | None:
+    def parameter_of(name: str, value: Any) -> tuple[Array | None, Shape | None]:
         if value is None:
-            return None
+            return None, None
         a = as_array(name, value)
         a_dtype = native_dtype(name, a.dtype, complex_too)
         a_lead = parameter_lead(name, a.shape, shape, axes)
-        return _contiguous(a, a_dtype).reshape((*a_lead, n) if apart is None else (-1, n))
+        return _contiguous(a, a_dtype).reshape(*a_lead, n), a_lead
 
     reads = (rows_of(x_name, x), *map(rows_of, other_names, call.reads[1:]))
-    weight, bias = parameter_of("weight", weight), parameter_of("bias", bias)
+    (weight, weight_lead), (bias, bias_lead) = parameter_of("weight", weight), parameter_of("bias", bias)
+    parameters: Any = weight, bias, weight_offset
+    if apart is not None:
+        parameters = for_engines(parameters, (weight_lead, bias_lead), shape[: x.ndim - len(axes)])
 
     given: list[Array | None] = []
     direct: list[Array | None] = []
@@ -252,7 +257,7 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
         result = result.reshape(moved)
         return result if stays else np.ascontiguousarray(result.transpose(np.argsort(order)))
 
-    return Checked(reads, (weight, bias, weight_offset), tuple(direct), k, eps, restore)
+    return Checked(reads, parameters, tuple(direct), k, eps, restore)
 
 
 def engine_arguments(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import _arguments, ops, reference
+from rmsnorm_np import _arguments, _broadcast, ops, reference
 from rmsnorm_np._numbers import check_flag
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def forward(
             operation = ops.rounding_xhat(operation, x.dtype.name)
         if out[0] is None and wanted not in (None, x.dtype):
             out = engine.new_result(x, wanted), *out[1:]
-    results = engine.forward(operation, reads, parameters, out, k, eps)
+    run = engine.forward if type(parameters) is tuple else partial(_broadcast.forward, engine)
+    results = run(operation, reads, parameters, out, k, eps)
     return results if restore is None else restore(results)
 
 
@@ -118,7 +120,8 @@ def backward(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) ->
     """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias."""
     arguments = engine.arguments
     reads, parameters, out, k, eps, restore = arguments.engine_arguments(call)
-    results, (dweight, dbias) = engine.backward(operation, reads, parameters, out, k, eps)
+    run = engine.backward if type(parameters) is tuple else partial(_broadcast.backward, engine)
+    results, (dweight, dbias) = run(operation, reads, parameters, out, k, eps)
     (dx,) = results if restore is None else restore(results)
     weight, bias, _ = call[2]
     return dx, arguments.restore_parameter(dweight, weight), arguments.restore_parameter(dbias, bias)

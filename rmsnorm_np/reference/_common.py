@@ -101,6 +101,14 @@ def through(a: Array, dtype: np.dtype[Any] | None) -> Array:
     return a if dtype is None else rounded(a, dtype).astype(a.dtype)
 
 
+def summed(terms: Array, shape: tuple[int, ...]) -> Array:
+    """The sum over all rows that share an element of a parameter of this shape: (..., n) to (n,), (batch, 1, n) …"""
+    total = np.sum(terms, axis=tuple(range(terms.ndim - len(shape))))
+    shared = tuple(i for i, length in enumerate(shape) if length == 1)
+    result: Array = np.sum(total, axis=shared, keepdims=True)
+    return result
+
+
 def like(parameter: Any, gradient: Array | None) -> Array | None:
     """The gradient of a weight or bias, rounded to the dtype and brought to the shape of that parameter."""
     if gradient is None:
