@@ -287,6 +287,21 @@ def test_a_constant_row_of_layer_norm_follows_no_direction_in_x_s_mean(value, rn
     assert not grads.dweight.any()
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(np.float32, 23), (np.float64, 52)])
+def test_a_row_far_from_zero_is_centred_exactly(dtype, bits, rng):
+    """x and ddx whose means are as large against their spread as the dtype can hold, and the same about zero."""
+    x, ddx = near = rng.integers(-4, 5, size=(2, 3, 100)).astype(dtype)
+    far = (near + 2.0 ** (bits - 1) * 1.25).astype(dtype)
+    dy, weight = rng.normal(size=(3, 100)).astype(dtype), rng.normal(size=100).astype(dtype)
+    want = reference.layer_norm_double_backward(ddx, None, None, dy, x, weight)
+    got = reference.layer_norm_double_backward(far[1], None, None, dy, far[0], weight)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2 * np.finfo(dtype).eps, atol=1e-3 * np.finfo(dtype).eps)
+    y_dot = reference.layer_norm_jvp(far[0], weight, None, far[1], weight, None)
+    want = reference.layer_norm_jvp(x, weight, None, ddx, weight, None)
+    np.testing.assert_allclose(y_dot, want, rtol=2 * np.finfo(dtype).eps, atol=1e-3 * np.finfo(dtype).eps)
+
+
 # The public functions
 
 NAMES = [f"{norm}_norm_{end}" for norm in ("rms", "layer") for end in ("jvp", "double_backward")]

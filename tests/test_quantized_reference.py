@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import rmsnorm_np as rn
-from rmsnorm_np import reference
+from rmsnorm_np import _formats, reference
 from rmsnorm_np.reference import quantized_rms_norm
+from rmsnorm_np.reference.quantized import quantize
 
 L = np.longdouble
 FLOATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
@@ -223,6 +224,12 @@ def test_rows_with_nan_and_infinities(name, scale, rng):
             assert gone[3, 3]
             assert gone[5, 0]
             assert not np.delete(values[3], 3).any()
+
+
+def test_a_nan_is_zero_before_it_is_cast_to_int8():
+    """What the cast itself makes of a NaN is the processor's choice."""
+    y = np.array([[np.nan, 2.0]])
+    assert quantize(y, np.ones((1, 1)), _formats.FORMATS["int8"]).tolist() == [[0.0, 2.0]]
 
 
 @pytest.mark.parametrize("name", FORMATS)
