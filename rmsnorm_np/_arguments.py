@@ -9,6 +9,7 @@ The functions that take a shape or a dtype, and not an array, serve arrays on an
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -53,6 +54,23 @@ def native_dtype(name: str, dtype: np.dtype[Any], complex_too: bool = False) -> 
         _native_dtypes.add(dtype)
         return dtype
     raise TypeError(f"{name} has dtype {dtype}, expected float16, bfloat16, float32 or float64")
+
+
+def result_dtype(dtype: Any) -> np.dtype[Any] | None:
+    """The dtype that a caller asks the result to have: one of the four, by its name, its type or as a numpy.dtype."""
+    if dtype is None:
+        return None
+    wanted = dtype
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        import ml_dtypes
+
+        wanted = ml_dtypes.bfloat16
+    if isinstance(wanted, (str, type, np.dtype)):
+        with contextlib.suppress(TypeError):
+            wanted = np.dtype(wanted)
+            if wanted.isnative and wanted.kind not in "biu":
+                return native_dtype("dtype", wanted)
+    raise TypeError(f"dtype is {dtype!r}, expected float16, bfloat16, float32 or float64")
 
 
 def check_given(name: str, value: Any) -> None:
@@ -125,6 +143,7 @@ def outs_of(out: Any, results: tuple[str, ...]) -> tuple[Any, ...]:
 class Call(NamedTuple):
     """The arguments of a call, as given. reads: arrays of one shape or None, of which the first gives the shape; names:
     theirs, and then those of out. parameters: weight, bias, weight_offset. out: arrays to write to, or None.
+    dtype: of the first result; None for that of the first array.
     """
 
     names: tuple[str, ...]
@@ -134,6 +153,7 @@ class Call(NamedTuple):
     eps: Any
     p: Any
     axis: Any
+    dtype: np.dtype[Any] | None = None
 
 
 class Checked(NamedTuple):
@@ -151,9 +171,12 @@ class Checked(NamedTuple):
     restore: Restore
 
 
-def result_dtypes(reads: tuple[Any, ...], results: int) -> tuple[Any, ...]:
-    """The dtype of each result: the first has that of the first array, the second, if any, that of the second."""
-    return tuple(None if a is None else a.dtype for a in reads[:results])
+def _result_dtypes(reads: tuple[Any, ...], call: Call) -> list[Any]:
+    """The dtype of each result: unless asked for, the first has that of the first array, the second of the second."""
+    dtypes: list[Any] = [None if a is None else a.dtype for a in reads[: len(call.out)]]
+    if call.dtype is not None:
+        dtypes[0] = np.result_type(call.dtype, np.complex64) if dtypes[0].kind == "c" else call.dtype
+    return dtypes
 
 
 def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> Checked:
@@ -170,7 +193,10 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
     trailing = are_trailing(axes, x.ndim)
     order = (*(i for i in range(x.ndim) if i not in axes), *axes)
     n = math.prod(shape[i] for i in axes)
-    rows_apart = None if apart is None or n > apart or not x.flags.c_contiguous else engine_form(shape, axes)
+    takes_apart = apart is not None and n <= apart and x.flags.c_contiguous
+    if call.dtype is not None and call.dtype != x.dtype:
+        takes_apart = False  # kernels for such rows write y in the dtype of x
+    rows_apart = engine_form(shape, axes) if takes_apart else None
     stays = trailing or rows_apart is not None
     if stays:
         order = tuple(range(x.ndim))
@@ -201,7 +227,7 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
     given: list[Array | None] = []
     direct: list[Array | None] = []
     names = call.names[len(reads) :]
-    for name, out, dtype in zip(names, call.out, result_dtypes(reads, len(call.out)), strict=True):
+    for name, out, dtype in zip(names, call.out, _result_dtypes(reads, call), strict=True):
         plain = None if out is None else check_out(name, out, shape, dtype)
         candidate = None
         if plain is not None and stays and plain.flags.carray and plain.dtype == dtype:
@@ -229,17 +255,18 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
     return Checked(reads, (weight, bias, weight_offset), tuple(direct), k, eps, restore)
 
 
-def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
+def engine_arguments(call: tuple[Any, ...], dtype: np.dtype[Any] | None = None) -> tuple[Any, ...]:
     """What an engine takes, as `Checked`, of the arguments of a `Call`: plain tuples, which Python makes faster.
 
-    restore is None where the engine's results are the answer.
+    call: its items up to axis. restore is None where the engine's results are the answer.
     """
     # The engine needs less than a microsecond for a small array, far less than the checks in `prepare` take. So the
     # ordinary call, of contiguous native arrays and axis -1, goes past them. What is not ordinary is not judged here.
     _, reads, (weight, bias, weight_offset), out, eps, p, axis = call
     x = reads[0]
     if (
-        _is_ordinary(x)
+        dtype is None
+        and _is_ordinary(x)
         and (shape := x.shape)
         and (n := shape[-1]) > 0
         and type(axis) is int
@@ -276,7 +303,7 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
             return reads, parameters, out, k, eps, None
         return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, _reshaping(shape, out)
 
-    return prepare(Call(*call), apart=LONGEST_APART)
+    return prepare(Call(*call)._replace(dtype=dtype), apart=LONGEST_APART)
 
 
 def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], first: Array | None) -> bool:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import reference
+from rmsnorm_np import _arguments, ops, reference
+from rmsnorm_np._numbers import check_flag
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -68,9 +69,20 @@ def _load(backend: str) -> ModuleType:
     return engine
 
 
-def forward(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> Any:
+def forward(
+    engine: ModuleType, operation: Operation, call: tuple[Any, ...], dtype: Any = None, round_xhat: Any = False
+) -> Any:
     """The outputs of a call, given as the items of `_arguments.Call`."""
-    reads, parameters, out, k, eps, restore = engine.arguments.engine_arguments(call)
+    if dtype is None and round_xhat is False:
+        reads, parameters, out, k, eps, restore = engine.arguments.engine_arguments(call)
+    else:
+        wanted = _arguments.result_dtype(dtype)
+        reads, parameters, out, k, eps, restore = engine.arguments.engine_arguments(call, wanted)
+        x = reads[0]
+        if check_flag("round_xhat", round_xhat):
+            operation = ops.rounding_xhat(operation, x.dtype.name)
+        if out[0] is None and wanted not in (None, x.dtype):
+            out = engine.new_result(x, wanted), *out[1:]
     results = engine.forward(operation, reads, parameters, out, k, eps)
     return results if restore is None else restore(results)
 

@@ -1,4 +1,4 @@
-"""Check the arguments that are numbers: eps, p and weight_offset, any real number, also as a 0-d array."""
+"""Check the arguments that are numbers: eps, p and weight_offset, any real number, also as a 0-d array; and flags."""
 
 from __future__ import annotations
 
@@ -59,6 +59,13 @@ def check_p(p: Any) -> Any:
     """Give p, a number with 0 < p <= 1."""
     elements_in_rms(1, p)
     return _scalar(p)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Give True or False."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise TypeError(f"{name} is {value!r}, expected True or False")
 
 
 def _number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> float:

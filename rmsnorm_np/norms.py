@@ -1,13 +1,12 @@
-"""The public functions: what they promise, and which engine keeps the promise."""
+"""The public functions of RMSNorm: what they promise, and which engine keeps the promise."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from rmsnorm_np import _arguments, _backends, reference
-from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
 from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
-from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
+from rmsnorm_np.reference import RMSNormGrads
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -27,6 +26,8 @@ def rms_norm(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -57,6 +58,11 @@ def rms_norm(
         CPU, adjacent and no row is longer than 65,536.
     weight_offset : float, default 0.0
         Added to `weight`: 1.0 for weights stored as the difference to one, as Gemma's are. A number as `eps`.
+    dtype : {None, "float16", "bfloat16", "float32", "float64"} or dtype, optional
+        Dtype of y, to which the exact result is rounded. None for that of x.
+    round_xhat : bool, default False
+        True rounds the normalised row to the dtype of x before `weight` and `bias`, and y once more: what the model
+        code of Llama computes in 16 bits. `rms_norm_backward` gives the gradient of the function without this step.
     out : ndarray, optional
         Where y is written: exactly the shape and dtype of y, writable, any layout. It may be x itself, and may
         overlap any argument in any other way as well.
@@ -67,8 +73,8 @@ def rms_norm(
     Returns
     -------
     y : ndarray
-        Shape and dtype of x; `out` if that was given. A Numba device array on CUDA. For a PyTorch tensor on the CPU
-        it is an ndarray, too: ``torch.from_numpy(y)`` makes it a tensor without a copy.
+        Shape of x, and its dtype unless `dtype` is another; `out` if that was given. A Numba device array on CUDA. For
+        a PyTorch tensor on the CPU it is an ndarray, too: ``torch.from_numpy(y)`` makes it a tensor without a copy.
 
     Raises
     ------
@@ -76,7 +82,7 @@ def rms_norm(
         If an array is complex, extended precision, of objects, strings or records, masked, a ``numpy.matrix`` or
         None, or a PyTorch tensor on the CPU of bfloat16 or that requires grad (the error says how to convert it);
         if `out` is no ndarray or has another dtype than y; if `axis` is no int; if `eps`, `p` or `weight_offset` is no
-        number; if x does not lie where `backend` computes.
+        number; if `dtype` is none of the four, or `round_xhat` no bool; if x does not lie where `backend` computes.
     ValueError
         If x has no axis, or no element along `axis`; if `axis` is out of range, empty or names an axis twice; if the
         shape of `weight`, `bias` or `out` does not fit; if `eps`, `p` or `weight_offset` is out of range, or
@@ -116,6 +122,12 @@ def rms_norm(
     array([[ 1.        , 13.33333333],
            [ 1.        , 13.33333333]])
 
+    In float32, whatever the dtype of x:
+
+    >>> rms_norm(x.astype(np.float16), eps=0.0, dtype="float32")
+    array([[0.84852815, 1.1313709 ],
+           [0.84852815, 1.1313709 ]], dtype=float32)
+
     In place:
 
     >>> rms_norm(x, out=x) is x
@@ -131,9 +143,12 @@ def rms_norm(
     """
     engine = _backends.select(x, backend)
     if engine is reference:
-        return reference.rms_norm(x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out)
+        return reference.rms_norm(
+            x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, dtype=dtype, round_xhat=round_xhat,
+            out=out,
+        )  # fmt: skip
     call = _FORWARD, (x, None), (weight, bias, weight_offset), (out, None), eps, p, axis
-    y: Array = _backends.forward(engine, RMS_NORM, call)[0]
+    y: Array = _backends.forward(engine, RMS_NORM, call, dtype, round_xhat)[0]
     return y
 
 
@@ -215,127 +230,3 @@ def rms_norm_backward(
         )
     call = _BACKWARD, (x, dy, None), (weight, bias, weight_offset), (out,), eps, p, axis
     return RMSNormGrads(*_backends.backward(engine, RMS_NORM_BACKWARD, call))
-
-
-def layer_norm(
-    x: npt.ArrayLike,
-    weight: npt.ArrayLike | None = None,
-    bias: npt.ArrayLike | None = None,
-    *,
-    eps: float = 1e-6,
-    axis: int | tuple[int, ...] = -1,
-    weight_offset: float = 0.0,
-    out: Array | None = None,
-    backend: str | None = None,
-) -> Array:
-    """Take the mean off each row of x and divide by its standard deviation: LayerNorm.
-
-    Parameters
-    ----------
-    x, weight, bias, axis, weight_offset, out, backend
-        As in `rms_norm`.
-    eps : float, default 1e-6
-        Added to the variance, inside the root. Finite, not negative.
-
-    Returns
-    -------
-    y : ndarray
-        Shape and dtype of x; `out` if that was given.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As `rms_norm`.
-
-    See Also
-    --------
-    layer_norm_backward : its gradients.
-    rmsnorm_np.reference.layer_norm : the same in readable NumPy.
-
-    Notes
-    -----
-    ::
-
-        y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) · (weight_offset + weight) + bias
-
-    Ba, Kiros and Hinton, "Layer Normalization", 2016 (arXiv:1607.06450), with the biased variance and eps inside the
-    root. The variance is that of the centred row, never mean(x²) - mean(x)². Accuracy as in `rms_norm`, also of
-    elements next to the mean. A row of one number gives the bias.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from rmsnorm_np import layer_norm
-    >>> layer_norm(np.array([[1.0, 2.0, 3.0]]), eps=0.0)
-    array([[-1.22474487,  0.        ,  1.22474487]])
-    """
-    engine = _backends.select(x, backend)
-    if engine is reference:
-        return reference.layer_norm(x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out)
-    call = _FORWARD, (x, None), (weight, bias, weight_offset), (out, None), eps, 1.0, axis
-    y: Array = _backends.forward(engine, LAYER_NORM, call)[0]
-    return y
-
-
-def layer_norm_backward(
-    dy: npt.ArrayLike,
-    x: npt.ArrayLike,
-    weight: npt.ArrayLike | None = None,
-    bias: npt.ArrayLike | None = None,
-    *,
-    eps: float = 1e-6,
-    axis: int | tuple[int, ...] = -1,
-    weight_offset: float = 0.0,
-    out: Array | None = None,
-    backend: str | None = None,
-) -> LayerNormGrads:
-    """Gradients of a loss with respect to x, weight and bias of `layer_norm`, from the gradient with respect to y.
-
-    Parameters
-    ----------
-    dy, out
-        As in `rms_norm_backward`.
-    x, weight, bias, eps, axis, weight_offset, backend
-        As given to `layer_norm`. Of `bias`, only the shape and the dtype matter here.
-
-    Returns
-    -------
-    LayerNormGrads
-        A named tuple: ``dx`` with the shape and dtype of x, ``dweight`` with those of weight, ``dbias`` with those of
-        bias (float64 for a parameter of integers). ``dweight`` and ``dbias`` are None where the parameter is None.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As `rms_norm`; a ValueError too if dy has another shape than x.
-
-    See Also
-    --------
-    layer_norm : the forward function.
-    rmsnorm_np.reference.layer_norm_backward : the same in readable NumPy.
-
-    Notes
-    -----
-    With ``xhat = (x - mean(x)) · rstd`` and ``g = dy · (weight_offset + weight)``, in each row::
-
-        c      = mean(g · xhat)
-        dx     = rstd · (g - mean(g) - xhat · c)
-        dweight = sum(dy · xhat),  dbias = sum(dy)        over all rows that share the parameter
-
-    Mean and variance are computed again from x. Accuracy as in `rms_norm_backward`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from rmsnorm_np import layer_norm_backward
-    >>> layer_norm_backward(np.array([[1.0, 0.0, 0.0]]), np.array([[1.0, 2.0, 3.0]]), eps=0.0).dx
-    array([[ 0.20412415, -0.40824829,  0.20412415]])
-    """
-    _arguments.check_given("dy", dy)
-    engine = _backends.select(x, backend)
-    if engine is reference:
-        return reference.layer_norm_backward(
-            dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out
-        )
-    call = _BACKWARD, (x, dy, None), (weight, bias, weight_offset), (out,), eps, 1.0, axis
-    return LayerNormGrads(*_backends.backward(engine, LAYER_NORM_BACKWARD, call))

@@ -28,6 +28,8 @@ def add_rms_norm(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     residual_out: Array | None = None,
     backend: str | None = None,
@@ -42,8 +44,8 @@ def add_rms_norm(
         What a layer adds to the residual stream; as x of `rms_norm`.
     residual : array_like
         The residual stream. Shape of x; any of the dtypes of x, whatever that of x.
-    weight, bias, eps, p, axis, weight_offset, backend
-        As given to `rms_norm`.
+    weight, bias, eps, p, axis, weight_offset, dtype, round_xhat, backend
+        As given to `rms_norm`: `dtype` is that of y, and `round_xhat` rounds to the dtype of x.
     out : ndarray, optional
         Where y is written: exactly the shape and dtype of y, writable, any layout. It may be x or residual.
     residual_out : ndarray, optional
@@ -53,7 +55,8 @@ def add_rms_norm(
     Returns
     -------
     AddNorm
-        A named tuple: ``y`` with the shape and dtype of x, ``h`` with the shape and dtype of residual.
+        A named tuple: ``y`` with the shape of x, and its dtype unless `dtype` is another; ``h`` with the shape and
+        dtype of residual.
 
     Raises
     ------
@@ -86,12 +89,12 @@ def add_rms_norm(
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.add_rms_norm(
-            x, residual, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out,
-            residual_out=residual_out,
+            x, residual, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, dtype=dtype,
+            round_xhat=round_xhat, out=out, residual_out=residual_out,
         )  # fmt: skip
     _arguments.check_given("residual", residual)
     call = _FORWARD, (x, residual), (weight, bias, weight_offset), (out, residual_out), eps, p, axis
-    return AddNorm(*_backends.forward(engine, RMS_NORM, call))
+    return AddNorm(*_backends.forward(engine, RMS_NORM, call, dtype, round_xhat))
 
 
 def add_rms_norm_backward(
@@ -173,6 +176,8 @@ def add_layer_norm(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     residual_out: Array | None = None,
     backend: str | None = None,
@@ -187,8 +192,8 @@ def add_layer_norm(
         What a layer adds to the residual stream; as x of `layer_norm`.
     residual : array_like
         The residual stream. Shape of x; any of the dtypes of x, whatever that of x.
-    weight, bias, eps, axis, weight_offset, backend
-        As given to `layer_norm`.
+    weight, bias, eps, axis, weight_offset, dtype, round_xhat, backend
+        As given to `layer_norm`: `dtype` is that of y, and `round_xhat` rounds to the dtype of x.
     out : ndarray, optional
         Where y is written: exactly the shape and dtype of y, writable, any layout. It may be x or residual.
     residual_out : ndarray, optional
@@ -198,7 +203,8 @@ def add_layer_norm(
     Returns
     -------
     AddNorm
-        A named tuple: ``y`` with the shape and dtype of x, ``h`` with the shape and dtype of residual.
+        A named tuple: ``y`` with the shape of x, and its dtype unless `dtype` is another; ``h`` with the shape and
+        dtype of residual.
 
     Raises
     ------
@@ -231,12 +237,12 @@ def add_layer_norm(
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.add_layer_norm(
-            x, residual, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out,
-            residual_out=residual_out,
+            x, residual, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, dtype=dtype,
+            round_xhat=round_xhat, out=out, residual_out=residual_out,
         )  # fmt: skip
     _arguments.check_given("residual", residual)
     call = _FORWARD, (x, residual), (weight, bias, weight_offset), (out, residual_out), eps, 1.0, axis
-    return AddNorm(*_backends.forward(engine, LAYER_NORM, call))
+    return AddNorm(*_backends.forward(engine, LAYER_NORM, call, dtype, round_xhat))
 
 
 def add_layer_norm_backward(

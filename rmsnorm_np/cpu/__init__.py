@@ -46,6 +46,8 @@ def forward(
     out: arrays to write to, or None. What the operation keeps is written where a second array is read. eps: a number,
     or one for each row, then no row may leave the range. wide: as in `kinds.Kinds`.
     """
+    if operation.keep is None:
+        return _forward_of_any(operation, reads, columns, out, k, eps), None
     x, residual = reads
     weight, bias, offset = columns
     y, h = out
@@ -73,8 +75,8 @@ def forward(
         if way == kernel.APART and h is not None:
             streaming = min(streaming, memory.streams(h))
     key = (
-        operation.name, x.dtype, residual is None or residual.dtype, weight is None or weight.dtype,
-        bias is None or bias.dtype, whole, offset != 0.0, way, type(eps), wide and y.dtype,
+        operation.name, x.dtype, y.dtype, residual is None or residual.dtype, weight is None or weight.dtype,
+        bias is None or bias.dtype, whole, offset != 0.0, way, type(eps), wide,
     )  # fmt: skip
     entry = kernel.entries.get(key)
     if entry is None:
@@ -99,6 +101,42 @@ def forward(
     return y, h
 
 
+def _forward_of_any(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any) -> Any:
+    """`forward` of an operation that has one output and computes in float64."""
+    x, (y,), offset = reads[0], out, columns[-1]
+    rows, n = x.shape
+    if y is None:
+        y = memory.empty(x.shape, x.dtype, *(a for a in reads if a is not None))
+    way = kernel.ROWS if n <= long_rows.LONG_ROW else kernel.LONG_ROWS
+    key = (
+        operation.name, y.dtype, *(a is None or a.dtype for a in reads), *(a is None or a.dtype for a in columns[:-1]),
+        k == n, offset != 0.0, way, type(eps), False,
+    )  # fmt: skip
+    entry = kernel.entries.get(key) or kernel.entry(key, operation, reads, columns, (y,), _NO_TOTALS)
+    marks = np.zeros(rows, np.uint8) if entry.marks else None
+    arrays = tuple(map(_stored, reads)), (*map(_stored, columns[:-1]), offset), (_stored(y),)
+    args = *arrays, None if k == n else k, eps, memory.streams(y), marks
+    on_threads = threads.choose(x.size)
+    if on_threads == 1:
+        marked = entry.code(*args, 1)
+    else:
+        marked, _ = pace.run(entry, args, x.size, on_threads)
+    if marked:
+        call = rare.Call(operation, operation.Reads(*reads), operation.Columns(*columns), k, eps, marks)
+        with rare.standard_here():
+            rare.forward(_unmarked_of_any, call, y)
+    return y
+
+
+def _unmarked_of_any(call: rare.Call, out: Any) -> Any:
+    return _forward_of_any(call.operation, call.reads, call.columns, (out,), call.k, call.eps)
+
+
+def new_result(x: Any, dtype: Any) -> Any:
+    """Where a result like x, of another dtype, is to be written."""
+    return memory.empty(x.shape, dtype, x)
+
+
 def _forward_unmarked(call: rare.Call, out: Any) -> Any:
     wide = call.reads[0].itemsize == 2
     return forward(call.operation, call.reads, call.columns, (out, None), call.k, call.eps, wide)[0]
@@ -109,27 +147,25 @@ def backward(
 ) -> tuple[Any, Any]:
     """Run an operation that adds up shares over rows; returns its outputs and these sums. Arguments as in `forward`.
 
-    totals: what to add the shares up in; None for arrays like weight and bias.
+    Output j has the dtype of array j, where it is to be made. totals: what to add the shares up in; None for arrays
+    like weight and bias.
     """
-    x = reads[0]
+    x, offset = reads[0], columns[-1]
     rows, n = (x.shape[0] * x.shape[2] if x.ndim == 3 else len(x)), x.shape[1]
-    weight, bias, offset = columns
-    dx = out[0]
-    if dx is None:
-        dx = memory.empty(x.shape, x.dtype, *(a for a in reads if a is not None))
+    for j, a in enumerate(out):
+        if a is None:
+            made = memory.empty(x.shape, reads[j].dtype, *(b for b in (*reads, *out) if b is not None))
+            out = *out[:j], made, *out[j + 1 :]
+    likes = columns[0], columns[1] if operation.Columns is Columns else None
     if totals is None:
-        totals = (
-            None if weight is None else memory.empty(weight.shape, weight.dtype),
-            None if bias is None else memory.empty(bias.shape, bias.dtype),
-        )
+        totals = tuple(None if a is None else memory.empty(a.shape, a.dtype) for a in likes)
     dweight, dbias = totals
     if rows == 0:
         for total in totals:
             if total is not None:
                 total[...] = 0
-        return (dx,), totals
-    weight_m = 1 if weight is None else len(weight)
-    m = max(weight_m, 1 if dweight is None else len(dweight), 1 if dbias is None else len(dbias))
+        return out, totals
+    m = max(1 if a is None else len(a) for a in columns[:-1])
     long = n > long_rows.LONG_ROW
     way = kernel.APART if x.ndim == 3 else kernel.LONG_ROWS if long else kernel.ROWS
     partials: tuple[Any, Any] = _NO_TOTALS
@@ -141,21 +177,20 @@ def backward(
         chunks = min(CHUNKS // m or 1, rows // m // ROWS_PER_CHUNK or 1)
         room = chunks * m * n + LINE // 8  # the kernel begins at the first cache line
         partials = None if dweight is None else np.empty(room), None if dbias is None else np.empty(room)
+    own = (columns[0], None, offset) if operation.unused else columns  # but the bias, which is like its sum
     key = (
-        operation.name, x.dtype, reads[1].dtype, reads[2] is None or reads[2].dtype, weight is None or weight.dtype,
-        sums[0] is None or sums[0].dtype, sums[1] is None or sums[1].dtype, k == n, offset != 0.0, way, type(eps),
-        wide,
+        operation.name, *(a is None or a.dtype for a in (*reads, *own[:-1], *out, *sums)), k == n, offset != 0.0, way,
+        type(eps), wide,
     )  # fmt: skip
-    own = weight, None, offset
     entry = kernel.entries.get(key)
     if entry is None:
-        entry = kernel.entry(key, operation, reads, own, (dx,), sums)
+        entry = kernel.entry(key, operation, reads, own, out, sums)
     marks = np.zeros(rows, np.uint8) if entry.marks else None
-    arrays: Any = reads, own, (dx,), partials, sums
+    arrays: Any = reads, own, out, partials, sums
     if entry.halves:
-        stored = tuple(map(_stored, reads)), (_stored(weight), None, offset), (_stored(dx),)
+        stored = tuple(map(_stored, reads)), (*map(_stored, own[:-1]), offset), tuple(map(_stored, out))
         arrays = *stored, partials, tuple(map(_stored, sums))
-    settings = None if k == n else k, eps, memory.streams(dx), m, chunks
+    settings = None if k == n else k, eps, memory.streams(*out), m, chunks
     on_threads = threads.choose(x.size)
     if on_threads == 1:
         marked = entry.code(*arrays, settings, marks, 1)
@@ -165,27 +200,29 @@ def backward(
         if long and any(t is not None for t in sums):  # as rows were marked, they are not added up yet
             sums = tuple(None if t is None else np.empty((m, n)) for t in totals)
             again = "again", *key
-            entry = kernel.entries.get(again) or kernel.entry(again, operation, reads, own, (dx,), sums)
+            entry = kernel.entries.get(again) or kernel.entry(again, operation, reads, own, out, sums)
             entry.code(*arrays[:4], sums, settings, marks, on_threads)
-        call = rare.Call(operation, operation.Reads(*reads), Columns(*columns), k, eps, marks)
+        call = rare.Call(operation, operation.Reads(*reads), operation.Columns(*columns), k, eps, marks)
         with rare.standard_here():
-            shares = rare.backward(_backward_unmarked, call, dx, m)
+            shares = rare.backward(_backward_unmarked, call, out, likes, m)
         if not long:
             sums = tuple(t if t is None else memory.from_line(t, (chunks * m, n)) for t in partials)
         sums = tuple(t if t is None else np.concatenate(parts) for t, *parts in zip(totals, sums, shares, strict=True))
     elif not long:
-        return (dx,), totals
+        return out, totals
     for total, rows_of_sums in zip(totals, sums, strict=True):
         if total is not None and total is not rows_of_sums:
             kernel.add_rows(rows_of_sums, _stored(total), total.dtype.name, on_threads)
-    return (dx,), totals
+    return out, totals
 
 
 def _backward_unmarked(call: rare.Call, with_totals: bool) -> tuple[Any, Any]:
     n, wide = call.reads[0].shape[1], call.reads[0].itemsize == 2
-    totals = tuple(np.empty((1, n)) if with_totals and a is not None else None for a in call.columns[:2])
-    (dx,), totals = backward(call.operation, call.reads, call.columns, (None,), call.k, call.eps, totals, wide)
-    return dx, totals
+    operation = call.operation
+    likes = call.columns.weight, getattr(call.columns, "bias", None)
+    totals = tuple(np.empty((1, n)) if with_totals and a is not None else None for a in likes)
+    nothing = (None,) * len(operation.Writes._fields)
+    return backward(operation, call.reads, call.columns, nothing, call.k, call.eps, totals, wide)
 
 
 def _stored(a: Any) -> Any:

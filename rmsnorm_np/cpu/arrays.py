@@ -11,7 +11,7 @@ from numba.core.extending import intrinsic
 from rmsnorm_np.cpu.kinds import STORAGE, Arrays, Kinds
 from rmsnorm_np.cpu.tracing import step
 from rmsnorm_np.cpu.vector import Writer
-from rmsnorm_np.ops.operation import Columns, Totals
+from rmsnorm_np.ops.operation import Totals
 from rmsnorm_np.ops.records import given
 
 
@@ -39,9 +39,17 @@ class Size(NamedTuple):
     modest: Any
 
 
+def is_like_bias(field: str) -> bool:
+    """Whether this field of columns has as many rows as the bias; else it has as many as the weight."""
+    return "bias" in field
+
+
 @intrinsic
 def lengths(typing_context: Any, reads: Any, columns: Any) -> Any:
-    """(rows, n, inner, rows of weight, rows of bias) of arrays (rows, n), where inner is 1, or (outer, n, inner)."""
+    """(rows, n, inner, rows of weight, rows of bias) of arrays (rows, n), where inner is 1, or (outer, n, inner).
+
+    All columns like weight have as many rows, and all those like bias.
+    """
 
     def shape(context: Any, builder: Any, kind: Any, record: Any, j: Any) -> Any:
         if isinstance(kind[j], types.NoneType):
@@ -49,8 +57,12 @@ def lengths(typing_context: Any, reads: Any, columns: Any) -> Any:
         array = context.make_array(kind[j])(context, builder, value=builder.extract_value(record, j))
         return cgutils.unpack_tuple(builder, array.shape)
 
+    fields = columns.fields[:-1]
+    groups = [[j for j, field in enumerate(fields) if is_like_bias(field) == which] for which in (False, True)]
+
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        weight, bias = (shape(context, builder, columns, args[1], j)[0] for j in range(2))
+        given_ones = [[j for j in group if not isinstance(columns[j], types.NoneType)] or group for group in groups]
+        weight, bias = (shape(context, builder, columns, args[1], ones[0])[0] for ones in given_ones)
         outer, n, *inner = shape(context, builder, reads, args[0], 0)
         rows = builder.mul(outer, inner[0]) if inner else outer
         found = [rows, n, *(inner or [context.get_constant(types.intp, 1)]), weight, bias]
@@ -134,7 +146,7 @@ def pointer_types(kinds: Kinds) -> Any:
 
     parts = (
         types.NamedTuple(pointers_to(kinds.reads), type(kinds.reads)),
-        types.NamedTuple([*pointers_to(kinds.columns[:2]), types.float64], Columns),
+        types.NamedTuple([*pointers_to(kinds.columns[:-1]), types.float64], type(kinds.columns)),
         types.NamedTuple(pointers_to(kinds.writes), type(kinds.writes)),
         totals_type(kinds),
     )
@@ -162,10 +174,9 @@ def moved(kinds: Kinds) -> Any:
     def body(w: Writer, arrays: Arrays, start: Any, weight: Any, bias: Any, total: Any) -> Arrays:
         by = lambda record, place: given(record, lambda data: w.pointer(data, place))  # noqa: E731
         columns = arrays.columns
-        columns = columns._replace(
-            weight=None if columns.weight is None else w.pointer(columns.weight, weight),
-            bias=None if columns.bias is None else w.pointer(columns.bias, bias),
-        )
+        for field, data in zip(columns._fields[:-1], columns, strict=False):
+            if data is not None:
+                columns = columns._replace(**{field: w.pointer(data, bias if is_like_bias(field) else weight)})
         return Arrays(by(arrays.reads, start), columns, by(arrays.writes, start), by(arrays.totals, total))
 
     return step(body, pointer_types(kinds))

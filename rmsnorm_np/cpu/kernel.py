@@ -9,7 +9,7 @@ from rmsnorm_np.cpu.kinds import Kinds
 from rmsnorm_np.cpu.long_rows import long_kernel
 from rmsnorm_np.cpu.schedule import adding_kernel, rows_kernel
 from rmsnorm_np.cpu.vector import LANES
-from rmsnorm_np.ops.operation import Columns, Totals
+from rmsnorm_np.ops.operation import Totals
 from rmsnorm_np.ops.records import given
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Entry:
     def _first_call(self, reads: Any, columns: Any, writes: Any, *rest: Any) -> Any:
         """Compile for the types of these arguments, then call."""
         kinds, operation = self.kinds, self.kinds.operation
-        records = operation.Reads(*reads), Columns(*columns), operation.Writes(*writes)
+        records = operation.Reads(*reads), operation.Columns(*columns), operation.Writes(*writes)
         sums = () if operation.share is None else map(Totals._make, rest[:2])
         label = " ".join(map(str, (operation.name, *kinds[1:], self.long)))
         make = long_kernel if self.long else rows_kernel
@@ -57,7 +57,8 @@ def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any,
 
     first_k, offset, way, row_eps, wide = not key[-5], key[-4], key[-3], key[-2] is not float, key[-1] is not False
     kinds = Kinds(
-        operation, names(operation.Reads(*reads)), names(Columns(*columns[:2]))._replace(weight_offset=offset or None),
+        operation, names(operation.Reads(*reads)),
+        names(operation.Columns(*columns[:-1]))._replace(weight_offset=offset or None),
         names(operation.Writes(*writes)),
         names(Totals(*totals)), first_k, row_eps, wide=wide,
     )  # fmt: skip

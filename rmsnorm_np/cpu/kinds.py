@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from numba.core import types
 
 from rmsnorm_np.cpu.vector import ITEMSIZE, LANES, Work
-from rmsnorm_np.ops.operation import Columns, Operation, Totals
+from rmsnorm_np.ops.operation import Operation, Totals
 
 STORAGE = {"float16": types.uint16, "bfloat16": types.uint16, "float32": types.float32, "float64": types.float64}
 
@@ -23,7 +23,7 @@ class Kinds(NamedTuple):
 
     operation: Operation
     reads: Any
-    columns: Columns
+    columns: Any
     writes: Any
     totals: Totals
     first_k: bool = False
@@ -38,11 +38,12 @@ class Kinds(NamedTuple):
         """How to compute: the row is about what is kept, or else about the first array that is read."""
         keep = self.operation.keep
         about = (keep and getattr(self.writes, keep)) or self.reads[0]
-        if about == "float64" or getattr(self.writes, "y", None) == "float64":
+        if about == "float64" or "float64" in self.writes:
             return Work("exact", LANES)
         # of bfloat16, an element that is not in the RMS may leave float32 until it is multiplied by its weight
         leaves = self.first_k and "bfloat16" in self.reads
-        halves = all(ITEMSIZE[name] == 2 for name in self.reads if name) and "float64" not in self.columns[:2]
+        arrays = (*self.reads, *self.writes)
+        halves = all(ITEMSIZE[name] == 2 for name in arrays if name) and "float64" not in self.columns[:-1]
         if self.operation.singles and halves and not self.wide and not leaves:
             forward = self.operation.share is None
             return Work("single", (4 if forward and not self.narrow else 2) * LANES, forward and about == "bfloat16")

@@ -163,13 +163,15 @@ def _offset_in_page(*taken: int) -> int:
     return (start + gap // 2) % PAGE // LINE * LINE
 
 
-def streams(y: Any) -> int:
+def streams(y: Any, *others: Any) -> int:
     """1 where writing past the cache pays: a result that would not stay in the cache, in rows that fill lines.
 
     Of an array (outer, n, inner): 1 for a result that would not stay in the cache, 2 where its inner elements fill
-    lines as well.
+    lines as well. Of several results: 1 where all have one alignment.
     """
     if y.nbytes < STREAM_BYTES:
+        return 0
+    if any(a.itemsize != y.itemsize or (_address(a) - _address(y)) % LINE for a in others):
         return 0
     row = y.shape[-1] * y.itemsize
     aligned = row % LINE == 0 and _address(y) % LINE == 0

@@ -32,7 +32,7 @@ def small(operation: Operation, given: dict[str, Any], whole: Callable[[Any], An
     k = _numbers.elements_in_rms(n, given.get("p", 1.0))
     offset, eps, least = given["weight_offset"], given["eps"], threads.PARALLEL_ELEMENTS
     key = (
-        operation.name, _FLOAT32, True, weight is None or weight.dtype, bias is None or bias.dtype, k == n,
+        operation.name, _FLOAT32, _FLOAT32, True, weight is None or weight.dtype, bias is None or bias.dtype, k == n,
         offset != 0.0, kernel.ROWS, float, False,
     )  # fmt: skip
     weight, bias = (a if a is None or a.itemsize > 2 else a.view(np.uint16) for a in (weight, bias))

@@ -17,7 +17,7 @@ import numpy as np
 
 from rmsnorm_np.cpu.jit import compiled
 from rmsnorm_np.cpu.mode import restore_mode, standard_mode
-from rmsnorm_np.ops.operation import Columns, Operation, Totals
+from rmsnorm_np.ops.operation import Operation, Totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,14 +54,25 @@ def goal_of(operation: Operation) -> int:
     return GOAL if operation.recentring else 0
 
 
-def groups(marks: Any, columns: Columns, m: int, at_once: int) -> Iterator[tuple[int, Any, Columns]]:
+def others_of(call: Call, place: Any, e: Any) -> dict[str, Any]:
+    """What is read beside the first array, of these rows; times 2**e (rows, 1) where that goes with the first."""
+
+    def one(field: str, a: Any) -> Any:
+        if a is None or e is None or field not in call.operation.scaled:
+            return None if a is None else a[place]
+        return times_power(a[place].astype(np.float64), e)
+
+    return {field: one(field, a) for field, a in zip(call.reads._fields[1:], call.reads[1:], strict=True)}
+
+
+def groups(marks: Any, columns: Any, m: int, at_once: int) -> Iterator[tuple[int, Any, Any]]:
     """(h, marked rows that share row h of the totals, at most at_once of them, their columns)."""
     rows = np.flatnonzero(marks)
     for h in np.unique(rows % m):
-        own = [None if a is None else a[h % len(a)][None] for a in (columns.weight, columns.bias)]
+        own = [None if a is None else a[h % len(a)][None] for a in columns[:-1]]
         chosen = rows[rows % m == h]
         for first in range(0, len(chosen), at_once):
-            yield int(h), chosen[first : first + at_once], columns._replace(weight=own[0], bias=own[1])
+            yield int(h), chosen[first : first + at_once], type(columns)(*own, columns.weight_offset)
 
 
 @np.errstate(all="ignore")
@@ -116,7 +127,7 @@ class Call(NamedTuple):
 
     operation: Operation
     reads: Any
-    columns: Columns
+    columns: Any
     k: int
     eps: float
     marks: Any
@@ -134,60 +145,73 @@ def place_of(rows: Any, a: Any) -> Any:
 def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
     """The rows of y that are marked. run(call, out) gives y of rows that need no marks, in out if that is not None."""
     x = call.reads[0]
-    m = max(1 if a is None else len(a) for a in call.columns[:2])
+    m = max(1 if a is None else len(a) for a in call.columns[:-1])
     halves = x.itemsize == 2 and y.itemsize < 8  # float64 outputs are computed in pairs, which have no more range
     at_once = len(call.marks) if halves else max(1, AT_ONCE // x.shape[1])
     for _, rows, own in groups(call.marks, call.columns, m, at_once):
         place = place_of(rows, x)
         chosen, eps = x[place], call.eps
-        out = None
+        out, others = None, others_of(call, place, None)
         if halves:
             out = y[place] if isinstance(place, slice) else np.empty(chosen.shape, y.dtype)
         else:
             chosen, e, eps = in_range(call.operation, chosen.astype(np.float64), call.k, eps)
             chosen = times_power(chosen, e)
-        y[place] = run(call._replace(reads=(chosen, None), columns=own, eps=eps, marks=None), out)
+            others = others_of(call, place, e)
+        reads = chosen, *(others[field] for field in call.reads._fields[1:])
+        y[place] = run(call._replace(reads=reads, columns=own, eps=eps, marks=None), out)
 
 
 @np.errstate(all="ignore")
-def backward(run: Callable[..., Any], call: Call, dx: Any, m: int) -> Totals:
-    """The rows of dx that are marked; returns their shares of the totals, float64 (m, n), but for those that the kernel
-    adds.
+def backward(run: Callable[..., Any], call: Call, out: Any, likes: Any, m: int) -> Totals:
+    """The rows of the outputs that are marked; returns their shares of the totals, float64 (m, n), but for those that
+    the kernel adds. likes: the columns that the totals are like, or None.
 
-    run(call, totals) gives dx of rows that need no marks and, if totals is true, float64 sums. For dx each row of dy is
-    scaled to its size. Not for dweight, where a large dy meets small ones of other rows: xhat has no scale, and dy has
-    the factor of x as long as there is room for it, so that their product with rstd is as large as dy.
+    run(call, totals) gives the outputs of rows that need no marks and, if totals is true, float64 sums. For the outputs
+    each row of dy is scaled to its size. Not for dweight, where a large dy meets small ones of other rows: xhat has no
+    scale, and dy has the factor of x as long as there is room for it, so that their product with rstd is as large as
+    dy.
     """
-    x, dy, dh = call.reads
-    totals = Totals(*(None if a is None else np.zeros((m, x.shape[1])) for a in call.columns[:2]))
+    operation, (x, *_) = call.operation, call.reads
+    dy, dh = call.reads.dy, getattr(call.reads, "dh", None)
+    totals = Totals(*(None if a is None else np.zeros((m, x.shape[1])) for a in likes))
     at_once = len(call.marks) if x.itemsize == 2 else max(1, AT_ONCE // x.shape[1])
 
     def add(h: int, shares: Totals, exponent: int) -> None:
         for name, total, share in zip(Totals._fields, totals, shares, strict=True):
-            if total is not None and name not in call.operation.always:
+            if total is not None and name not in operation.always:
                 total[h] += np.ldexp(share[0], exponent)
 
     for h, rows, own in groups(call.marks, call.columns, m, at_once):
         place = place_of(rows, x)
         if x.itemsize == 2:
-            reads = tuple(None if a is None else a[place] for a in call.reads)
-            dx[place], shares = run(call._replace(reads=reads, columns=own, marks=None), True)
+            reads = operation.Reads(*(None if a is None else a[place] for a in call.reads))
+            results, shares = run(call._replace(reads=reads, columns=own, marks=None), True)
+            for a, result in zip(out, results, strict=True):
+                a[place] = result
             add(h, shares, 0)
             continue
-        chosen, e, eps = in_range(call.operation, x[place].astype(np.float64), call.k, call.eps)
+        chosen, e, eps = in_range(operation, x[place].astype(np.float64), call.k, call.eps)
         gradient = dy[place].astype(np.float64)
-        largest = np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True)
+        d = _exponent(np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True))
         ready = call._replace(columns=own, eps=eps, marks=None)
-        d = _exponent(largest)
-        reads = times_power(chosen, e), times_power(gradient, d), None
-        result = times_power(run(ready._replace(reads=reads), False)[0], e - d)
-        dx[place] = result if dh is None else result + dh[place]  # dh may be too small, or large, for the row's scale
-        large = largest[:, 0] >= LARGE
-        usual = goal_of(call.operation)
+
+        def reads_of(x: Any, e: Any, dy: Any, place: Any = place) -> Any:
+            # dh may be too small, or large, for the row's scale
+            others = {**others_of(call, place, e), "dy": dy} | ({} if dh is None else {"dh": None})
+            return operation.Reads(times_power(x, e), **others)
+
+        results = run(ready._replace(reads=reads_of(chosen, e, times_power(gradient, d))), False)[0]
+        for field, a, result in zip(operation.Writes._fields, out, results, strict=True):
+            exponent = e * (field in operation.divided) - d * (field in operation.linear)
+            result = times_power(result, exponent)
+            a[place] = result if dh is None else result + dh[place]
+        large = np.fmax.reduce(np.abs(gradient), axis=1) >= LARGE
+        usual = goal_of(operation)
         for some, goal in ((~large, usual), (large, 0)):
             if any(t is not None for t in totals) and some.any():
-                e_some = e[some] - usual + goal
-                reads = times_power(chosen[some], e_some), gradient[some] * 2.0**goal, None
+                at = place_of(rows[some], x)
+                reads = reads_of(chosen[some], e[some] - usual + goal, gradient[some] * 2.0**goal, at)
                 eps_some = np.ldexp(eps[some], 2 * (goal - usual))
                 add(h, run(ready._replace(reads=reads, eps=eps_some), True)[1], -goal)
     return totals

@@ -19,7 +19,7 @@ from rmsnorm_np.cpu.kinds import Arrays, Kinds
 from rmsnorm_np.cpu.shapes import SCALAR, Leaf
 from rmsnorm_np.cpu.tracing import step, tried
 from rmsnorm_np.cpu.vector import Number, Work, Writer
-from rmsnorm_np.ops.operation import Columns, Stage, Totals
+from rmsnorm_np.ops.operation import Stage, Totals
 from rmsnorm_np.ops.primitives import Pair, either, plus
 from rmsnorm_np.ops.records import given, leaves, mapped, rebuilt
 
@@ -61,15 +61,17 @@ class Program:
 
     # ------------------------------------------------------------------------------------------------ elements
 
-    def columns(self, w: Writer, columns: Columns, i: Any, count: Any) -> Columns:
+    def columns(self, w: Writer, columns: Any, i: Any, count: Any) -> Any:
         """weight, bias and weight_offset of elements i, i + 1, …"""
         names = self.kinds.columns
         loaded = {
             field: w.load(getattr(columns, field), getattr(names, field), i, self.work, count)
-            for field in ("weight", "bias")
+            for field in names._fields[:-1]
             if getattr(names, field)
         }
-        return Columns(**loaded, weight_offset=self._offset(columns.weight_offset) if names.weight_offset else None)
+        return self.op.Columns(
+            **loaded, weight_offset=self._offset(columns.weight_offset) if names.weight_offset else None
+        )
 
     def _offset(self, offset: Number) -> Any:
         """weight_offset as weights meet it: to all its digits, whatever they have."""
@@ -253,30 +255,32 @@ class Program:
     def write(self) -> Any:
         """write(row, first, last, k, m, streaming, ahead): outputs and shares of elements first to last."""
         op, kinds, width = self.op, self.kinds, self.width
-        target = next(f for f in kinds.writes._fields if f != op.keep)
+        targets = [f for f in kinds.writes._fields if f != op.keep]
+        first = targets[0]
 
         def given_out(w: Writer, row: Arrays, i: Any, k: Any, m: Any, count: Any) -> Any:
             e, c = self.element(w, row, i, count, False), self.columns(w, row.columns, i, count)
             if op.share is not None:
                 self.add_shares(w, row.totals, e, m, i, count)
             inside = None if k is None else w.before(w.builder.sub(k, i), self.work)
-            return getattr(op.leave(e, m, c, inside), target)
+            found = op.leave(e, m, c, inside)
+            return [(getattr(row.writes, f), getattr(kinds.writes, f), getattr(found, f)) for f in targets]
 
         def vector(w: Writer, row: Arrays, i: Any, k: Any, m: Any, streaming: bool, ahead: Any) -> None:
-            number = given_out(w, row, i, k, m, None)
-            data, name = getattr(row.writes, target), getattr(kinds.writes, target)
+            for data, name, number in given_out(w, row, i, k, m, None):
+                if streaming:
+                    w.stream(data, name, i, number, self.work.words)
+                else:
+                    w.store(data, name, i, number, None, self.work.words)
             if streaming:
-                w.stream(data, name, i, number, self.work.words)
                 w.prefetch(row.reads[0], w.builder.add(i, ahead), 1 if op.share is None else 2)
-            else:
-                w.store(data, name, i, number, None, self.work.words)
 
         def part(w: Writer, row: Arrays, i: Any, k: Any, m: Any, count: Any) -> None:
-            number = given_out(w, row, i, k, m, count)
-            w.store(getattr(row.writes, target), getattr(kinds.writes, target), i, number, count, self.work.words)
+            for data, name, number in given_out(w, row, i, k, m, count):
+                w.store(data, name, i, number, count, self.work.words)
 
         def until(w: Writer, row: Arrays, i: Any) -> Any:
-            return w.until_aligned(getattr(row.writes, target), getattr(kinds.writes, target), i, width)
+            return w.until_aligned(getattr(row.writes, first), getattr(kinds.writes, first), i, width)
 
         store = step(lambda w, row, i, k, m, ahead: vector(w, row, i, k, m, False, ahead))
         stream = step(lambda w, row, i, k, m, ahead: vector(w, row, i, k, m, True, ahead))

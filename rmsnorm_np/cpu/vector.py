@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 
-from rmsnorm_np.cpu import llvm
+from rmsnorm_np.cpu import functions, llvm
 from rmsnorm_np.cpu.llvm import DOUBLE, FLOAT, I16, I32, I64
 from rmsnorm_np.cpu.shapes import Leaf
 from rmsnorm_np.ops.primitives import Pair, is_pair, plus, rounded
@@ -165,6 +165,12 @@ class Number:
 
     def root(self) -> Number:
         return self._call("sqrt")
+
+    def exponential(self) -> Number:
+        return functions.exponential(self)  # type: ignore[no-any-return]
+
+    def in_dtype(self, name: str) -> Number:
+        return functions.in_dtype(self, name)  # type: ignore[no-any-return]
 
     def as_single(self) -> Number:
         return self.to(Leaf("f32", self.leaf.lanes)).to(self.leaf)

@@ -35,7 +35,7 @@ def _geometry(shape: tuple[int, ...], axis: Any, p: Any) -> Geometry:
 _remembered_geometry = lru_cache(maxsize=1024)(_geometry)
 
 
-def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
+def engine_arguments(call: tuple[Any, ...], dtype: Any = None) -> tuple[Any, ...]:
     """As `_arguments.engine_arguments`, for device arrays; all errors but that of the dtype are those of the host.
 
     The arrays of the result are `Seen`. For each result that there is, there is an array to write to.
@@ -83,17 +83,20 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     copies: list[tuple[Seen, Seen]] = []  # what is copied there first
     for name, target, wanted, like in zip(out_names, targets, out, read_rows, strict=False):
         result, answer = None, wanted
+        result_dtype = like and like.dtype
+        if dtype is not None and not ready:
+            result_dtype = dtype
         if target is not None and like is not None:
-            _check_target(name, target, shape, like.dtype)
+            _check_target(name, target, shape, result_dtype)
             if _is_direct(target, trailing, read_rows, (weights, biases)):
                 result = rows_of(target, rows)
         if result is None and like is not None:
-            made = arrays.empty(moved, like.dtype, stream)
+            made = arrays.empty(moved, result_dtype, stream)
             result = rows_of(arrays.seen("", made), rows)
             if trailing and wanted is None:
                 answer = made
             else:
-                answer = arrays.empty(shape, like.dtype, stream) if wanted is None else wanted
+                answer = arrays.empty(shape, result_dtype, stream) if wanted is None else wanted
                 copies.append((arrays.seen("", made), permuted(arrays.seen(name, answer))))
         ready.append(result)
         answers.append(answer)

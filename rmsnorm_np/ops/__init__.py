@@ -12,13 +12,16 @@ leave      outputs of an element
 share      what an element adds to the sums over rows: dweight, dbias
 =========  =============================================================================================
 
-`rms` and `layer` are the operations, `primitives` is what their formulas call; `records` is for engines, which take
-such records apart. Start with `operation`, then `rms`.
+`rms` and `layer` are the norms; `l2`, `gated`, `jvp`, `double` and `rounding` are made from them. `primitives` is what
+the formulas call, `records` is for engines, which take such records apart. Start with `operation`, then `rms`.
 """
 
 from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
 from rmsnorm_np.ops.operation import Operation
 from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
+from rmsnorm_np.ops.rounding import rounding_xhat
+
+__all__ = ["BACKWARD", "FORWARD", "Operation", "rounding_xhat"]
 
 FORWARD: tuple[Operation, ...] = RMS_NORM, LAYER_NORM
 BACKWARD: tuple[Operation, ...] = RMS_NORM_BACKWARD, LAYER_NORM_BACKWARD

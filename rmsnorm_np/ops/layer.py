@@ -81,11 +81,11 @@ def add_square(s: Squares, h: Any, c: Columns, m: Mean, inside: Any) -> Squares:
     return Squares(plus_square(s.squares, minus(h, m.near)))
 
 
-def variance(s: Any, n: Any, m: Mean) -> Any:
+def variance(s: Any, n: Any, m: Any) -> Any:
     return over(minus(s.squares, times(times(m.rest, m.rest), n)), n)
 
 
-def rstd(s: Any, n: Any, eps: Any, m: Mean) -> Any:
+def rstd(s: Any, n: Any, eps: Any, m: Any) -> Any:
     return reciprocal_root(plus(variance(s, n, m), eps))
 
 
@@ -97,11 +97,15 @@ def centred(h: Any, m: Any) -> Any:
     return minus(minus(h, m.near), m.rest)
 
 
+def xhat(h: Any, m: Numbers) -> Any:
+    return times(centred(h, m), m.rstd)
+
+
 def y(h: Any, m: Numbers, c: Columns, inside: Any) -> Writes:
-    return Writes(scaled_and_shifted(times(centred(h, m), m.rstd), scale(c), c.bias))
+    return Writes(scaled_and_shifted(xhat(h, m), scale(c), c.bias))
 
 
-def extent(s: Any, n: Any, k: Any, eps: Any, m: Mean) -> Extent:
+def extent(s: Any, n: Any, k: Any, eps: Any, m: Any) -> Extent:
     v = over(rounded(s.squares), n)  # up to twice the variance; in subnormal numbers h - mean is not exact
     return Extent((v + eps,), (v,))
 
@@ -183,5 +187,6 @@ LAYER_NORM_BACKWARD = Operation(
     share,
     singles=True,
     always=("dbias",),
+    unused=("bias",),
     recentring=True,
 )

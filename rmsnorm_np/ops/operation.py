@@ -95,6 +95,11 @@ class Operation(NamedTuple):
     singles: float32 is enough to compute in where what is read has 16 bits: nothing cancels. (CPU; a GPU always does.)
     recentring: the result does not change if a number is added to all elements of the first array.
     always: totals whose shares need no numbers of the row: those of a row out of range keep their place in the sum.
+    Columns: the record of what belongs to the columns: arrays like weight, arrays like bias (those with bias in their
+    names), and last weight_offset.
+    scaled: arrays that are multiplied by s with the first, so that outputs and totals stay what they are.
+    divided, linear: outputs that are divided by s then; that are linear in dy. (Totals are all linear in dy.)
+    unused: columns that no formula uses, though they have totals.
     """
 
     name: str
@@ -110,6 +115,11 @@ class Operation(NamedTuple):
     singles: bool = False
     recentring: bool = False
     always: tuple[str, ...] = ()
+    Columns: type[Any] = Columns
+    scaled: tuple[str, ...] = ()
+    divided: tuple[str, ...] = ("dx",)
+    linear: tuple[str, ...] = ("dx",)
+    unused: tuple[str, ...] = ()
 
 
 def guards(*sizes: Any) -> tuple[Any, ...]:
@@ -117,7 +127,7 @@ def guards(*sizes: Any) -> tuple[Any, ...]:
     return tuple(size * size for size in sizes if size is not None)
 
 
-def scale(c: Columns) -> Any:
+def scale(c: Any) -> Any:
     """weight_offset + weight; None without a weight."""
     from rmsnorm_np.ops.primitives import plus
 

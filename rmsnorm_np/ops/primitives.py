@@ -77,6 +77,22 @@ def as_single(a: Any) -> Any:
     return a.as_single() if hasattr(a, "as_single") else np.asarray(a, np.float32).astype(np.result_type(a))
 
 
+def exponential(a: Any) -> Any:
+    """e to the power of a, a <= 0, to an ULP or so."""
+    return a.exponential() if hasattr(a, "exponential") else np.exp(a)
+
+
+def in_dtype(a: Any, name: str) -> Any:
+    """What a number of this dtype can hold of a, of a's own type; of a pair, exact."""
+    plain = rounded(a)
+    if hasattr(plain, "in_dtype"):
+        found = plain.in_dtype(name)
+    else:
+        plain = np.asarray(plain)
+        found = plain.astype(_dtype(name)).astype(plain.dtype)
+    return Pair(found, None) if is_pair(a) else found
+
+
 def constant(number: float, like: Any) -> Any:
     """A number, of the type of another."""
     return like.constant(number) if hasattr(like, "constant") else np.result_type(like).type(number)
@@ -283,6 +299,15 @@ def scaled_and_shifted(xhat: Any, scale: Any, shift: Any) -> Any:
     if tail is None:
         return a.head * b.head
     return fma(a.head, b.head, either(is_finite(tail), tail, constant(0.0, tail)))
+
+
+def _dtype(name: str) -> Any:
+    """NumPy's dtype of this name; bfloat16 is ml_dtypes'."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def _numpy_fma(a: Any, b: Any, c: Any) -> Any:

@@ -55,12 +55,16 @@ def add_square(s: Squares, h: Any, c: Columns, m: None, inside: Any) -> Squares:
     return Squares(plus_square(s.squares, h))
 
 
-def rstd(s: Squares, n: Any, k: Any, eps: Any, m: None) -> Rstd:
+def rstd(s: Any, n: Any, k: Any, eps: Any, m: None) -> Rstd:
     return Rstd(reciprocal_root(plus(over(s.squares, k), eps)))
 
 
+def xhat(h: Any, m: Rstd) -> Any:
+    return times(h, m.rstd)
+
+
 def y(h: Any, m: Rstd, c: Columns, inside: Any) -> Writes:
-    return Writes(scaled_and_shifted(times(h, m.rstd), scale(c), c.bias))
+    return Writes(scaled_and_shifted(xhat(h, m), scale(c), c.bias))
 
 
 def extent(s: Any, n: Any, k: Any, eps: Any, m: None) -> Extent:
@@ -123,4 +127,5 @@ RMS_NORM_BACKWARD = Operation(
     share,
     singles=True,
     always=("dbias",),
+    unused=("bias",),
 )

@@ -73,9 +73,10 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend is {backend!r}, expected None or 'reference' from a function of the reference")
 
 
-def widen(*arrays: Any) -> list[Any]:
-    """The arrays in one type that is wider than each of them. None stays None."""
-    wide = np.result_type(*(_wider(a.dtype) for a in arrays if a is not None))
+def widen(*arrays: Any, dtype: np.dtype[Any] | None = None) -> list[Any]:
+    """The arrays in one type that is wider than each of them, and than dtype. None stays None."""
+    dtypes = [a.dtype for a in arrays if a is not None]
+    wide = np.result_type(*map(_wider, dtypes if dtype is None else [*dtypes, dtype]))
     return [None if a is None else a.astype(wide) for a in arrays]
 
 
@@ -93,6 +94,11 @@ def rounded(a: Array, dtype: np.dtype[Any]) -> Array:
     bfloat16 comes from float64 by way of float32, in ml_dtypes: 0.50001 ULP at worst, where one rounding gives 0.5.
     """
     return a.astype(np.result_type(dtype, np.complex64) if np.iscomplexobj(a) else dtype)
+
+
+def through(a: Array, dtype: np.dtype[Any] | None) -> Array:
+    """The array as it is after a stay in this dtype."""
+    return a if dtype is None else rounded(a, dtype).astype(a.dtype)
 
 
 def like(parameter: Any, gradient: Array | None) -> Array | None:

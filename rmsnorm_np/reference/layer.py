@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments
-from rmsnorm_np.reference._common import AddNorm, LayerNormGrads, added, check_backend, like, rounded, widen
+from rmsnorm_np._numbers import check_flag
+from rmsnorm_np.reference._common import AddNorm, LayerNormGrads, added, check_backend, like, rounded, through, widen
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -16,13 +17,16 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 
-def forward(x: Any, w: Any, b: Any, eps: float, weight_offset: float) -> Any:
-    """y of x (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n). None where not given."""
+def forward(x: Any, w: Any, b: Any, eps: float, weight_offset: float, through_dtype: Any = None) -> Any:
+    """y of x (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n). None where not given.
+
+    through_dtype: what xhat is rounded to before the weight, if it is.
+    """
     centred = x - np.mean(x, axis=-1, keepdims=True)  # (..., n)
     centred = centred - np.mean(centred, axis=-1, keepdims=True)  # (..., n): again, for the mean was rounded too
     variance = np.mean(centred * centred, axis=-1, keepdims=True)  # (..., 1)
     rstd = 1.0 / np.sqrt(variance + eps)  # (..., 1)
-    xhat = centred * rstd  # (..., n)
+    xhat = through(centred * rstd, through_dtype)  # (..., n)
     y = xhat if w is None else xhat * (weight_offset + w)  # (..., n) * (n,)
     return y if b is None else y + b  # (..., n) + (n,)
 
@@ -53,6 +57,8 @@ def layer_norm(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -66,11 +72,13 @@ def layer_norm(
     array([[-1.22474487,  0.        ,  1.22474487]])
     """
     check_backend(backend)
-    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
+    dtype = _arguments.result_dtype(dtype)
+    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, 1.0, axis, dtype)
     (x,), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
-    wide_x, w, b = widen(x, w, b)
-    y = forward(wide_x, w, b, eps, weight_offset)
-    result: Array = restore([rounded(y, x.dtype)])[0]
+    through_dtype = x.dtype if check_flag("round_xhat", round_xhat) else None
+    wide_x, w, b = widen(x, w, b, dtype=dtype)
+    y = forward(wide_x, w, b, eps, weight_offset, through_dtype)
+    result: Array = restore([rounded(y, dtype or x.dtype)])[0]
     return result
 
 
@@ -115,6 +123,8 @@ def add_layer_norm(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     residual_out: Array | None = None,
     backend: str | None = None,
@@ -132,12 +142,14 @@ def add_layer_norm(
     _arguments.check_given("residual", residual)
     names = "x", "residual", "out", "residual_out"
     parameters, outs = (weight, bias, weight_offset), (out, residual_out)
-    call = _arguments.Call(names, (x, residual), parameters, outs, eps, 1.0, axis)
+    dtype = _arguments.result_dtype(dtype)
+    call = _arguments.Call(names, (x, residual), parameters, outs, eps, 1.0, axis, dtype)
     (x, residual), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
+    through_dtype = x.dtype if check_flag("round_xhat", round_xhat) else None
     h = added(x, residual)  # (..., n), rounded to the residual's dtype: what follows is about the rounded h
-    wide_h, w, b = widen(h, w, b)
-    y = forward(wide_h, w, b, eps, weight_offset)  # (..., n)
-    return AddNorm(*restore([rounded(y, x.dtype), h]))
+    wide_h, w, b = widen(h, w, b, dtype=dtype)
+    y = forward(wide_h, w, b, eps, weight_offset, through_dtype)  # (..., n)
+    return AddNorm(*restore([rounded(y, dtype or x.dtype), h]))
 
 
 @np.errstate(all="ignore")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments
-from rmsnorm_np.reference._common import AddNorm, RMSNormGrads, added, check_backend, like, rounded, widen
+from rmsnorm_np._numbers import check_flag
+from rmsnorm_np.reference._common import AddNorm, RMSNormGrads, added, check_backend, like, rounded, through, widen
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 
-def forward(x: Any, w: Any, b: Any, k: int, eps: float, weight_offset: float) -> Any:
-    """y of x (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n). None where not given."""
+def forward(x: Any, w: Any, b: Any, k: int, eps: float, weight_offset: float, through_dtype: Any = None) -> Any:
+    """y of x (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n). None where not given.
+
+    through_dtype: what xhat is rounded to before the weight, if it is.
+    """
     mean_square = np.mean(x[..., :k] * x[..., :k], axis=-1, keepdims=True)  # (..., 1)
     rstd = 1.0 / np.sqrt(mean_square + eps)  # (..., 1)
-    xhat = x * rstd  # (..., n)
+    xhat = through(x * rstd, through_dtype)  # (..., n)
     y = xhat if w is None else xhat * (weight_offset + w)  # (..., n) * (n,)
     return y if b is None else y + b  # (..., n) + (n,)
 
@@ -51,6 +55,8 @@ def rms_norm(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -64,11 +70,13 @@ def rms_norm(
     array([[0.84852814, 1.13137085]])
     """
     check_backend(backend)
-    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, p, axis)
+    dtype = _arguments.result_dtype(dtype)
+    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, p, axis, dtype)
     (x,), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
-    wide_x, w, b = widen(x, w, b)
-    y = forward(wide_x, w, b, k, eps, weight_offset)
-    result: Array = restore([rounded(y, x.dtype)])[0]
+    through_dtype = x.dtype if check_flag("round_xhat", round_xhat) else None
+    wide_x, w, b = widen(x, w, b, dtype=dtype)
+    y = forward(wide_x, w, b, k, eps, weight_offset, through_dtype)
+    result: Array = restore([rounded(y, dtype or x.dtype)])[0]
     return result
 
 
@@ -115,6 +123,8 @@ def add_rms_norm(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     residual_out: Array | None = None,
     backend: str | None = None,
@@ -132,12 +142,14 @@ def add_rms_norm(
     _arguments.check_given("residual", residual)
     names = "x", "residual", "out", "residual_out"
     parameters, outs = (weight, bias, weight_offset), (out, residual_out)
-    call = _arguments.Call(names, (x, residual), parameters, outs, eps, p, axis)
+    dtype = _arguments.result_dtype(dtype)
+    call = _arguments.Call(names, (x, residual), parameters, outs, eps, p, axis, dtype)
     (x, residual), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
+    through_dtype = x.dtype if check_flag("round_xhat", round_xhat) else None
     h = added(x, residual)  # (..., n), rounded to the residual's dtype: what follows is about the rounded h
-    wide_h, w, b = widen(h, w, b)
-    y = forward(wide_h, w, b, k, eps, weight_offset)  # (..., n)
-    return AddNorm(*restore([rounded(y, x.dtype), h]))
+    wide_h, w, b = widen(h, w, b, dtype=dtype)
+    y = forward(wide_h, w, b, k, eps, weight_offset, through_dtype)  # (..., n)
+    return AddNorm(*restore([rounded(y, dtype or x.dtype), h]))
 
 
 @np.errstate(all="ignore")

@@ -1,0 +1,63 @@
+"""Functions of numbers in registers that are no instruction: the exponential, and rounding to a dtype."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llvmlite import ir
+from numba.core.registry import cpu_target
+
+from rmsnorm_np.cpu import llvm
+from rmsnorm_np.cpu.llvm import I64, constant
+from rmsnorm_np.cpu.shapes import Leaf
+
+_LOG2_HIGH = float.fromhex("0x1.62e42fefa0000p-1")  # ln 2: times an integer below 2**11 it is exact
+_LOG2_LOW = float.fromhex("0x1.cf79abc9e3b39p-40")
+_ROUNDING = 1.5 * 2.0**52  # added and taken away, it leaves the nearest integer; in between that is in the last bits
+_LEAST = -746.0  # exp of this and less is zero
+_TERMS = 14  # of the series, for |r| <= ln(2) / 2: the next one is below 2**-57
+
+
+def exponential(a: Any) -> Any:
+    """exp(a) for a <= 0: 2**k · exp(r), with a = k ln 2 + r, |r| <= ln(2) / 2, and the series of exp(r)."""
+    b, leaf = a.builder, a.leaf
+    a = a.to(Leaf("f64", leaf.lanes))
+    a = a.at_most(_LEAST).either(a.constant(_LEAST), a)  # NaN stays
+    shifted = a * (1 / math.log(2)) + _ROUNDING
+    k = shifted - _ROUNDING
+    r = (-k).fma(_LOG2_LOW, (-k).fma(_LOG2_HIGH, a))
+    square = r * r
+    even, odd = (_polynomial(square, [1 / math.factorial(j) for j in range(first, _TERMS, 2)]) for first in (2, 1))
+    value = even.multiply_add(square, odd * r) + 1.0  # the one last: what is added to it is smaller
+    words = ir.VectorType(I64, leaf.lanes) if leaf.lanes else I64
+    whole = b.sub(b.bitcast(shifted.value, words), b.bitcast(shifted.constant(_ROUNDING).value, words))
+    half = b.ashr(whole, _all(words, 1))
+    for part in (half, b.sub(whole, half)):  # in two steps, as the result may be subnormal
+        bits = b.shl(b.add(part, _all(words, 1023)), _all(words, 52))
+        value = value * type(a)(b, b.bitcast(bits, value.value.type))
+    return value.to(leaf)
+
+
+def _all(kind: Any, value: int) -> Any:
+    return constant(kind, value) if isinstance(kind, ir.VectorType) else ir.Constant(kind, value)
+
+
+def _polynomial(x: Any, factors: list[float]) -> Any:
+    value = x.constant(factors[-1])
+    for factor in reversed(factors[:-1]):
+        value = value.multiply_add(x, factor)
+    return value
+
+
+def in_dtype(a: Any, name: str) -> Any:
+    """a, a vector, rounded once to what this dtype can hold."""
+    b, leaf = a.builder, a.leaf
+    if name == "float64":
+        return a
+    value, context = a.to(Leaf("f32", leaf.lanes)).value, cpu_target.target_context
+    if name == "float16":
+        value = llvm.from_float16(context, b, llvm.to_float16(context, b, value))
+    elif name == "bfloat16":
+        value = llvm.from_bfloat16(b, llvm.to_bfloat16(b, value))
+    return type(a)(b, value).to(leaf)
