@@ -17,6 +17,7 @@ import numpy as np
 from numpy import ndarray
 
 from rmsnorm_np import _hints
+from rmsnorm_np._broadcast import for_engines
 from rmsnorm_np._numbers import check_eps, check_weight_offset, elements_in_rms
 from rmsnorm_np._overlap import begin_together, folds, may_write
 from rmsnorm_np._shapes import are_trailing, axes_of, check_same_shape, engine_form, parameter_lead
@@ -157,14 +158,15 @@ class Call(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """The arguments as an engine takes them: reads (rows, n) or (outer, n, inner); weight, bias (m, n); weight_offset.
+    """The arguments as an engine takes them: reads (rows, n) or (outer, n, inner); weight, bias (m, n); weight_offset,
+    or a `Spread` of these where one call to the engine is not enough.
 
     out: arrays like x that an engine may write straight to, or None. restore: gives results their public shape, and
     writes them to where the caller asked for them.
     """
 
     reads: tuple[Any, ...]
-    parameters: tuple[Any, Any, float]
+    parameters: Any
     out: tuple[Any, ...]
     k: int
     eps: float
@@ -184,7 +186,7 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
 
     Gives reads of shape (..., n), weight and bias of a shape that broadcasts against them; see `Checked`.
     apart: for an engine, up to which n it takes rows whose elements lie apart. Then reads are (rows, n) or, where that
-    saves a copy, (outer, n, inner), and weight and bias (m, n).
+    saves a copy, (outer, n, inner), and weight and bias (m, n) or a `Spread`.
     """
     x_name, *other_names = call.names[: len(call.reads)]
     x = as_array(x_name, call.reads[0])
@@ -213,16 +215,19 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
         check_same_shape(name, a.shape, x_name, shape)
         return _contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(form)
 
-    def parameter_of(name: str, value: Any) -> Array | None:
+    def parameter_of(name: str, value: Any) -> tuple[Array | None, Shape | None]:
         if value is None:
-            return None
+            return None, None
         a = as_array(name, value)
         a_dtype = native_dtype(name, a.dtype, complex_too)
         a_lead = parameter_lead(name, a.shape, shape, axes)
-        return _contiguous(a, a_dtype).reshape((*a_lead, n) if apart is None else (-1, n))
+        return _contiguous(a, a_dtype).reshape(*a_lead, n), a_lead
 
     reads = (rows_of(x_name, x), *map(rows_of, other_names, call.reads[1:]))
-    weight, bias = parameter_of("weight", weight), parameter_of("bias", bias)
+    (weight, weight_lead), (bias, bias_lead) = parameter_of("weight", weight), parameter_of("bias", bias)
+    parameters: Any = weight, bias, weight_offset
+    if apart is not None:
+        parameters = for_engines(parameters, (weight_lead, bias_lead), shape[: x.ndim - len(axes)])
 
     given: list[Array | None] = []
     direct: list[Array | None] = []
@@ -252,13 +257,15 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
         result = result.reshape(moved)
         return result if stays else np.ascontiguousarray(result.transpose(np.argsort(order)))
 
-    return Checked(reads, (weight, bias, weight_offset), tuple(direct), k, eps, restore)
+    return Checked(reads, parameters, tuple(direct), k, eps, restore)
 
 
-def engine_arguments(call: tuple[Any, ...], dtype: np.dtype[Any] | None = None) -> tuple[Any, ...]:
+def engine_arguments(
+    call: tuple[Any, ...], dtype: np.dtype[Any] | None = None, apart: int = LONGEST_APART
+) -> tuple[Any, ...]:
     """What an engine takes, as `Checked`, of the arguments of a `Call`: plain tuples, which Python makes faster.
 
-    call: its items up to axis. restore is None where the engine's results are the answer.
+    call: its items up to axis. apart: as in `prepare`. restore is None where the engine's results are the answer.
     """
     # The engine needs less than a microsecond for a small array, far less than the checks in `prepare` take. So the
     # ordinary call, of contiguous native arrays and axis -1, goes past them. What is not ordinary is not judged here.
@@ -303,7 +310,7 @@ def engine_arguments(call: tuple[Any, ...], dtype: np.dtype[Any] | None = None) 
             return reads, parameters, out, k, eps, None
         return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, _reshaping(shape, out)
 
-    return prepare(Call(*call)._replace(dtype=dtype), apart=LONGEST_APART)
+    return prepare(Call(*call)._replace(dtype=dtype), apart=apart)
 
 
 def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], first: Array | None) -> bool:
@@ -316,6 +323,20 @@ def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], fi
         and may_write(second, reads, parameters)
         and (first is None or not np.may_share_memory(first, second))
     )
+
+
+def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared: Array | None) -> Array | None:
+    """What goes along with a weight or bias, such as its tangent: of exactly its shape, in the form it has `prepared`.
+
+    name, parameter_name: of this and of the parameter, in error messages. value, parameter: both as given.
+    """
+    if value is None:
+        return None
+    if prepared is None:
+        raise ValueError(f"{name} is given, expected None without a {parameter_name}")
+    a = as_array(name, value)
+    check_same_shape(name, a.shape, parameter_name, np.shape(parameter))
+    return np.ascontiguousarray(a, native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:

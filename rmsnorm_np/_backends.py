@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import _arguments, ops, reference
+from rmsnorm_np import _arguments, _broadcast, ops, reference
 from rmsnorm_np._numbers import check_flag
 
 if TYPE_CHECKING:
@@ -83,15 +84,44 @@ def forward(
             operation = ops.rounding_xhat(operation, x.dtype.name)
         if out[0] is None and wanted not in (None, x.dtype):
             out = engine.new_result(x, wanted), *out[1:]
-    results = engine.forward(operation, reads, parameters, out, k, eps)
+    run = engine.forward if type(parameters) is tuple else partial(_broadcast.forward, engine)
+    results = run(operation, reads, parameters, out, k, eps)
     return results if restore is None else restore(results)
+
+
+def run(
+    engine: ModuleType, operation: Operation, call: tuple[Any, ...], directions: Any = None, dtype: Any = None
+) -> tuple[Any, Any]:
+    """(outputs, gradients by weight and bias) of any operation that keeps nothing; call as in `forward`.
+
+    directions: (name, array) of what the operation has in place of the bias, a direction of the weight and one of the
+    bias, each None or of its shape. dtype: of the first output.
+    """
+    arguments = engine.arguments
+    wanted = _arguments.result_dtype(dtype)
+    reads, (weight, bias, offset), out, k, eps, restore = arguments.engine_arguments(call, wanted, 0)
+    columns = weight, bias, offset
+    if directions is not None:
+        like = ("weight", call[2][0], weight), ("bias", call[2][1], bias)
+        along = (arguments.column(*given, *parameter) for given, parameter in zip(directions, like, strict=True))
+        columns = weight, *along, offset
+    if out[0] is None and wanted not in (None, reads[0].dtype):
+        out = engine.new_result(reads[0], wanted), *out[1:]
+    totals: Any = ()
+    if operation.share is None:
+        results = engine.forward(operation, reads, columns, out, k, eps)
+    else:
+        results, totals = engine.backward(operation, reads, columns, out, k, eps)
+        totals = [arguments.restore_parameter(*pair) for pair in zip(totals, call[2][:2], strict=True)]
+    return (results if restore is None else restore(results)), totals
 
 
 def backward(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> Any:
     """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias."""
     arguments = engine.arguments
     reads, parameters, out, k, eps, restore = arguments.engine_arguments(call)
-    results, (dweight, dbias) = engine.backward(operation, reads, parameters, out, k, eps)
+    run = engine.backward if type(parameters) is tuple else partial(_broadcast.backward, engine)
+    results, (dweight, dbias) = run(operation, reads, parameters, out, k, eps)
     (dx,) = results if restore is None else restore(results)
     weight, bias, _ = call[2]
     return dx, arguments.restore_parameter(dweight, weight), arguments.restore_parameter(dbias, bias)

@@ -15,16 +15,11 @@ def parameter_shape(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> str
     trailing = axes[0] == first
     message = f"{name} has shape {shape}, expected {normalised}, the axes {axes} of x.shape {x_shape}"
     if trailing and len(axes) < len(shape) <= ndim:
-        matched = tuple(range(ndim - len(shape), ndim))
-        message += f", or {x_shape[matched[0] :]}, the axes {matched}"
+        message += ", or a shape that broadcasts to x.shape and has these axes in full"
         moved = _axes_of(shape[: len(shape) - len(axes)], x_shape[:first])
         if moved is not None and shape[len(moved) :] == normalised:
-            to = tuple(range(first - len(moved), first))
-            source, destination = (moved, to) if len(moved) > 1 else (moved[0], to[0])
-            message += (
-                f"; for the axes {(*moved, *axes)}, pass np.moveaxis(x, {source}, {destination}) "
-                "and the same view of dy and out"
-            )
+            spread = tuple(x_shape[i] if i in moved or i >= first else 1 for i in range(moved[0], ndim))
+            message += f"; for the axes {(*moved, *axes)}, pass {name}.reshape{spread}"
     elif not shape:
         message += "; if eps was meant, it is keyword-only: eps=..."
     elif len(shape) > ndim and x_shape in (shape[-ndim:], tuple(shape[i] for i in axes)):

@@ -61,13 +61,6 @@ def check_p(p: Any) -> Any:
     return _scalar(p)
 
 
-def check_flag(name: str, value: Any) -> bool:
-    """Give True or False."""
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    raise TypeError(f"{name} is {value!r}, expected True or False")
-
-
 def _number(name: str, value: Any, expected: str, fits: Callable[[float], bool]) -> float:
     scalar = value if type(value) is float else _scalar(value)
     is_real = isinstance(scalar, Real) and not isinstance(scalar, np.timedelta64)  # an Integral, to NumPy

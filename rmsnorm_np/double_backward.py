@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rmsnorm_np import _arguments, _backends, reference
+from rmsnorm_np.ops.double import LAYER_NORM_DOUBLE_BACKWARD, RMS_NORM_DOUBLE_BACKWARD
 from rmsnorm_np.reference import DoubleGrads
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import numpy.typing as npt
+
+    from rmsnorm_np.ops.operation import Operation
 
     Array = npt.NDArray[Any]
 
@@ -97,7 +102,8 @@ def rms_norm_double_backward(
         return reference.rms_norm_double_backward(
             ddx, ddweight, ddbias, dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out
         )
-    raise NotImplementedError("rms_norm_double_backward on the engines")  # TODO: _backends.family
+    given = (ddx, ddweight, ddbias), (dy, x, weight, bias), (eps, p, axis, weight_offset, out)
+    return _double_backward(engine, RMS_NORM_DOUBLE_BACKWARD, *given)
 
 
 def layer_norm_double_backward(
@@ -170,4 +176,16 @@ def layer_norm_double_backward(
         return reference.layer_norm_double_backward(
             ddx, ddweight, ddbias, dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out
         )
-    raise NotImplementedError("layer_norm_double_backward on the engines")  # TODO: _backends.family
+    given = (ddx, ddweight, ddbias), (dy, x, weight, bias), (eps, 1.0, axis, weight_offset, out)
+    return _double_backward(engine, LAYER_NORM_DOUBLE_BACKWARD, *given)
+
+
+def _double_backward(engine: ModuleType, operation: Operation, dd: Any, given: Any, options: Any) -> DoubleGrads:
+    """The gradients of both norms. dd: ddx, ddweight, ddbias; given: dy, x, weight, bias; options: the others."""
+    (ddx, ddweight, ddbias), (dy, x, weight, bias), (eps, p, axis, weight_offset, out) = dd, given, options
+    ddy_out, dx_out = _arguments.outs_of(out, ("ddy", "dx"))
+    names = "x", "dy", "ddx", "out[1]", "out[0]"
+    call = names, (x, dy, ddx), (weight, bias, weight_offset), (dx_out, ddy_out), eps, p, axis
+    directions = ("ddweight", ddweight), ("ddbias", ddbias)
+    (dx, ddy), (dweight, _) = _backends.run(engine, operation, call, directions)
+    return DoubleGrads(ddy, dx, dweight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rmsnorm_np import _arguments, _backends, _numbers, reference
+from rmsnorm_np.ops import gated
 from rmsnorm_np.reference import GatedNormGrads
 
 if TYPE_CHECKING:
@@ -99,7 +100,10 @@ def gated_rms_norm(
         )  # fmt: skip
     _arguments.check_given("gate", gate)
     _numbers.check_flag("norm_before_gate", norm_before_gate)
-    raise NotImplementedError("gated_rms_norm on the engines")  # TODO: _backends.family
+    operation = gated.NORM_FIRST if norm_before_gate else gated.GATE_FIRST
+    call = ("x", "gate", "out"), (x, gate), (weight, bias, weight_offset), (out,), eps, p, axis
+    (y,), _ = _backends.run(engine, operation, call)
+    return y  # type: ignore[no-any-return]
 
 
 def gated_rms_norm_backward(
@@ -177,4 +181,8 @@ def gated_rms_norm_backward(
         )  # fmt: skip
     _arguments.check_given("gate", gate)
     _numbers.check_flag("norm_before_gate", norm_before_gate)
-    raise NotImplementedError("gated_rms_norm_backward on the engines")  # TODO: _backends.family
+    operation = gated.NORM_FIRST_BACKWARD if norm_before_gate else gated.GATE_FIRST_BACKWARD
+    names, outs = ("x", "gate", "dy", "out[0]", "out[1]"), _arguments.outs_of(out, ("dx", "dgate"))
+    call = names, (x, gate, dy), (weight, bias, weight_offset), outs, eps, p, axis
+    (dx, dgate), (dweight, dbias) = _backends.run(engine, operation, call)
+    return GatedNormGrads(dx, dgate, dweight, dbias)

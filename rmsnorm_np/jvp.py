@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rmsnorm_np import _backends, reference
+from rmsnorm_np.ops.jvp import LAYER_NORM_JVP, RMS_NORM_JVP
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -83,7 +84,10 @@ def rms_norm_jvp(
         return reference.rms_norm_jvp(
             x, weight, bias, x_dot, weight_dot, bias_dot, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out
         )
-    raise NotImplementedError("rms_norm_jvp on the engines")  # TODO: _backends.family
+    directions = ("weight_dot", weight_dot), ("bias_dot", bias_dot)
+    call = ("x", "x_dot", "out"), (x, x_dot), (weight, bias, weight_offset), (out,), eps, p, axis
+    (y_dot,), _ = _backends.run(engine, RMS_NORM_JVP, call, directions)
+    return y_dot  # type: ignore[no-any-return]
 
 
 def layer_norm_jvp(
@@ -148,4 +152,7 @@ def layer_norm_jvp(
         return reference.layer_norm_jvp(
             x, weight, bias, x_dot, weight_dot, bias_dot, eps=eps, axis=axis, weight_offset=weight_offset, out=out
         )
-    raise NotImplementedError("layer_norm_jvp on the engines")  # TODO: _backends.family
+    directions = ("weight_dot", weight_dot), ("bias_dot", bias_dot)
+    call = ("x", "x_dot", "out"), (x, x_dot), (weight, bias, weight_offset), (out,), eps, 1.0, axis
+    (y_dot,), _ = _backends.run(engine, LAYER_NORM_JVP, call, directions)
+    return y_dot  # type: ignore[no-any-return]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rmsnorm_np import _arguments, _backends, reference
+from rmsnorm_np.ops.l2 import L2_NORM, L2_NORM_BACKWARD
 from rmsnorm_np.reference import RMSNormGrads
 
 if TYPE_CHECKING:
@@ -70,7 +71,17 @@ def l2_norm(
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.l2_norm(x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out)
-    raise NotImplementedError("l2_norm on the engines")  # TODO: _backends.family
+    call = (
+        ("x", "residual", "out", "residual_out"),
+        (x, None),
+        (weight, bias, weight_offset),
+        (out, None),
+        eps,
+        1.0,
+        axis,
+    )
+    y: Array = _backends.forward(engine, L2_NORM, call)[0]
+    return y
 
 
 def l2_norm_backward(
@@ -131,4 +142,5 @@ def l2_norm_backward(
     engine = _backends.select(x, backend)
     if engine is reference:
         return reference.l2_norm_backward(dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out)
-    raise NotImplementedError("l2_norm_backward on the engines")  # TODO: _backends.family
+    call = ("x", "dy", "dh", "out"), (x, dy, None), (weight, bias, weight_offset), (out,), eps, 1.0, axis
+    return RMSNormGrads(*_backends.backward(engine, L2_NORM_BACKWARD, call))

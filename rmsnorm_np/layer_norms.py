@@ -70,6 +70,17 @@ def layer_norm(
     >>> from rmsnorm_np import layer_norm
     >>> layer_norm(np.array([[1.0, 2.0, 3.0]]), eps=0.0)
     array([[-1.22474487,  0.        ,  1.22474487]])
+
+    Adaptive norm, as in diffusion transformers: a scale and a shift for each of a batch, of shape (batch, 1, n).
+
+    >>> x = np.array([[[3.0, 5.0], [1.0, 9.0]], [[2.0, 4.0], [0.0, 8.0]]])
+    >>> scale, shift = np.array([[[0.0, 0.0]], [[1.0, 0.5]]]), np.array([[[0.0, 0.0]], [[10.0, 20.0]]])
+    >>> layer_norm(x, scale, shift, weight_offset=1.0, eps=0.0)
+    array([[[-1. ,  1. ],
+            [-1. ,  1. ]],
+    <BLANKLINE>
+           [[ 8. , 21.5],
+            [ 8. , 21.5]]])
     """
     engine = _backends.select(x, backend)
     if engine is reference:

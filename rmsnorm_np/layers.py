@@ -114,7 +114,7 @@ class RMSNorm(_Norm):
 
     Parameters
     ----------
-    weight : array_like or None, of shape (n,) or (heads, n)
+    weight : array_like or None, of shape (n,), (heads, n) …
         Factor of each element, as in `rms_norm`. An array is kept as it is, not copied: elements that are changed in
         place count from the next call on.
     bias : array_like, optional
@@ -196,8 +196,8 @@ class LayerNorm(_Norm):
 
     Parameters
     ----------
-    weight : array_like or None, of shape (n,) or (heads, n)
-        Factor of each element, kept as it is, see `RMSNorm`.
+    weight : array_like or None, of shape (n,), (heads, n) …
+        Factor of each element, as in `rms_norm`; kept as it is, see `RMSNorm`.
     bias : array_like, optional
         Added at the end.
     eps : float, default 1e-6

@@ -41,11 +41,11 @@ def rms_norm(
         float16, bfloat16 (``ml_dtypes``), float32 or float64 in any layout; never written. Integers, bools and
         Python lists of numbers are taken as float64.
     weight : array_like, optional
-        Factor of each element; any of the dtypes above, whatever that of x. Its shape is a trailing part of
-        ``x.shape`` that covers at least the normalised axes: ``(n,)``, one factor per element of a row, or
-        ``(heads, n)``, one per head and element, where heads is the axis of x before the last. If x is ``(batch,
-        heads, seq, n)``, transpose it (see the examples): as it is, ``(heads, n)`` is an error, or, where heads equals
-        seq, one factor per position. If `axis` is not trailing, the shape is that of the normalised axes.
+        Factor of each element; any of the dtypes above, whatever that of x. It has the normalised axes in full, and
+        what is before them broadcasts against x as NumPy's arrays do: ``(n,)``, one factor per element of a row;
+        ``(heads, n)``, one per head, where heads is the axis of x before the last; ``(heads, 1, n)`` for x of shape
+        ``(batch, heads, seq, n)``; ``(batch, 1, n)``, one for each of a batch. If `axis` is not trailing, the shape is
+        that of the normalised axes.
     bias : array_like, optional
         Added at the end. Shape and dtype as for `weight`.
     eps : float, default 1e-6
@@ -124,7 +124,7 @@ def rms_norm(
 
     In float32, whatever the dtype of x:
 
-    >>> rms_norm(x.astype(np.float16), eps=0.0, dtype="float32")
+    >>> rms_norm(x, eps=0.0, dtype="float32")
     array([[0.84852815, 1.1313709 ],
            [0.84852815, 1.1313709 ]], dtype=float32)
 
@@ -136,9 +136,7 @@ def rms_norm(
     One weight per head and element, for x of shape (batch, heads, seq, n):
 
     >>> x, weight = np.ones((2, 3, 5, 4)), np.array([[1.0] * 4, [2.0] * 4, [3.0] * 4])
-    >>> y = np.empty_like(x)
-    >>> _ = rms_norm(x.swapaxes(1, 2), weight, eps=0.0, out=y.swapaxes(1, 2))
-    >>> y[0, :, 0, 0]
+    >>> rms_norm(x, weight[:, None], eps=0.0)[0, :, 0, 0]
     array([1., 2., 3.])
     """
     engine = _backends.select(x, backend)

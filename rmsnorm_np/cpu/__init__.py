@@ -40,14 +40,14 @@ _NO_TOTALS = (None, None)
 
 def forward(
     operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any, wide: bool = False
-) -> tuple[Any, Any]:
+) -> tuple[Any, ...]:
     """Run an operation on rows: reads (rows, n); weight and bias (m, n), where row r uses row r % m.
 
     out: arrays to write to, or None. What the operation keeps is written where a second array is read. eps: a number,
     or one for each row, then no row may leave the range. wide: as in `kinds.Kinds`.
     """
     if operation.keep is None:
-        return _forward_of_any(operation, reads, columns, out, k, eps), None
+        return (_forward_of_any(operation, reads, columns, out, k, eps),)
     x, residual = reads
     weight, bias, offset = columns
     y, h = out

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rmsnorm_np import _arguments, _shapes
+from rmsnorm_np import _arguments
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -101,6 +101,14 @@ def through(a: Array, dtype: np.dtype[Any] | None) -> Array:
     return a if dtype is None else rounded(a, dtype).astype(a.dtype)
 
 
+def summed(terms: Array, shape: tuple[int, ...]) -> Array:
+    """The sum over all rows that share an element of a parameter of this shape: (..., n) to (n,), (batch, 1, n) …"""
+    total = np.sum(terms, axis=tuple(range(terms.ndim - len(shape))))
+    shared = tuple(i for i, length in enumerate(shape) if length == 1)
+    result: Array = np.sum(total, axis=shared, keepdims=True)
+    return result
+
+
 def like(parameter: Any, gradient: Array | None) -> Array | None:
     """The gradient of a weight or bias, rounded to the dtype and brought to the shape of that parameter."""
     if gradient is None:
@@ -108,17 +116,3 @@ def like(parameter: Any, gradient: Array | None) -> Array | None:
     given = _arguments.as_array("parameter", parameter)
     dtype = _arguments.native_dtype("parameter", given.dtype, complex_too=True)
     return rounded(gradient, dtype).reshape(given.shape)
-
-
-def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared: Array | None) -> Array | None:
-    """What goes along with a weight or bias, such as its tangent: of exactly its shape, in the form it has `prepared`.
-
-    name, parameter_name: of this and of the parameter, in error messages. value, parameter: both as given.
-    """
-    if value is None:
-        return None
-    if prepared is None:
-        raise ValueError(f"{name} is given, expected None without a {parameter_name}")
-    a = _arguments.as_array(name, value)
-    _shapes.check_same_shape(name, a.shape, parameter_name, np.shape(parameter))
-    return np.ascontiguousarray(a, _arguments.native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)

@@ -9,7 +9,17 @@ import numpy as np
 
 from rmsnorm_np import _arguments
 from rmsnorm_np._numbers import check_flag
-from rmsnorm_np.reference._common import AddNorm, RMSNormGrads, added, check_backend, like, rounded, through, widen
+from rmsnorm_np.reference._common import (
+    AddNorm,
+    RMSNormGrads,
+    added,
+    check_backend,
+    like,
+    rounded,
+    summed,
+    through,
+    widen,
+)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -18,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def forward(x: Any, w: Any, b: Any, k: int, eps: float, weight_offset: float, through_dtype: Any = None) -> Any:
-    """y of x (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n). None where not given.
+    """y of x (..., n); w and b (n,), or what broadcasts, such as (heads, n), (batch, 1, n), or None.
 
     through_dtype: what xhat is rounded to before the weight, if it is.
     """
@@ -40,8 +50,8 @@ def backward(x: Any, dy: Any, w: Any, b: Any, k: int, eps: float, weight_offset:
     correction[..., k:] = 0.0  # elements outside the RMS
     dx = rstd * (g - correction)  # (..., n)
 
-    dweight = None if w is None else np.sum(dy * xhat, axis=tuple(range(x.ndim - w.ndim)))  # (n,), over the rows
-    dbias = None if b is None else np.sum(dy, axis=tuple(range(x.ndim - b.ndim)))  # (n,), over the rows
+    dweight = None if w is None else summed(dy * xhat, w.shape)  # (n,), over the rows
+    dbias = None if b is None else summed(dy, b.shape)  # (n,), over the rows
     return dx, dweight, dbias
 
 
