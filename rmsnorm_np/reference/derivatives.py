@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments
-from rmsnorm_np.reference._common import DoubleGrads, check_backend, like, rounded, widen
+from rmsnorm_np.reference._common import DoubleGrads, check_backend, like, rounded, summed, widen
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -53,7 +53,7 @@ def double_backward(
         xhat_dot = rstd * (ddx - xhat * v)  # (..., n)
         ddy = xhat_dot if w is None else xhat_dot * (weight_offset + w)  # (..., n) * (n,)
         if w is not None:
-            dweight = np.sum(dy * xhat_dot, axis=tuple(range(x.ndim - w.ndim)))  # (n,), over the rows
+            dweight = summed(dy * xhat_dot, w.shape)  # (n,), over the rows
         inside = ddx * c + xhat * (s - 3.0 * c * v)  # (..., n)
         inside[..., k:] = 0.0  # elements outside the RMS
         dx = -rstd * rstd * (g * v + inside)  # (..., n)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments
-from rmsnorm_np.reference._common import RMSNormGrads, check_backend, like, rounded, widen
+from rmsnorm_np.reference._common import RMSNormGrads, check_backend, like, rounded, summed, widen
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -34,8 +34,8 @@ def backward(x: Any, dy: Any, w: Any, b: Any, eps: float, weight_offset: float) 
     c = np.sum(g * xhat, axis=-1, keepdims=True)  # (..., 1): a sum, where RMSNorm has a mean
     dx = rlength * (g - xhat * c)  # (..., n)
 
-    dweight = None if w is None else np.sum(dy * xhat, axis=tuple(range(x.ndim - w.ndim)))  # (n,), over the rows
-    dbias = None if b is None else np.sum(dy, axis=tuple(range(x.ndim - b.ndim)))  # (n,), over the rows
+    dweight = None if w is None else summed(dy * xhat, w.shape)  # (n,), over the rows
+    dbias = None if b is None else summed(dy, b.shape)  # (n,), over the rows
     return dx, dweight, dbias
 
 
