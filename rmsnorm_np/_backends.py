@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import _arguments, _broadcast, ops, reference
+from rmsnorm_np import _arguments, _broadcast, _formats, ops, reference
 from rmsnorm_np._numbers import check_flag
+from rmsnorm_np._overlap import check_apart
+from rmsnorm_np.ops.quantized import quantized_rms_norm
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -121,6 +123,30 @@ def run(
         results, totals = engine.backward(operation, reads, columns, out, k, eps)
         totals = [arguments.restore_parameter(*pair) for pair in zip(totals, call[2][:2], strict=True)]
     return (results if restore is None else restore(results)), totals
+
+
+def quantize(
+    engine: Any, call: tuple[Any, ...], dtype: Any, scale: Any, bound: float, out: Any
+) -> tuple[Any, Any, Any]:
+    """(q, scale, h) of a call as in `forward`, whose first output is q, of this dtype, in `out` if that is given."""
+    if not hasattr(engine, "quantize"):
+        raise ValueError("x is a device array, expected a host array: quantized_rms_norm has no CUDA kernel")
+    reads, parameters, (_, h), k, eps, restore = engine.arguments.engine_arguments(call, None, 0)
+    axis, shape = call[-1], np.shape(call[1][0])
+    x, per_row, scale_dtype = reads[0], _formats.scale_shape(shape, axis), _formats.scale_dtype(reads[0].dtype)
+    given = _formats.check_scale(scale, per_row, scale_dtype)
+    wanted = None if out is None else _arguments.check_out("out", out, shape, dtype)
+    check_apart("out", wanted, "residual_out", call[3][1])
+    q = engine.new_result(x, dtype)
+    scales = np.empty(len(x)) if given is None else np.array(np.broadcast_to(given, per_row), np.float64).reshape(-1)
+    operation = quantized_rms_norm(dtype.name, given is not None, scale_dtype == np.float32)
+    if type(parameters) is not tuple:
+        engine, parameters = _in_parts(engine, parameters)
+    results = engine.quantize(operation, reads, parameters, (q, h), k, (eps, scales, bound))
+    q, h = results if restore is None else restore(results)
+    if wanted is not None:
+        np.copyto(wanted, q)
+    return q if out is None else out, scales.astype(scale_dtype).reshape(per_row), h
 
 
 def backward(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:

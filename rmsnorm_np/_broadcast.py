@@ -102,6 +102,15 @@ class InParts:
             for total, like in zip(totals, likes, strict=True)
         ]
 
+    def quantize(self, operation: Any, reads: Any, columns: Any, out: Any, k: int, numbers: Any) -> tuple[Any, ...]:
+        """The outputs of the engine; numbers: eps, the scale of each row and its bound."""
+        results, (eps, scales, bound) = self._results(reads, out), numbers
+        for rows, index in self._parts(len(reads[0])):
+            part = *(_at(a, index) for a in columns[:-1]), columns[-1]
+            given = eps, scales[rows], bound
+            self.engine.quantize(operation, _rows(reads, rows), part, _rows(results, rows), k, given)
+        return results
+
     def _results(self, reads: Any, out: Any) -> tuple[Any, ...]:
         """Arrays for all results: one that is not given is like the array that is read in its place."""
         return tuple(

@@ -1,42 +1,21 @@
-"""The 8-bit number formats, and the checks of what brings a row into one of them."""
+"""Checks of what brings a row into 8 bits: the format, and the scale."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from rmsnorm_np._arguments import as_array, native_dtype
 from rmsnorm_np._shapes import axes_of
+from rmsnorm_np.ops.quantized import FORMATS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array: TypeAlias = npt.NDArray[Any]
     Shape: TypeAlias = tuple[int, ...]
-
-SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: a row of zeros has this scale
-
-
-class Format(NamedTuple):
-    """Finite numbers from `lowest` to `largest`, 2**(max(e, exponent) - bits) apart around 2**e.
-
-    largest is what the largest element of a row becomes, where the row decides about its scale.
-    """
-
-    lowest: float
-    largest: float
-    bits: int  # behind the leading one
-    exponent: int  # of the smallest normal number
-    has_nan: bool  # if not, 0 takes its place
-
-
-FORMATS = {
-    "int8": Format(-128.0, 127.0, 7, 7, False),  # 1 apart everywhere, as subnormal numbers are
-    "float8_e4m3fn": Format(-448.0, 448.0, 3, -6, True),
-    "float8_e5m2": Format(-57344.0, 57344.0, 2, -14, True),
-}
 
 
 def quantized_dtype(dtype: Any) -> np.dtype[Any]:

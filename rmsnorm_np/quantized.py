@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rmsnorm_np import _backends, reference
+from rmsnorm_np import _backends, _formats, _numbers, reference
 from rmsnorm_np.reference import Quantized
 
 if TYPE_CHECKING:
@@ -117,4 +117,9 @@ def quantized_rms_norm(
             x, weight, bias, dtype=dtype, scale=scale, scale_ub=scale_ub, residual=residual, eps=eps, p=p, axis=axis,
             weight_offset=weight_offset, out=out, residual_out=residual_out,
         )  # fmt: skip
-    raise NotImplementedError("quantized_rms_norm on the engines")  # TODO: _backends.family
+    q_dtype, bound = _formats.quantized_dtype(dtype), _numbers.check_scale_ub(scale_ub, scale)
+    if residual is None and residual_out is not None:
+        raise ValueError("residual_out is given, expected None without a residual")
+    names = "x", "residual", "out", "residual_out"
+    call = names, (x, residual), (weight, bias, weight_offset), (None, residual_out), eps, p, axis
+    return Quantized(*_backends.quantize(engine, call, q_dtype, scale, bound, out))

@@ -138,6 +138,8 @@ def test_the_exact_result_rounded_once(name, dtype, shape, rng):
 LAYOUTS = [
     ((3, 7), -1, (7,)),
     ((2, 3, 4), -1, (3, 4)),  # per head, per group
+    ((2, 3, 4), -1, (2, 1, 4)),  # per sample of a batch
+    ((2, 3, 4), -1, (1, 3, 4)),
     ((2, 3, 4), (1, 2), (3, 4)),
     ((3, 4, 2), (0, 2), (3, 2)),  # not trailing
     ((5, 3), 0, (5,)),

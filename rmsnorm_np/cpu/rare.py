@@ -145,21 +145,28 @@ def place_of(rows: Any, a: Any) -> Any:
 def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
     """The rows of y that are marked. run(call, out) gives y of rows that need no marks, in out if that is not None."""
     x = call.reads[0]
+    if x.itemsize > 2 or y.itemsize == 8:  # float64 outputs are computed in pairs, which have no more range
+        for place, _, ready in scaled(call):
+            y[place] = run(ready, None)
+        return
     m = max(1 if a is None else len(a) for a in call.columns[:-1])
-    halves = x.itemsize == 2 and y.itemsize < 8  # float64 outputs are computed in pairs, which have no more range
-    at_once = len(call.marks) if halves else max(1, AT_ONCE // x.shape[1])
-    for _, rows, own in groups(call.marks, call.columns, m, at_once):
+    for _, rows, own in groups(call.marks, call.columns, m, len(call.marks)):
         place = place_of(rows, x)
-        chosen, eps = x[place], call.eps
-        out, others = None, others_of(call, place, None)
-        if halves:
-            out = y[place] if isinstance(place, slice) else np.empty(chosen.shape, y.dtype)
-        else:
-            chosen, e, eps = in_range(call.operation, chosen.astype(np.float64), call.k, eps)
-            chosen = times_power(chosen, e)
-            others = others_of(call, place, e)
-        reads = chosen, *(others[field] for field in call.reads._fields[1:])
-        y[place] = run(call._replace(reads=reads, columns=own, eps=eps, marks=None), out)
+        reads = call.operation.Reads(*(None if a is None else a[place] for a in call.reads))
+        out = y[place] if isinstance(place, slice) else np.empty(reads[0].shape, y.dtype)
+        y[place] = run(call._replace(reads=reads, columns=own, marks=None), out)
+
+
+@np.errstate(all="ignore")
+def scaled(call: Call) -> Iterator[tuple[Any, Any, Call]]:
+    """(their place, their numbers, a call of them in the range) of the rows that are marked, some at a time."""
+    x = call.reads[0]
+    m = max(1 if a is None else len(a) for a in call.columns[:-1])
+    for _, rows, own in groups(call.marks, call.columns, m, max(1, AT_ONCE // x.shape[1])):
+        place = place_of(rows, x)
+        chosen, e, eps = in_range(call.operation, x[place].astype(np.float64), call.k, call.eps)
+        reads = call.operation.Reads(times_power(chosen, e), **others_of(call, place, e))
+        yield place, rows, call._replace(reads=reads, columns=own, eps=eps, marks=None)
 
 
 @np.errstate(all="ignore")

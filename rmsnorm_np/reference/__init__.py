@@ -16,6 +16,9 @@ The sum in RMSNorm's c runs over all n elements, as each of them was divided by 
 reaches the first k only, because only those elements enter the RMS. These are eq. 4 and eq. 9 of Zhang and Sennrich,
 "Root Mean Square Layer Normalization", NeurIPS 2019, with eps inside the root.
 
+The others build on these two: `l2` has the sum where RMSNorm has the mean, `gated` multiplies by silu of a gate, before
+or after, `quantized` rounds y to 8 bits, and `derivatives` has forward mode and the gradient of the gradient.
+
 Every function computes in a wider type than it is given and rounds once, at the end: float16, bfloat16 and float32
 in float64; float64 in `numpy.longdouble`, which has 64 bits of precision and a far wider range on x86. On Windows
 and macOS on ARM longdouble is float64 under another name: there float64 is computed as it is, with its rounding

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def forward(x: Any, w: Any, b: Any, eps: float, weight_offset: float) -> Any:
-    """y of x (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n). None where not given."""
+    """y of x (..., n); w and b (n,), or what broadcasts, such as (heads, n), (batch, 1, n), or None."""
     square = np.sum(x * x, axis=-1, keepdims=True)  # (..., 1)
     rlength = 1.0 / np.sqrt(square + eps)  # (..., 1)
     xhat = x * rlength  # (..., n)

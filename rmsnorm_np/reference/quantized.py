@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments, _formats, _numbers, _overlap
+from rmsnorm_np.ops.quantized import FORMATS, SMALLEST_SCALE, Format
 from rmsnorm_np.reference import rms
 from rmsnorm_np.reference._common import Quantized, added, check_backend, widen
 
@@ -21,15 +22,15 @@ def row_scale(y: Any, scale_ub: float, largest: float, dtype: np.dtype[Any]) -> 
     """The scale of each row of y (..., n), by which its largest magnitude becomes the format's largest number."""
     magnitude = np.max(np.abs(y), axis=-1, keepdims=True)  # (..., 1): NaN where the row has one
     scale = np.minimum(magnitude, scale_ub) / largest  # (..., 1)
-    return np.maximum(scale, _formats.SMALLEST_SCALE).astype(dtype)  # (..., 1): not 0, where the row is
+    return np.maximum(scale, SMALLEST_SCALE).astype(dtype)  # (..., 1): not 0, where the row is
 
 
-def quantize(y: Any, scale: Any, to: _formats.Format) -> Any:
+def quantize(y: Any, scale: Any, to: Format) -> Any:
     """y / scale, rounded to the nearest number of the format, of two the even one, and saturated."""
     v = y / scale.astype(y.dtype)  # (..., n) / (..., 1)
     _, exponent = np.frexp(v)  # (..., n): 2**(exponent - 1) <= |v| < 2**exponent
     unit = np.ldexp(y.dtype.type(1.0), np.maximum(exponent - 1, to.exponent) - to.bits)  # (..., n)
-    q = np.clip(np.rint(v / unit) * unit, to.lowest, to.largest)  # (..., n)
+    q = np.clip(np.rint(v / unit) * unit, to.lowest, to.highest)  # (..., n)
     return q if to.has_nan else np.where(np.isnan(q), 0.0, q)  # (..., n)
 
 
@@ -62,7 +63,7 @@ def quantized_rms_norm(
     """
     check_backend(backend)
     q_dtype = _formats.quantized_dtype(dtype)
-    to = _formats.FORMATS[q_dtype.name]
+    to = FORMATS[q_dtype.name]
     scale_ub = _numbers.check_scale_ub(scale_ub, scale)
     if residual is None and residual_out is not None:
         raise ValueError("residual_out is given, expected None without a residual")
