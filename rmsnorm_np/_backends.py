@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +72,7 @@ def _load(backend: str) -> ModuleType:
 
 
 def forward(
-    engine: ModuleType, operation: Operation, call: tuple[Any, ...], dtype: Any = None, round_xhat: Any = False
+    engine: Any, operation: Operation, call: tuple[Any, ...], dtype: Any = None, round_xhat: Any = False
 ) -> Any:
     """The outputs of a call, given as the items of `_arguments.Call`."""
     if dtype is None and round_xhat is False:
@@ -84,15 +83,21 @@ def forward(
         x = reads[0]
         if check_flag("round_xhat", round_xhat):
             operation = ops.rounding_xhat(operation, x.dtype.name)
-        if out[0] is None and wanted not in (None, x.dtype):
+        if out[0] is None and wanted is not None and wanted != x.dtype:
             out = engine.new_result(x, wanted), *out[1:]
-    run = engine.forward if type(parameters) is tuple else partial(_broadcast.forward, engine)
-    results = run(operation, reads, parameters, out, k, eps)
+    if type(parameters) is not tuple:
+        engine, parameters = _in_parts(engine, parameters)
+    results = engine.forward(operation, reads, parameters, out, k, eps)
     return results if restore is None else restore(results)
 
 
+def _in_parts(engine: Any, spread: _broadcast.Spread) -> tuple[Any, tuple[Any, Any, float]]:
+    """An engine for parameters that broadcast in another way than engines know, and these parameters."""
+    return _broadcast.InParts(engine, spread.cut), spread[:3]
+
+
 def run(
-    engine: ModuleType, operation: Operation, call: tuple[Any, ...], directions: Any = None, dtype: Any = None
+    engine: Any, operation: Operation, call: tuple[Any, ...], directions: Any = None, dtype: Any = None
 ) -> tuple[Any, Any]:
     """(outputs, gradients by weight and bias) of any operation that keeps nothing; call as in `forward`.
 
@@ -101,13 +106,15 @@ def run(
     """
     arguments = engine.arguments
     wanted = _arguments.result_dtype(dtype)
-    reads, (weight, bias, offset), out, k, eps, restore = arguments.engine_arguments(call, wanted, 0)
-    columns = weight, bias, offset
+    reads, columns, out, k, eps, restore = arguments.engine_arguments(call, wanted, 0)
+    if type(columns) is not tuple:
+        engine, columns = _in_parts(engine, columns)
+    weight, bias, offset = columns
     if directions is not None:
         like = ("weight", call[2][0], weight), ("bias", call[2][1], bias)
         along = (arguments.column(*given, *parameter) for given, parameter in zip(directions, like, strict=True))
         columns = weight, *along, offset
-    if out[0] is None and wanted not in (None, reads[0].dtype):
+    if out[0] is None and wanted is not None and wanted != reads[0].dtype:
         out = engine.new_result(reads[0], wanted), *out[1:]
     totals: Any = ()
     if operation.share is None:
@@ -119,7 +126,7 @@ def run(
 
 
 def quantize(
-    engine: ModuleType, call: tuple[Any, ...], dtype: Any, scale: Any, bound: float, out: Any
+    engine: Any, call: tuple[Any, ...], dtype: Any, scale: Any, bound: float, out: Any
 ) -> tuple[Any, Any, Any]:
     """(q, scale, h) of a call as in `forward`, whose first output is q, of this dtype, in `out` if that is given."""
     if not hasattr(engine, "quantize"):
@@ -133,6 +140,8 @@ def quantize(
     q = engine.new_result(x, dtype)
     scales = np.empty(len(x)) if given is None else np.array(np.broadcast_to(given, per_row), np.float64).reshape(-1)
     operation = quantized_rms_norm(dtype.name, given is not None, scale_dtype == np.float32)
+    if type(parameters) is not tuple:
+        engine, parameters = _in_parts(engine, parameters)
     results = engine.quantize(operation, reads, parameters, (q, h), k, (eps, scales, bound))
     q, h = results if restore is None else restore(results)
     if wanted is not None:
@@ -140,12 +149,13 @@ def quantize(
     return q if out is None else out, scales.astype(scale_dtype).reshape(per_row), h
 
 
-def backward(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> Any:
+def backward(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
     """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias."""
     arguments = engine.arguments
     reads, parameters, out, k, eps, restore = arguments.engine_arguments(call)
-    run = engine.backward if type(parameters) is tuple else partial(_broadcast.backward, engine)
-    results, (dweight, dbias) = run(operation, reads, parameters, out, k, eps)
+    if type(parameters) is not tuple:
+        engine, parameters = _in_parts(engine, parameters)
+    results, (dweight, dbias) = engine.backward(operation, reads, parameters, out, k, eps)
     (dx,) = results if restore is None else restore(results)
     weight, bias, _ = call[2]
     return dx, arguments.restore_parameter(dweight, weight), arguments.restore_parameter(dbias, bias)

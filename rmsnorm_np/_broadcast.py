@@ -7,6 +7,7 @@ call of its own. No bit of a row depends on the rows beside it, so that no resul
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class Spread(NamedTuple):
-    """Weight and bias with all axes of the rows that are longer than one, and n. cut: one call for each of its indices,
-    which are those of the first of these axes.
+    """Weight and bias of shape (*axes, n), with all axes of the rows that are longer than one, where they are 1 or as
+    long. cut: how long the first of these axes are; there is one call to the engine for each of their indices.
     """
 
     weight: Any
@@ -59,71 +60,85 @@ def axes_cut(leads: list[Shape | None]) -> int:
     return cut
 
 
-def forward(
-    engine: ModuleType, operation: Any, reads: Any, spread: Spread, out: Any, k: int, eps: float
-) -> tuple[Any, ...]:
-    """The outputs of `engine.forward`."""
-    results = _results(engine, reads, out)
-    for rows, weight_at, bias_at in _parts(spread, len(reads[0])):
-        columns = _rows_at(spread.weight, weight_at), _rows_at(spread.bias, bias_at), spread.weight_offset
-        engine.forward(operation, _part(reads, rows), columns, _part(results, rows), k, eps)
-    return results
+class InParts:
+    """An engine for parameters as in `Spread`: it calls another one for each part of the rows."""
 
+    def __init__(self, engine: ModuleType, cut: Shape) -> None:
+        self.engine, self.cut = engine, cut
 
-def backward(
-    engine: ModuleType, operation: Any, reads: Any, spread: Spread, out: Any, k: int, eps: float
-) -> tuple[Any, list[Any]]:
-    """The outputs and totals of `engine.backward`; what several calls share is added up in float64."""
-    results = _results(engine, reads, out)
-    parameters = spread.weight, spread.bias
-    totals = [a if a is None else _total(a, spread.cut) for a in parameters]
-    for rows, *places in _parts(spread, len(reads[0])):
-        columns = [_rows_at(a, place) for a, place in zip(parameters, places, strict=True)]
-        wanted = [_rows_at(total, place) for total, place in zip(totals, places, strict=True)]
-        sums = tuple(
-            np.empty(a.shape) if _is_shared(total, spread.cut) else a for a, total in zip(wanted, totals, strict=True)
+    def new_result(self, like: Any, dtype: Any) -> Any:
+        """Where a result is written."""
+        return self.engine.new_result(like, dtype)
+
+    def forward(self, operation: Any, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, ...]:
+        """The outputs of the engine."""
+        results = self._results(reads, out)
+        for rows, index in self._parts(len(reads[0])):
+            part = [_at(a, index) for a in columns[:-1]]
+            self.engine.forward(operation, _rows(reads, rows), (*part, columns[-1]), _rows(results, rows), k, eps)
+        return results
+
+    def backward(
+        self, operation: Any, reads: Any, columns: Any, out: Any, k: int, eps: float
+    ) -> tuple[tuple[Any, ...], list[Any]]:
+        """The outputs and totals of the engine. What several calls share is added up in float64, and rounded once."""
+        results = self._results(reads, out)
+        likes = columns[0], columns[1] if "bias" in operation.Columns._fields else None
+        totals: list[Any] = [None if a is None else np.zeros(a.shape, self._sum_dtype(a)) for a in likes]
+        for rows, index in self._parts(len(reads[0])):
+            part = [_at(a, index) for a in columns[:-1]]
+            places = [_at(total, index) for total in totals]
+            sums = tuple(
+                np.empty(place.shape) if like is not None and self._is_shared(like) else place
+                for place, like in zip(places, likes, strict=True)
+            )
+            given = (*part, columns[-1])
+            self.engine.backward(operation, _rows(reads, rows), given, _rows(results, rows), k, eps, totals=sums)
+            for place, some in zip(places, sums, strict=True):
+                if place is not some:
+                    place += some
+        return results, [
+            None if like is None else total.astype(like.dtype, copy=False)
+            for total, like in zip(totals, likes, strict=True)
+        ]
+
+    def quantize(self, operation: Any, reads: Any, columns: Any, out: Any, k: int, numbers: Any) -> tuple[Any, ...]:
+        """The outputs of the engine; numbers: eps, the scale of each row and its bound."""
+        results, (eps, scales, bound) = self._results(reads, out), numbers
+        for rows, index in self._parts(len(reads[0])):
+            part = *(_at(a, index) for a in columns[:-1]), columns[-1]
+            given = eps, scales[rows], bound
+            self.engine.quantize(operation, _rows(reads, rows), part, _rows(results, rows), k, given)
+        return results
+
+    def _results(self, reads: Any, out: Any) -> tuple[Any, ...]:
+        """Arrays for all results: one that is not given is like the array that is read in its place."""
+        return tuple(
+            self.engine.new_result(like, like.dtype) if a is None and like is not None else a
+            for a, like in zip(out, reads, strict=False)
         )
-        given = (*columns, spread.weight_offset)
-        engine.backward(operation, _part(reads, rows), given, _part(results, rows), k, eps, totals=sums)
-        for total, some in zip(wanted, sums, strict=True):
-            if total is not some:
-                total += some
-    return results, [a if a is None else a.astype(like.dtype) for a, like in zip(totals, parameters, strict=True)]
+
+    def _parts(self, rows: int) -> Iterator[tuple[slice, Shape]]:
+        """The rows of each call, and the index of its parameters."""
+        step = rows // (math.prod(self.cut) or 1)
+        for part, index in enumerate(np.ndindex(self.cut)):
+            yield slice(part * step, (part + 1) * step), index
+
+    def _is_shared(self, parameter: Any) -> bool:
+        """Whether several calls use the same part of it."""
+        return bool(parameter.shape[: len(self.cut)] != self.cut)
+
+    def _sum_dtype(self, parameter: Any) -> Any:
+        return np.float64 if self._is_shared(parameter) else parameter.dtype
 
 
-def _results(engine: ModuleType, reads: Any, out: Any) -> tuple[Any, ...]:
-    """Arrays for all results; each is like the array that is read in its place."""
-    return tuple(
-        engine.new_result(like, like.dtype) if a is None and like is not None else a
-        for a, like in zip(out, reads, strict=False)
-    )
-
-
-def _parts(spread: Spread, rows: int) -> Iterator[Any]:
-    """The rows of each call, and the index of its weight and bias."""
-    step = rows // max(1, np.prod(spread.cut, dtype=int))
-    for part, index in enumerate(np.ndindex(spread.cut)):
-        places = (
-            () if a is None else tuple(i if length != 1 else 0 for i, length in zip(index, a.shape, strict=False))
-            for a in (spread.weight, spread.bias)
-        )
-        yield slice(part * step, (part + 1) * step), *places
-
-
-def _part(arrays: Any, rows: slice) -> tuple[Any, ...]:
+def _rows(arrays: Any, rows: slice) -> tuple[Any, ...]:
     return tuple(None if a is None else a[rows] for a in arrays)
 
 
-def _rows_at(a: Any, place: Shape) -> Any:
+def _at(a: Any, index: Shape) -> Any:
     """The rows (m, n) of a parameter for one call: a view."""
-    return None if a is None else a[place].reshape(-1, a.shape[-1])
-
-
-def _is_shared(a: Any, cut: Shape) -> bool:
-    """Whether several calls use the same part of a parameter."""
-    return a is not None and a.shape[: len(cut)] != cut
-
-
-def _total(parameter: Any, cut: Shape) -> Any:
-    """Where the gradient of a parameter is added up."""
-    return np.zeros(parameter.shape, np.float64 if _is_shared(parameter, cut) else parameter.dtype)
+    if a is None:
+        return None
+    place = tuple(i if length != 1 else 0 for i, length in zip(index, a.shape, strict=False))
+    return a[place].reshape(-1, a.shape[-1])

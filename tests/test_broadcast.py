@@ -232,3 +232,39 @@ def test_no_more_calls_than_have_to_be(shape, weight, bias, calls):
     parameters = _arguments.engine_arguments(call)[1]
     made = math.prod(parameters.cut) if isinstance(parameters, _broadcast.Spread) else 1
     assert made == calls
+
+
+# The other functions
+
+
+def others(rng, shape, weight_shape, bias_shape):
+    """(name, its arguments, which results belong to weight and bias, by their position)."""
+    x, gate, dy, tangent = rng.standard_normal((4, *shape))
+    weight, dot = rng.uniform(0.5, 1.5, (2, *weight_shape))
+    bias, bias_dot = rng.standard_normal((2, *bias_shape))
+    yield "l2_norm", (x, weight, bias), ()
+    yield "quantized_rms_norm", (x, weight, bias), ()
+    yield "l2_norm_backward", (dy, x, weight, bias), (1, 2)
+    yield "gated_rms_norm", (x, gate, weight, bias), ()
+    yield "gated_rms_norm_backward", (dy, x, gate, weight, bias), (2, 3)
+    for norm in ("rms", "layer"):
+        yield f"{norm}_norm_jvp", (x, weight, bias, tangent, dot, bias_dot), ()
+        yield f"{norm}_norm_double_backward", (tangent, dot, bias_dot, dy, x, weight, bias), (2,)
+
+
+@pytest.mark.parametrize(("weight_shape", "bias_shape"), [((2, 1, 5), (2, 1, 5)), ((2, 1, 5), (3, 5))], ids=str)
+def test_every_function_takes_such_parameters(weight_shape, bias_shape, backend, rng):
+    shape = (2, 3, 5)
+    for name, arguments, of_parameters in others(rng, shape, weight_shape, bias_shape):
+        wide = [np.broadcast_to(a, shape).copy() for a in arguments]
+        got, want = (getattr(rn, name)(*given, backend=backend) for given in (arguments, wide))
+        got, want = (list(a) if isinstance(a, tuple) else [a] for a in (got, want))
+        for position, parameter in zip(of_parameters, (weight_shape, bias_shape), strict=False):
+            want[position] = total(want[position], parameter)
+        for one, two in zip(got, want, strict=True):
+            assert (one is None) == (two is None)
+            if one is None:
+                continue
+            assert one.shape == two.shape, name
+            one, two = (a.astype(np.float64) for a in (one, two))
+            np.testing.assert_allclose(one, two, **CLOSE, err_msg=name)
