@@ -10,7 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from tolerances import dx_terms
+import tolerances
 
 import rmsnorm_np as rn
 
@@ -60,7 +60,8 @@ def with_heads(g):
     """The rows as (rows, heads, n), as the parameters have heads."""
     shapes = [a.shape for a in g[4:] if a is not None]
     heads = max(shapes, key=len, default=())[:-1]
-    return g._replace(**{name: getattr(g, name).reshape(-1, *heads, g.x.shape[-1]) for name in ROWS if g.v is not None})
+    shape = -1, *heads, g.x.shape[-1]
+    return g._replace(**{name: a.reshape(shape) for name, a in zip(ROWS, g, strict=False) if a is not None})
 
 
 def call(op, g, module=rn, **options):
@@ -106,18 +107,23 @@ def exact(op, g, eps=1e-6, p=1.0, weight_offset=0.0):
     if op.startswith("l2"):
         return Exact({"y": _norm(x, rstd, W, bias)}, {}) if op == "l2_norm" else _backward(x, rstd, dy, W, k, divisor)
     mean_of = centred if op.startswith("layer") else lambda a: a
-    V, sizes = ((f(v * x)[:, :k]).sum(axis=1, keepdims=True) / k for f in (lambda a: a, np.abs))
-    G = (dy * W * x).sum(axis=1, keepdims=True) / k
-    D = (v * dy * W + weight_dot * dy * x).sum(axis=1, keepdims=True) / k
-    b, c, d = rstd**3 * V, rstd**3 * G, rstd**3 * (D - 3 * rstd**2 * G * V)
+    sums, sizes = (
+        [f(a).sum(axis=1, keepdims=True) / k for a in ((v * x)[:, :k], dy * W * x, v * dy * W, weight_dot * dy * x)]
+        for f in (lambda a: a, np.abs)  # sums that can cancel count with the sum of the magnitudes
+    )
+    (b, c, d), (b_size, c_size, d_size) = (
+        (rstd**3 * V, rstd**3 * G, rstd**3 * (D + E + sign * 3 * rstd**2 * G * V))
+        for (V, G, D, E), sign in ((sums, -1), (sizes, 1))
+    )
     y_dot = W * (v * rstd - x * b) + weight_dot * x * rstd + bias_dot
-    y_terms = _largest(W * v * rstd, W * x * rstd**3 * sizes, weight_dot * x * rstd, bias_dot)
+    y_terms = _largest(W * v * rstd, W * x * b_size, weight_dot * x * rstd, bias_dot)
     if op.endswith("jvp"):
         return Exact({"y": (y_dot, y_terms)}, {})
     a, g = mean_of(weight_dot * dy), mean_of(dy * W)
     dx = a * rstd - g * b - np.where(inside, v * c + x * d, 0)
-    share = dy * (v * rstd - x * b), np.abs(dy) * (np.abs(v) * rstd + np.abs(x) * rstd**3 * sizes)
-    return Exact({"ddy": (y_dot, y_terms), "dx": (dx, _largest(a * rstd, g * b, v * c, x * d))}, {"dweight": share})
+    share = dy * (v * rstd - x * b), np.abs(dy) * (np.abs(v) * rstd + np.abs(x) * b_size)
+    dx_terms = _largest(a * rstd, g * b_size, v * c_size, x * d_size)
+    return Exact({"ddy": (y_dot, y_terms), "dx": (dx, dx_terms)}, {"dweight": share})
 
 
 def _largest(*terms):
@@ -132,7 +138,7 @@ def _backward(u, rstd, du, W, k, divisor):
     xhat, g = u * rstd, du * W
     c = (g * xhat).sum(axis=1, keepdims=True) / divisor
     dx = rstd * (g - np.where(np.arange(u.shape[1]) < k, xhat * c, 0))
-    terms = dx_terms(g, xhat, rstd, divisor, centred=False)
+    terms = tolerances.dx_terms(g, xhat, rstd, divisor, centred=False)
     return Exact({"dx": (dx, terms)}, {"dweight": (du * xhat, np.abs(du * xhat)), "dbias": (du, np.abs(du))})
 
 

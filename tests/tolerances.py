@@ -108,16 +108,17 @@ def dx_terms(g, xhat, rstd, k, *, centred):
 def parameter_tolerance(exact, magnitudes, rows, x_dtype, dtype, term=None):
     """The allowed |dweight - exact| or |dbias - exact|, absolute.
 
-    Half an ULP for the final rounding to dtype, and the error of the sum over the rows, in terms of the sum of the
-    magnitudes of what is added: each addition in float64 rounds by 2**-53, and each term is a product of dy with an
-    xhat that is right to 2**-51 in float64, to 2**-21 where x is a 16-bit float and float32 is the type inside (rstd,
-    two differences, two products). Such a product may be subnormal, as may x itself in a row that is scaled down: the
-    smallest float64, twice for each row. In float32, dy · rstd is off by 2**-150 where it is subnormal, and is
-    multiplied with an x below 2**28.
+    Half an ULP for the final rounding to dtype (2**-13 of one more where that has 16 bits: by way of float32), and the
+    error of the sum over the rows, in terms of the sum of the magnitudes of what is added: each addition in float64
+    rounds by 2**-53, and each term is a product of dy with an xhat that is right to 2**-51 in float64, to 2**-21 where
+    x is a 16-bit float and float32 is the type inside (rstd, two differences, two products). Such a product may be
+    subnormal, as may x itself in a row that is scaled down: the smallest float64, twice for each row. In float32,
+    dy · rstd is off by 2**-150 where it is subnormal, and is multiplied with an x below 2**28.
 
     term: another bound of the error of a term; float64 is the type inside then.
     """
     half = np.dtype(x_dtype).itemsize == 2 and term is None
     term = term or (2.0**-21 if half else 2.0**-51)
     smallest = 2 * rows * np.longdouble(2.0**-122 if half else 5e-324)
-    return 0.5 * spacing(exact, dtype) + (term + rows * 2.0**-53) * np.asarray(magnitudes, np.longdouble) + smallest
+    final = 0.5 * (1 + 2.0**-12) if np.dtype(dtype).itemsize == 2 else 0.5
+    return final * spacing(exact, dtype) + (term + rows * 2.0**-53) * np.asarray(magnitudes, np.longdouble) + smallest
