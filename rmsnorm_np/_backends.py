@@ -154,8 +154,20 @@ def backward(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
     arguments = engine.arguments
     reads, parameters, out, k, eps, restore = arguments.engine_arguments(call)
     if type(parameters) is not tuple:
+        if parameters is None:
+            return _one_after_the_other(engine, operation, call)
         engine, parameters = _in_parts(engine, parameters)
     results, (dweight, dbias) = engine.backward(operation, reads, parameters, out, k, eps)
     (dx,) = results if restore is None else restore(results)
     weight, bias, _ = call[2]
     return dx, arguments.restore_parameter(dweight, weight), arguments.restore_parameter(dbias, bias)
+
+
+def _one_after_the_other(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
+    """The gradients of a call whose weight and bias are for different axes, where an engine takes one of them alone."""
+    names, reads, (weight, bias, offset), out, *numbers = call
+    dbias = backward(engine, operation, (names, reads, (None, bias, 0.0), (None,), *numbers))[2]
+    dx, dweight, _ = backward(
+        engine, operation, (names, reads, (weight, None, offset), out, *numbers)
+    )  # may be over dy
+    return dx, dweight, dbias
