@@ -97,18 +97,21 @@ def _in_parts(engine: Any, spread: _broadcast.Spread) -> tuple[Any, tuple[Any, A
 
 
 def run(
-    engine: Any, operation: Operation, call: tuple[Any, ...], directions: Any = None, dtype: Any = None
-) -> tuple[Any, Any]:
-    """(outputs, gradients by weight and bias) of any operation that keeps nothing; call as in `forward`.
+    engine: Any, operation: Operation, call: tuple[Any, ...], directions: Any = None, dtype: Any = None,
+    round_xhat: Any = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(outputs, gradients by weight and bias) of any operation that keeps nothing; arguments as of `forward`.
 
     directions: (name, array) of what the operation has in place of the bias, a direction of the weight and one of the
-    bias, each None or of its shape. dtype: of the first output.
+    bias, each None or of its shape.
     """
     arguments = engine.arguments
     wanted = _arguments.result_dtype(dtype)
     reads, columns, out, k, eps, restore = arguments.engine_arguments(call, wanted, 0)
     if type(columns) is not tuple:
         engine, columns = _in_parts(engine, columns)
+    if check_flag("round_xhat", round_xhat):
+        operation = ops.rounding_xhat(operation, reads[0].dtype.name)
     weight, bias, offset = columns
     if directions is not None:
         like = ("weight", call[2][0], weight), ("bias", call[2][1], bias)

@@ -25,6 +25,8 @@ def gated_rms_norm(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -96,13 +98,13 @@ def gated_rms_norm(
     if engine is reference:
         return reference.gated_rms_norm(
             x, gate, weight, bias, norm_before_gate=norm_before_gate, eps=eps, p=p, axis=axis,
-            weight_offset=weight_offset, out=out,
+            weight_offset=weight_offset, dtype=dtype, round_xhat=round_xhat, out=out,
         )  # fmt: skip
     _arguments.check_given("gate", gate)
     _numbers.check_flag("norm_before_gate", norm_before_gate)
     operation = gated.NORM_FIRST if norm_before_gate else gated.GATE_FIRST
     call = ("x", "gate", "out"), (x, gate), (weight, bias, weight_offset), (out,), eps, p, axis
-    (y,), _ = _backends.run(engine, operation, call)
+    (y,), _ = _backends.run(engine, operation, call, dtype=dtype, round_xhat=round_xhat)
     return y  # type: ignore[no-any-return]
 
 

@@ -22,6 +22,8 @@ def l2_norm(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -29,7 +31,7 @@ def l2_norm(
 
     Parameters
     ----------
-    x, weight, bias, axis, weight_offset, out, backend
+    x, weight, bias, axis, weight_offset, dtype, round_xhat, out, backend
         As in `rms_norm`.
     eps : float, default 1e-6
         Added to the sum of squares, inside the root. Finite, not negative.
@@ -37,7 +39,7 @@ def l2_norm(
     Returns
     -------
     y : ndarray
-        Shape and dtype of x; `out` if that was given.
+        Shape of x, and its dtype unless `dtype` is another; `out` if that was given.
 
     Raises
     ------
@@ -70,17 +72,20 @@ def l2_norm(
     """
     engine = _backends.select(x, backend)
     if engine is reference:
-        return reference.l2_norm(x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out)
-    call = (
-        ("x", "residual", "out", "residual_out"),
-        (x, None),
-        (weight, bias, weight_offset),
-        (out, None),
-        eps,
-        1.0,
-        axis,
-    )
-    y: Array = _backends.forward(engine, L2_NORM, call)[0]
+        return reference.l2_norm(
+            x,
+            weight,
+            bias,
+            eps=eps,
+            axis=axis,
+            weight_offset=weight_offset,
+            dtype=dtype,
+            round_xhat=round_xhat,
+            out=out,
+        )
+    names, parameters = ("x", "residual", "out", "residual_out"), (weight, bias, weight_offset)
+    call = names, (x, None), parameters, (out, None), eps, 1.0, axis
+    y: Array = _backends.forward(engine, L2_NORM, call, dtype, round_xhat)[0]
     return y
 
 

@@ -25,12 +25,14 @@ def silu(gate: Any) -> tuple[Any, Any]:
     return gate * sigmoid, sigmoid + gate * e / ((1.0 + e) * (1.0 + e))  # (..., n)
 
 
-def forward(x: Any, gate: Any, w: Any, b: Any, k: int, eps: float, weight_offset: float, norm_before_gate: bool) -> Any:
-    """y of x and gate (..., n); w and b as in `rms.forward`."""
+def forward(
+    x: Any, gate: Any, w: Any, b: Any, k: int, eps: float, weight_offset: float, norm_before_gate: bool, to: Any = None
+) -> Any:
+    """y of x and gate (..., n); w, b and to, its through_dtype, as in `rms.forward`."""
     s, _ = silu(gate)  # (..., n)
     if norm_before_gate:
-        return rms.forward(x, w, b, k, eps, weight_offset) * s  # (..., n)
-    return rms.forward(x * s, w, b, k, eps, weight_offset)  # (..., n)
+        return rms.forward(x, w, b, k, eps, weight_offset, to) * s  # (..., n)
+    return rms.forward(x * s, w, b, k, eps, weight_offset, to)  # (..., n)
 
 
 def backward(
@@ -58,6 +60,8 @@ def gated_rms_norm(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -73,12 +77,13 @@ def gated_rms_norm(
     check_backend(backend)
     _arguments.check_given("gate", gate)
     _numbers.check_flag("norm_before_gate", norm_before_gate)
-    names = "x", "gate", "out"
-    call = _arguments.Call(names, (x, gate), (weight, bias, weight_offset), (out,), eps, p, axis)
+    names, dtype = ("x", "gate", "out"), _arguments.result_dtype(dtype)
+    call = _arguments.Call(names, (x, gate), (weight, bias, weight_offset), (out,), eps, p, axis, dtype)
     (x, gate), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
-    wide_x, wide_gate, w, b = widen(x, gate, w, b)
-    y = forward(wide_x, wide_gate, w, b, k, eps, weight_offset, norm_before_gate)
-    result: Array = restore([rounded(y, x.dtype)])[0]
+    to = x.dtype if _numbers.check_flag("round_xhat", round_xhat) else None
+    wide_x, wide_gate, w, b = widen(x, gate, w, b, dtype=dtype)
+    y = forward(wide_x, wide_gate, w, b, k, eps, weight_offset, norm_before_gate, to)
+    result: Array = restore([rounded(y, dtype or x.dtype)])[0]
     return result
 
 

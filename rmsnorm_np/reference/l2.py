@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments
-from rmsnorm_np.reference._common import RMSNormGrads, check_backend, like, rounded, summed, widen
+from rmsnorm_np._numbers import check_flag
+from rmsnorm_np.reference._common import RMSNormGrads, check_backend, like, rounded, summed, through, widen
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 
-def forward(x: Any, w: Any, b: Any, eps: float, weight_offset: float) -> Any:
-    """y of x (..., n); w and b (n,), or what broadcasts, such as (heads, n), (batch, 1, n), or None."""
+def forward(x: Any, w: Any, b: Any, eps: float, weight_offset: float, through_dtype: Any = None) -> Any:
+    """y of x (..., n); w and b (n,), or what broadcasts, such as (heads, n), (batch, 1, n), or None.
+
+    through_dtype: what xhat is rounded to before the weight, if it is.
+    """
     square = np.sum(x * x, axis=-1, keepdims=True)  # (..., 1)
     rlength = 1.0 / np.sqrt(square + eps)  # (..., 1)
-    xhat = x * rlength  # (..., n)
+    xhat = through(x * rlength, through_dtype)  # (..., n)
     y = xhat if w is None else xhat * (weight_offset + w)  # (..., n) * (n,)
     return y if b is None else y + b  # (..., n) + (n,)
 
@@ -48,6 +52,8 @@ def l2_norm(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -61,11 +67,13 @@ def l2_norm(
     array([[0.6, 0.8]])
     """
     check_backend(backend)
-    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
+    dtype = _arguments.result_dtype(dtype)
+    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, 1.0, axis, dtype)
     (x,), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
-    wide_x, w, b = widen(x, w, b)
-    y = forward(wide_x, w, b, eps, weight_offset)
-    result: Array = restore([rounded(y, x.dtype)])[0]
+    through_dtype = x.dtype if check_flag("round_xhat", round_xhat) else None
+    wide_x, w, b = widen(x, w, b, dtype=dtype)
+    y = forward(wide_x, w, b, eps, weight_offset, through_dtype)
+    result: Array = restore([rounded(y, dtype or x.dtype)])[0]
     return result
 
 
