@@ -153,8 +153,12 @@ def quantize(
 
 
 def backward(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
-    """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias."""
+    """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias. Its out may be a tuple."""
     arguments = engine.arguments
+    if isinstance(call[3][0], tuple):
+        names, reads, parameters, (out,), *numbers = call
+        name, dx_out, into = arguments.gradient_out(out, *parameters[:2])
+        return into(*backward(engine, operation, ((*names[:-1], name), reads, parameters, (dx_out,), *numbers)))
     reads, parameters, out, k, eps, restore = arguments.engine_arguments(call)
     if type(parameters) is not tuple:
         if parameters is None:

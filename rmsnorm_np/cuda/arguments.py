@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rmsnorm_np import _broadcast, _numbers, _shapes
+from rmsnorm_np._gradient_out import gradient_out_by
 from rmsnorm_np.cuda import arrays
 from rmsnorm_np.cuda.arrays import Seen
 from rmsnorm_np.cuda.copies import copy
@@ -129,9 +130,28 @@ def engine_arguments(call: tuple[Any, ...], dtype: Any = None) -> tuple[Any, ...
     return read_rows, (weights, biases, weight_offset), tuple(ready), k, eps, restore
 
 
-def _check_target(name: str, target: Seen, shape: tuple[int, ...], dtype: Any) -> None:
+def gradient_out(out: Any, weight: Any, bias: Any) -> Any:
+    """As `_arguments.gradient_out`, for device arrays."""
+
+    def check(name: str, a: Any, like_name: str, like: Any) -> Seen:
+        target, parameter = arrays.seen(name, a), arrays.seen(like_name, like)
+        _check_target(name, target, parameter.shape, parameter.dtype, like_name)
+        return target
+
+    def apart(name: str, a: Any, other_name: str, other: Any) -> None:
+        if arrays.overlaps(arrays.seen(name, a), arrays.seen(other_name, other)):
+            raise ValueError(f"{name} and {other_name} share memory, expected two arrays apart")
+
+    def write(target: Seen, gradient: Any) -> None:
+        source = arrays.seen("", gradient)
+        copy(source, target, arrays.capability_here(), arrays.stream_for((source, target)))
+
+    return gradient_out_by(out, weight, bias, check, apart, write)
+
+
+def _check_target(name: str, target: Seen, shape: tuple[int, ...], dtype: Any, like: str = "x") -> None:
     if target.shape != shape:
-        raise ValueError(f"{name} has shape {target.shape}, expected x.shape {shape}")
+        raise ValueError(f"{name} has shape {target.shape}, expected {like}.shape {shape}")
     if target.dtype != dtype:
         raise TypeError(f"{name} has dtype {target.dtype}, expected {dtype}, the dtype of the result")
     if target.read_only:
