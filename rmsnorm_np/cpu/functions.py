@@ -58,10 +58,12 @@ def in_dtype(a: Any, name: str) -> Any:
     b, leaf = a.builder, a.leaf
     if name == "float64":
         return a
+    if name == "float32":
+        return a.as_single()
     value, context = _to_odd(b, a), cpu_target.target_context
     if name == "float16":
         value = llvm.from_float16(context, b, llvm.to_float16(context, b, value))
-    elif name == "bfloat16":
+    else:
         value = llvm.from_bfloat16(b, llvm.to_bfloat16(b, value))
     return type(a)(b, value).to(leaf)
 

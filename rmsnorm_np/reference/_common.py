@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]
+    GradientsOut = Array | tuple[Array | None, Array | None, Array | None]
 
 
 class RMSNormGrads(NamedTuple):
@@ -93,7 +94,11 @@ def rounded(a: Array, dtype: np.dtype[Any]) -> Array:
 
     bfloat16 comes from float64 by way of float32, in ml_dtypes: 0.50001 ULP at worst, where one rounding gives 0.5.
     """
-    return a.astype(np.result_type(dtype, np.complex64) if np.iscomplexobj(a) else dtype)
+    if np.iscomplexobj(a):
+        return a.astype(np.result_type(dtype, np.complex64))
+    if a.dtype == np.longdouble and dtype.itemsize == 2:
+        a = a.astype(np.float64)  # NumPy rounds a longdouble to float32 on the way to float16
+    return a.astype(dtype)
 
 
 def through(a: Array, dtype: np.dtype[Any] | None) -> Array:
