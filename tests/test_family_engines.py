@@ -176,14 +176,25 @@ GATES = [0.0, -0.0, 1e-3, -1.278, 11.0, -11.0, 104.0, -104.0, 800.0, -800.0, 1e4
 @operations(*DTYPES, of=[op for op in ARGUMENTS if op.startswith("gated")], first_tier=FIRST_TIER)
 def test_large_gates(op, dtype, rng):
     """No NaN, and no infinity where the exact result is none."""
-    largest = float(ml_dtypes.finfo(dtype).max)
-    gates = np.array([*GATES, largest / 64, -largest / 64, -largest])
+    largest = 1e300 if dtype == np.float64 else float(ml_dtypes.finfo(dtype).max) / 64
+    gates = np.array([*GATES, largest, -largest, -largest])
     g = given(rng, (4, len(gates)), dtype)
     g = g._replace(gate=np.stack([gates, gates[::-1], np.abs(gates), -np.abs(gates)]).astype(dtype))
     g = g._replace(x=(g.x.astype(float) / 8).astype(dtype), dy=(g.dy.astype(float) / 8).astype(dtype))
     assert_exact(op, g, eps=1.0)
     for result in call(op, g, eps=1.0).values():
         assert not np.isnan(result.astype(np.float64)).any()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("op", [op for op in ARGUMENTS if op.startswith("gated")])
+def test_gates_that_take_a_row_out_of_the_range(op, rng):
+    """The squares of x · silu(gate) are zero or infinite, though those of x are not; beside an ordinary row."""
+    g = given(rng, (5, 33), np.float64)
+    g = g._replace(gate=np.abs(g.gate) * [[1.0], [1e160], [1e280], [-1.0], [1.0]] - [[0], [0], [0], [600], [0]])
+    g.x[2:4] *= [[1e-200], [1e100]]
+    g.dy[1:4] *= 1e-30
+    assert_exact(op, g, eps=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ same bits
