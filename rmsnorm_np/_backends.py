@@ -60,6 +60,13 @@ def select(x: Any, backend: str | None) -> ModuleType:
     return _load(backend) if engine is None else engine
 
 
+def for_reduce(engine: Any) -> ModuleType:
+    """The engine for rows that are cut over workers: on the host, NumPy."""
+    if engine is _engines.get("cuda"):
+        raise ValueError("backend 'cuda' takes no reduce, expected None for device arrays")
+    return reference
+
+
 def _load(backend: str) -> ModuleType:
     from importlib import import_module  # noqa: TID251 (of this package, one of the engines above)
 
