@@ -182,6 +182,16 @@ def test_rows_far_from_zero(mean, rng):
         assert np.array_equal(y, np.zeros_like(y))
 
 
+@pytest.mark.skipif(not LONGDOUBLE_IS_WIDER, reason="nothing to judge float64 by")
+def test_gradients_of_rows_far_from_zero(rng):
+    """What is left of the mean, times a large sum of g, is no small part of Σ g · (x - mean)."""
+    a = arrays(rng, (20, 24), np.float64)
+    a["x"] += 1e6
+    a["dy"] += 1e3
+    *_, dx, terms = exact("layer_norm", a, 0.0)
+    assert worst_ulp(in_parts(backward, "layer_norm", a, (0, 5, 24))[0][0], dx, terms) <= 1.0
+
+
 @needs_range
 @pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
 def test_rows_whose_squares_leave_the_range(norm, scale, rng):
