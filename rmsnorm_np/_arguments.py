@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import _hints
 from rmsnorm_np._broadcast import for_engines
+from rmsnorm_np._exchange import as_ndarray
 from rmsnorm_np._numbers import check_eps, check_weight_offset, elements_in_rms
 from rmsnorm_np._overlap import begin_together, folds, may_write
 from rmsnorm_np._shapes import are_trailing, axes_of, check_same_shape, engine_form, parameter_lead
@@ -91,12 +91,7 @@ def as_array(name: str, value: Any) -> Array:
             raise TypeError(f"{name} is a numpy.matrix, expected an ndarray, such as {name}.A")
         return value.view(ndarray)
     check_given(name, value)
-    try:
-        if not hasattr(value, "__cuda_array_interface__"):
-            return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # PyTorch's tensors raise the first and the last
-        raise _hints.not_an_array(name, value, error) from error
-    raise TypeError(f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()")
+    return as_ndarray(name, value)
 
 
 def is_ordinary_row(a: Any, n: int) -> bool:
@@ -105,11 +100,9 @@ def is_ordinary_row(a: Any, n: int) -> bool:
 
 
 def _contiguous(a: Array, dtype: np.dtype[Any]) -> Array:
-    """The array itself where it is C-contiguous, aligned, writable and of this dtype, a copy where it is not.
-
-    Read-only arrays are copied because compiled kernels take them for a type of their own.
-    """
-    return a if a.flags.carray and a.dtype == dtype else np.array(a, dtype, order="C")
+    """The array itself where it is C-contiguous, aligned and of this dtype, a copy where it is not."""
+    flags = a.flags
+    return a if flags.c_contiguous and flags.aligned and a.dtype == dtype else np.array(a, dtype, order="C")
 
 
 def check_out(name: str, out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
@@ -336,7 +329,7 @@ def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared:
         raise ValueError(f"{name} is given, expected None without a {parameter_name}")
     a = as_array(name, value)
     check_same_shape(name, a.shape, parameter_name, np.shape(parameter))
-    return np.ascontiguousarray(a, native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
+    return _contiguous(a, native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:
