@@ -43,7 +43,8 @@ def rms_norm(
     ----------
     x : array_like, of any shape with at least one axis
         float16, bfloat16 (``ml_dtypes``), float32 or float64 in any layout; never written. Integers, bools and
-        Python lists of numbers are taken as float64.
+        Python lists of numbers are taken as float64. Arrays of PyTorch, JAX and others that have ``__dlpack__`` and
+        lie on the CPU are taken without a copy.
     weight : array_like, optional
         Factor of each element; any of the dtypes above, whatever that of x. It has the normalised axes in full, and
         what is before them broadcasts against x as NumPy's arrays do: ``(n,)``, one factor per element of a row;
@@ -90,7 +91,7 @@ def rms_norm(
     ------
     TypeError
         If an array is complex, extended precision, of objects, strings or records, masked, a ``numpy.matrix`` or
-        None, or a PyTorch tensor on the CPU of bfloat16 or that requires grad (the error says how to convert it);
+        None, a tensor that requires grad, or on a device other than the CPU (see `backend` for "cuda");
         if `out` is no ndarray or has another dtype than y; if `axis` is no int; if `eps`, `p` or `weight_offset` is no
         number; if `dtype` is none of the four, or `round_xhat` no bool; if x does not lie where `backend` computes; if
         `reduce` is not callable or returns no array of float64.
