@@ -153,12 +153,28 @@ def quantize(
 
 
 def backward(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
-    """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias."""
+    """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias. Its out may be a tuple."""
     arguments = engine.arguments
+    if isinstance(call[3][0], tuple):
+        names, reads, parameters, (out,), *numbers = call
+        name, dx_out, into = arguments.gradient_out(out, *parameters[:2])
+        return into(*backward(engine, operation, ((*names[:-1], name), reads, parameters, (dx_out,), *numbers)))
     reads, parameters, out, k, eps, restore = arguments.engine_arguments(call)
     if type(parameters) is not tuple:
+        if parameters is None:
+            return _one_after_the_other(engine, operation, call)
         engine, parameters = _in_parts(engine, parameters)
     results, (dweight, dbias) = engine.backward(operation, reads, parameters, out, k, eps)
     (dx,) = results if restore is None else restore(results)
     weight, bias, _ = call[2]
     return dx, arguments.restore_parameter(dweight, weight), arguments.restore_parameter(dbias, bias)
+
+
+def _one_after_the_other(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
+    """The gradients of a call whose weight and bias are for different axes, where an engine takes one of them alone."""
+    names, reads, (weight, bias, offset), out, *numbers = call
+    dbias = backward(engine, operation, (names, reads, (None, bias, 0.0), (None,), *numbers))[2]
+    dx, dweight, _ = backward(
+        engine, operation, (names, reads, (weight, None, offset), out, *numbers)
+    )  # may be over dy
+    return dx, dweight, dbias

@@ -60,6 +60,20 @@ def axes_cut(leads: list[Shape | None]) -> int:
     return cut
 
 
+def rows_order(leads: tuple[Shape | None, ...], x_lead: Shape) -> Shape | None:
+    """The order of the axes of the rows in which an engine knows all parameters as they are: what they share comes
+    first. It is that of x where this will do, and None if there is none. leads: as in `for_engines`.
+    """
+    given = [(1,) * (len(x_lead) - len(lead)) + lead for lead in leads if lead is not None]
+    long = [i for i, length in enumerate(x_lead) if length != 1]
+    order = sorted(long, key=lambda i: sum(lead[i] != 1 for lead in given))
+    for lead in given:
+        own = [i for i in long if lead[i] != 1]
+        if order[len(order) - len(own) :] != own:
+            return None
+    return tuple(range(len(x_lead)) if order == long else [*(i for i in range(len(x_lead)) if i not in long), *order])
+
+
 class InParts:
     """An engine for parameters as in `Spread`: it calls another one for each part of the rows."""
 

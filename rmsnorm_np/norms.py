@@ -11,6 +11,8 @@ from rmsnorm_np.reference import RMSNormGrads
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from rmsnorm_np.reference._common import GradientsOut
+
     Array = npt.NDArray[Any]
 
 # names of the arrays in error messages: what is read, what is written
@@ -161,7 +163,7 @@ def rms_norm_backward(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> RMSNormGrads:
     """Gradients of a loss with respect to x, weight and bias of `rms_norm`, from the gradient with respect to y.
@@ -175,9 +177,10 @@ def rms_norm_backward(
         can tell dy and x in the wrong order.
     x, weight, bias, eps, p, axis, weight_offset, backend
         As given to `rms_norm`. Of `bias`, only the shape and the dtype matter here.
-    out : ndarray, optional
+    out : ndarray or tuple of ndarray or None, optional
         Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy or x itself, and
-        may overlap any argument in any other way as well.
+        may overlap any argument in any other way as well. A tuple is for ``(dx, dweight, dbias)``; None in it for a
+        new array. Its arrays must not share memory with each other.
 
     Returns
     -------
@@ -188,7 +191,8 @@ def rms_norm_backward(
     Raises
     ------
     TypeError, ValueError, ImportError
-        As `rms_norm`; a ValueError too if dy has another shape than x.
+        As `rms_norm`; a TypeError too if `out` is a tuple of another length than three; a ValueError too if dy has
+        another shape than x, if arrays of `out` share memory, or if there is one for a parameter that is None.
 
     See Also
     --------
@@ -220,6 +224,12 @@ def rms_norm_backward(
     array([0.84852814, 0.        ])
     >>> grads.dbias is None
     True
+
+    In a loop, arrays may be used again:
+
+    >>> grads = rms_norm_backward(np.array([[0.0, 1.0]]), np.array([[3.0, 4.0]]), np.ones(2), out=tuple(grads), eps=0.0)
+    >>> grads.dweight
+    array([0.        , 1.13137085])
     """
     _arguments.check_given("dy", dy)
     engine = _backends.select(x, backend)

@@ -12,6 +12,8 @@ from rmsnorm_np.reference import AddNorm, LayerNormGrads, RMSNormGrads
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from rmsnorm_np.reference._common import GradientsOut
+
     Array = npt.NDArray[Any]
 
 # the names of the arrays in error messages: what is read, what is written
@@ -108,7 +110,7 @@ def add_rms_norm_backward(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> RMSNormGrads:
     """Gradients of `add_rms_norm`, from the gradients of both its results.
@@ -124,8 +126,9 @@ def add_rms_norm_backward(
         The sum, as `add_rms_norm` returned it.
     weight, bias, eps, p, axis, weight_offset, backend
         As given to `add_rms_norm`. Of `bias`, only the shape and the dtype matter here.
-    out : ndarray, optional
-        Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy, dh or h.
+    out : ndarray or tuple of ndarray or None, optional
+        Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy, dh or h. Or a tuple
+        for ``(dx, dweight, dbias)``, as in `rms_norm_backward`.
 
     Returns
     -------
@@ -136,7 +139,7 @@ def add_rms_norm_backward(
     Raises
     ------
     TypeError, ValueError, ImportError
-        As `rms_norm`, with h for x; a ValueError too if dy or dh has another shape than h.
+        As `rms_norm_backward`, with h for x; a ValueError too if dh has another shape than h.
 
     See Also
     --------
@@ -255,7 +258,7 @@ def add_layer_norm_backward(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> LayerNormGrads:
     """Gradients of `add_layer_norm`, from the gradients of both its results.
@@ -271,8 +274,9 @@ def add_layer_norm_backward(
         The sum, as `add_layer_norm` returned it.
     weight, bias, eps, axis, weight_offset, backend
         As given to `add_layer_norm`. Of `bias`, only the shape and the dtype matter here.
-    out : ndarray, optional
-        Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy, dh or h.
+    out : ndarray or tuple of ndarray or None, optional
+        Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy, dh or h. Or a tuple
+        for ``(dx, dweight, dbias)``, as in `rms_norm_backward`.
 
     Returns
     -------
@@ -283,7 +287,7 @@ def add_layer_norm_backward(
     Raises
     ------
     TypeError, ValueError, ImportError
-        As `layer_norm`, with h for x; a ValueError too if dy or dh has another shape than h.
+        As `layer_norm_backward`, with h for x; a ValueError too if dh has another shape than h.
 
     See Also
     --------

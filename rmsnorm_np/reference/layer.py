@@ -24,6 +24,8 @@ from rmsnorm_np.reference._common import (
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from rmsnorm_np.reference._common import GradientsOut
+
     Array = npt.NDArray[Any]
 
 
@@ -102,7 +104,7 @@ def layer_norm_backward(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> LayerNormGrads:
     """Gradients of LayerNorm: `rmsnorm_np.layer_norm_backward`, in NumPy, for real and complex arrays.
@@ -116,11 +118,12 @@ def layer_norm_backward(
     """
     check_backend(backend)
     _arguments.check_given("dy", dy)
-    call = _arguments.Call(("x", "dy", "out"), (x, dy), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
+    name, dx_out, into = _arguments.gradient_out(out, weight, bias)
+    call = _arguments.Call(("x", "dy", name), (x, dy), (weight, bias, weight_offset), (dx_out,), eps, 1.0, axis)
     (x, dy), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
     wide_x, wide_dy, w, b = widen(x, dy, w, b)
     dx, dweight, dbias = backward(wide_x, wide_dy, w, b, eps, weight_offset)
-    return LayerNormGrads(restore([rounded(dx, x.dtype)])[0], like(weight, dweight), like(bias, dbias))
+    return LayerNormGrads(*into(restore([rounded(dx, x.dtype)])[0], like(weight, dweight), like(bias, dbias)))
 
 
 @np.errstate(all="ignore")
@@ -173,7 +176,7 @@ def add_layer_norm_backward(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> LayerNormGrads:
     """Gradients of `add_layer_norm`: `rmsnorm_np.add_layer_norm_backward`, in NumPy, for real and complex arrays.
@@ -187,10 +190,11 @@ def add_layer_norm_backward(
     """
     check_backend(backend)
     _arguments.check_given("dy", dy)
-    names = "h", "dy", "dh", "out"
-    call = _arguments.Call(names, (h, dy, dh), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
+    name, dx_out, into = _arguments.gradient_out(out, weight, bias)
+    names = "h", "dy", "dh", name
+    call = _arguments.Call(names, (h, dy, dh), (weight, bias, weight_offset), (dx_out,), eps, 1.0, axis)
     (h, dy, dh), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
     wide_h, wide_dy, wide_dh, w, b = widen(h, dy, dh, w, b)
     dx, dweight, dbias = backward(wide_h, wide_dy, w, b, eps, weight_offset)
     dx = dx if wide_dh is None else wide_dh + dx  # (..., n): the gradient of both summands of h
-    return LayerNormGrads(restore([rounded(dx, h.dtype)])[0], like(weight, dweight), like(bias, dbias))
+    return LayerNormGrads(*into(restore([rounded(dx, h.dtype)])[0], like(weight, dweight), like(bias, dbias)))
