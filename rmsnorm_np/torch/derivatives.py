@@ -32,7 +32,8 @@ def _differentiable(op: Any, tensors: int, saved: Callable[..., Any], backward: 
 
     saved(*arguments, results) are the tensors that backward(ctx, *gradients) and jvp(ctx, *tangents) find in
     ctx.saved_tensors; they find the options in ctx.options. Both work on tensors alone: a gradient for each of the
-    first arguments. A gradient or tangent is None for zero. ctx.dtype is that of the first result.
+    first arguments. A gradient is None for zero, and so is a tangent that is given, not one that jvp returns. ctx.dtype
+    is that of the first result.
 
     PyTorch's `torch.library.register_autograd` knows no forward mode and no torch.func: this is it, with both.
     """
@@ -124,7 +125,7 @@ def differentiate(ops: Operators) -> None:
     def add_jvp(ctx: Any, x_dot: Any, residual_dot: Any, weight_dot: Any, bias_dot: Any) -> Any:
         h, weight, bias = ctx.saved_tensors
         h_dot = _sum(x_dot, residual_dot)
-        h_dot = None if h_dot is None else h_dot.to(h.dtype)
+        h_dot = torch.zeros_like(h) if h_dot is None else h_dot.to(h.dtype)
         y_dot = ops.jvp(h, weight, bias, h_dot, weight_dot, bias_dot, *ctx.options[:3])
         return y_dot.to(ctx.dtype), h_dot
 
@@ -141,8 +142,9 @@ def differentiate(ops: Operators) -> None:
 
     def backward_along(ctx: Any, dy_dot: Any, x_dot: Any, weight_dot: Any, bias_dot: Any) -> Any:
         dy, x, weight, bias = ctx.saved_tensors
-        tangents: list[Any] = [None] * (1 + (weight is not None) + (bias is not None))
-        if dy_dot is not None:
+        if dy_dot is None:
+            tangents = [torch.zeros_like(a) for a in (x, weight, bias) if a is not None]
+        else:
             tangents = ops.backward(dy_dot, x, weight, bias, *ctx.options)
         if x_dot is not None or weight_dot is not None:
             _, *more = second(ctx, x_dot, (weight_dot, None), dy, x, weight, bias)
@@ -151,8 +153,7 @@ def differentiate(ops: Operators) -> None:
 
     def add_backward_along(ctx: Any, dy_dot: Any, dh_dot: Any, h_dot: Any, weight_dot: Any, bias_dot: Any) -> Any:
         dx_dot, *rest = backward_along(ctx, dy_dot, h_dot, weight_dot, bias_dot)
-        h = ctx.saved_tensors[1]
-        return _sum(dx_dot, None if dh_dot is None else dh_dot.to(h.dtype)), *rest
+        return dx_dot if dh_dot is None else (dx_dot + dh_dot).to(dx_dot.dtype), *rest
 
     def of_jvp(ctx: Any, u: Tensor) -> Any:
         x, weight, bias, x_dot, weight_dot, bias_dot = ctx.saved_tensors
