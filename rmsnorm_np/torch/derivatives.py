@@ -169,9 +169,7 @@ def differentiate(ops: Operators) -> None:
     _differentiable(ops.backward, 4, lambda *args: args[:-1], of_backward, backward_along)
     _differentiable(ops.jvp, 6, lambda *args: args[:-1], of_jvp, no_forward)
     _differentiable(ops.double_backward, 7, lambda *args: (), no_third, no_third)
-    _differentiable(
-        ops.add, 4, lambda x, residual, weight, bias, yh: (yh[1], weight, bias), add_backward, add_jvp
-    )
+    _differentiable(ops.add, 4, lambda x, residual, weight, bias, yh: (yh[1], weight, bias), add_backward, add_jvp)
     _differentiable(
         ops.add_backward, 5, lambda dy, dh, h, weight, bias, _: (dy, h, weight, bias), of_add_backward,
         add_backward_along,
