@@ -266,7 +266,7 @@ def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared:
         raise ValueError(f"{name} is given, expected None without a {parameter_name}")
     a = as_array(name, value)
     check_same_shape(name, a.shape, parameter_name, np.shape(parameter))
-    return np.ascontiguousarray(a, native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
+    return contiguous(a, native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:

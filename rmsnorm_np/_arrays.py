@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import _hints
+from rmsnorm_np._exchange import as_ndarray
 from rmsnorm_np._overlap import folds
 
 if TYPE_CHECKING:
@@ -74,20 +74,13 @@ def as_array(name: str, value: Any) -> Array:
             raise TypeError(f"{name} is a numpy.matrix, expected an ndarray, such as {name}.A")
         return value.view(ndarray)
     check_given(name, value)
-    try:
-        if not hasattr(value, "__cuda_array_interface__"):
-            return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # PyTorch's tensors raise the first and the last
-        raise _hints.not_an_array(name, value, error) from error
-    raise TypeError(f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()")
+    return as_ndarray(name, value)
 
 
 def contiguous(a: Array, dtype: np.dtype[Any]) -> Array:
-    """The array itself where it is C-contiguous, aligned, writable and of this dtype, a copy where it is not.
-
-    Read-only arrays are copied because compiled kernels take them for a type of their own.
-    """
-    return a if a.flags.carray and a.dtype == dtype else np.array(a, dtype, order="C")
+    """The array itself where it is C-contiguous, aligned and of this dtype, a copy where it is not."""
+    flags = a.flags
+    return a if flags.c_contiguous and flags.aligned and a.dtype == dtype else np.array(a, dtype, order="C")
 
 
 def check_out(name: str, out: Any, shape: Shape, dtype: np.dtype[Any], like: str = "x") -> Array:

@@ -60,6 +60,13 @@ def select(x: Any, backend: str | None) -> ModuleType:
     return _load(backend) if engine is None else engine
 
 
+def for_reduce(engine: Any) -> ModuleType:
+    """The engine for rows that are cut over workers: on the host, NumPy."""
+    if engine is _engines.get("cuda"):
+        raise ValueError("backend 'cuda' takes no reduce, expected None for device arrays")
+    return reference
+
+
 def _load(backend: str) -> ModuleType:
     from importlib import import_module  # noqa: TID251 (of this package, one of the engines above)
 
@@ -141,7 +148,11 @@ def quantize(
     wanted = None if out is None else _arguments.check_out("out", out, shape, dtype)
     check_apart("out", wanted, "residual_out", call[3][1])
     q = engine.new_result(x, dtype)
-    scales = np.empty(len(x)) if given is None else np.array(np.broadcast_to(given, per_row), np.float64).reshape(-1)
+    scales = np.empty(len(x)) if given is None else np.ravel(np.broadcast_to(given, per_row)).astype(np.float64)
+    if type(parameters) is not tuple:  # a row of the parameters for each row of x
+        lead = tuple(length for length in per_row if length != 1)
+        weight, bias, offset, _ = parameters
+        parameters = _broadcast.every_row(weight, lead), _broadcast.every_row(bias, lead), offset
     operation = quantized_rms_norm(dtype.name, given is not None, scale_dtype == np.float32)
     if type(parameters) is not tuple:
         engine, parameters = _in_parts(engine, parameters)
