@@ -98,13 +98,13 @@ class Model(NamedTuple):
     norms: list  # two for each block, and the last
 
 
-def load(path, norm=Fused, dtype=np.float32):
+def load(path, norm=Kernel, dtype=np.float32):
     """(model, tokenizer) of a GGUF file; the norms are made by `norm(weight, eps)`, with weights of this dtype."""
     facts, tensors = read(path)
     return build(facts, {name: tensor.array() for name, tensor in tensors.items()}, norm, dtype), Tokenizer.of(facts)
 
 
-def build(facts, arrays, norm=Fused, dtype=np.float32):
+def build(facts, arrays, norm=Kernel, dtype=np.float32):
     """The model from a file's facts and arrays."""
     if facts["general.architecture"] != "llama":
         raise ValueError(f"architecture is {facts['general.architecture']!r}, expected 'llama'")
@@ -252,7 +252,7 @@ def parse(arguments):
     parser.add_argument("text", help="a question")
     parser.add_argument("--continue", dest="on", action="store_true", help="the text is no question: write on")
     parser.add_argument("--tokens", type=int, default=200, help="write at most so many (default: 200)")
-    parser.add_argument("--norm", choices=NORMS, default="fused", help="how norms are computed (default: fused)")
+    parser.add_argument("--norm", choices=NORMS, default="kernel", help="how norms are computed (default: kernel)")
     parser.add_argument("--float16", action="store_true", help="keep the residual stream and the norms in float16")
     parser.add_argument("--file", type=Path, help=f"a GGUF file of a Llama model (default: that of {PACKAGE})")
     return parser.parse_args(arguments)
