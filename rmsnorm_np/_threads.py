@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
+import threading
+from collections.abc import Iterator
 
 _requested: int | None = None  # by `set_num_threads`
+_here = threading.local()  # `most`: what `at_most` says in this Python thread
 
 
 def set_num_threads(n: int) -> None:
@@ -86,7 +90,18 @@ def get_num_threads() -> int:
     global _requested
     if _requested is None:
         _requested = min(_from_environment() or _most(), _most())
-    return _requested
+    return min(_requested, getattr(_here, "most", _requested))
+
+
+@contextlib.contextmanager
+def at_most(n: int) -> Iterator[None]:
+    """No more than n threads in each call from this Python thread."""
+    before = getattr(_here, "most", _most())
+    _here.most = n
+    try:
+        yield
+    finally:
+        _here.most = before
 
 
 def _most() -> int:
