@@ -91,8 +91,9 @@ def results(cut: Cut, piece: Piece, found: list[Any]) -> tuple[Any, ...]:
     zeros = Totals(*(None if like is None else cut.wide(0.0) for like in likes))
     for rows, part, (e, kept), columns, inside, m in tiles:
         written = operation.leave(e, m, columns, inside)
-        for field, out, value in zip(operation.Writes._fields, outs, written, strict=True):
+        for field, out in zip(operation.Writes._fields, outs, strict=True):
             if out is not None:
+                value = getattr(written, field)
                 out[rows, part] = kept if field == operation.keep else rounded(value, out.dtype)
         if operation.share is not None:
             for total, like, terms in zip(totals, likes, operation.share(zeros, e, m), strict=True):
@@ -113,8 +114,8 @@ def _add(total: Any, places: Any, rows: slice, terms: Any) -> None:
 
 
 class _Tiles:
-    """A piece as tiles of rows (rows, n): of each its rows, its elements, (what the operation is about, what is kept), its
-    columns, inside, and the numbers of the last stage whose sums are known.
+    """A piece as tiles of rows (rows, n): of each its rows, its elements, (what the operation is about, what is kept),
+    its columns, inside, and the numbers of the last stage whose sums are known.
     """
 
     def __init__(self, cut: Cut, piece: Piece, found: list[Any]) -> None:
@@ -123,7 +124,7 @@ class _Tiles:
         self.rows, self.n = self.reads[0].shape
         self.parameters = [self._parameter(a, piece.reads[0].shape) for a in (piece.weight, piece.bias)]
         self.inside = self._flat(piece.inside)
-        self.found = [a.reshape(self.rows, -1) for a in found]
+        self.found = [a.reshape(self.rows, a.shape[-1]) for a in found]
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         cut = self.cut

@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
 _requested: int | None = None  # by `set_num_threads`
-_here = threading.local()  # `most`: what `at_most` says in this Python thread
+
+
+class _Here(threading.local):
+    most = sys.maxsize  # what `at_most` says in this Python thread
+
+
+_here = _Here()
 
 
 def set_num_threads(n: int) -> None:
@@ -90,13 +97,13 @@ def get_num_threads() -> int:
     global _requested
     if _requested is None:
         _requested = min(_from_environment() or _most(), _most())
-    return min(_requested, getattr(_here, "most", _requested))
+    return min(_requested, _here.most)
 
 
 @contextlib.contextmanager
 def at_most(n: int) -> Iterator[None]:
     """No more than n threads in each call from this Python thread."""
-    before = getattr(_here, "most", _most())
+    before = _here.most
     _here.most = n
     try:
         yield

@@ -23,34 +23,33 @@ class Blocks:
     def __init__(self, x: Any, arrays: list[Any]) -> None:
         self.x, self.arrays, self.sums = x, arrays, list[Any]()
 
-    def mapped(self, task: Callable[..., Any], axes: Axes = (), sums: int = 0) -> Any:
+    def mapped(self, task: partial[Any], axes: Axes = (), sums: int = 0) -> Any:
         """task(arrays, sums) of all blocks at a place, for all places: an array whose blocks are what the task returns,
         tuples of arrays; or `sums` sums along these axes, which become one element for each block.
+
+        task: a function of `tasks`, its first argument, `Cut`, given.
         """
-        index = tuple(range(self.x.ndim))
+        index, cut = tuple(range(self.x.ndim)), task.args[0]
         last = index[-1] + 1
         pairs = [(a, None if a is None else index) for a in self.arrays] + [(a, (*index, last)) for a in self.sums]
+        dtype = cut.wide if sums else object
         shape = {"new_axes": {last: sums}, "adjust_chunks": dict.fromkeys(axes, 1)} if sums else {}
         return da.blockwise(
             partial(_called, task, len(self.arrays)),
             (*index, last) if sums else index,
             *(item for pair in pairs for item in pair),
-            token=_name(task),
+            # what Dask's dashboard and its graphs call it
+            token=f"{cut.operation.name}-{task.func.__name__}".replace(" ", "-"),
             concatenate=True,  # the one block along the axis of sums comes as an array, not as a list of one
             align_arrays=False,
-            dtype=np.float64 if sums else object,
-            meta=np.empty((0,) * (len(index) + bool(sums)), np.float64 if sums else object),
+            dtype=dtype,
+            meta=np.empty((0,) * (len(index) + bool(sums)), dtype),
             **shape,
         )
 
 
 def _called(task: Callable[..., Any], arrays: int, *blocks: Any) -> Any:
     return task(blocks[:arrays], blocks[arrays:])
-
-
-def _name(task: Any) -> str:
-    """What Dask's dashboard and its graphs call such a task: the operation, and what is done of it."""
-    return f"{task.args[0].operation.name}-{task.func.__name__}".replace(" ", "-")
 
 
 def item(made: Any, j: int, dtype: Any, adjust_chunks: Any = None) -> Any:

@@ -37,7 +37,7 @@ def whole(cut: Cut, rows: Rows, arrays: Blocks, _: Blocks) -> tuple[Any, ...]:
         read, columns, out, k, eps, restore = engine.arguments.engine_arguments(call, None, rows.apart)
         if type(columns) is not tuple:
             engine, columns = _broadcast.InParts(engine, columns.cut), columns[:3]
-        totals = [None if a is None else np.zeros(a.shape) for a in columns[:2]]
+        totals = tuple(None if a is None else np.zeros(a.shape) for a in columns[:2])
         found, _ = engine.backward(operation, read, columns, out, k, eps, totals=totals)
         found = found if restore is None else restore(found)
     pairs = zip(totals, (weight, bias), strict=True)
