@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
-from torch_cases import CASES, EPS, N, SHAPE, loss, on_reference, tensors  # noqa: F401 (a fixture)
+from torch_cases import CASES, EPS, SHAPE, N, loss, on_reference, tensors  # noqa: F401 (a fixture)
 
 import rmsnorm_np.torch as rt
 
@@ -41,6 +41,8 @@ def per_item(f, x, *others):
 
 def per_parameter(f, x, *others):
     """The same rows under several parameters."""
+    if all(a.shape == SHAPE for a in others):
+        return every_gradient(f)(x, *others)
     in_dims = tuple(None if a.shape == SHAPE else 1 for a in others)
     parameters = (a if a.shape == SHAPE else torch.stack([a, 2 * a], 1) for a in others)
     return vmap(every_gradient(f), (None, *in_dims))(x, *parameters)
