@@ -1,25 +1,33 @@
 """Check the arguments of a call and bring them into the one form that the engines take.
 
-Every error about an argument but `backend` is raised here or in `_shapes` and `_numbers`; `_hints` writes the longer
-messages. Past this file there is no question left about shape, dtype, axis, layout or missing values: x is (rows, n),
-or (outer, n, inner) where an engine takes rows whose elements lie apart; C-contiguous, aligned, in native byte order.
-
-The functions that take a shape or a dtype, and not an array, serve arrays on any device.
+Every error about an argument but `backend` is raised here or in `_arrays`, `_shapes`, `_numbers` and `_gradient_out`;
+`_hints` writes the longer messages. Past this file there is no question left about shape, dtype, axis, layout or
+missing values: x is (rows, n), or (outer, n, inner) where an engine takes rows whose elements lie apart; C-contiguous,
+aligned, in native byte order.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import _hints
+from rmsnorm_np._arrays import (
+    as_array,
+    check_given,
+    check_out,
+    contiguous,
+    native_dtype,
+    native_dtypes,
+    outs_of,
+    result_dtype,
+)
 from rmsnorm_np._broadcast import for_engines
+from rmsnorm_np._gradient_out import gradient_out
 from rmsnorm_np._numbers import check_eps, check_weight_offset, elements_in_rms
-from rmsnorm_np._overlap import begin_together, folds, may_write
+from rmsnorm_np._overlap import begin_together, may_write
 from rmsnorm_np._shapes import are_trailing, axes_of, check_same_shape, engine_form, parameter_lead
 
 if TYPE_CHECKING:
@@ -31,113 +39,33 @@ if TYPE_CHECKING:
     Restore: TypeAlias = Callable[[Any], Any]
     Shape: TypeAlias = tuple[int, ...]
 
+# all that a public function, an engine or the reference asks about arguments
+__all__ = [
+    "LONGEST_APART",
+    "Call",
+    "Checked",
+    "as_array",
+    "check_given",
+    "check_out",
+    "column",
+    "engine_arguments",
+    "gradient_out",
+    "is_ordinary_row",
+    "native_dtype",
+    "native_dtypes",
+    "outs_of",
+    "prepare",
+    "restore_parameter",
+    "result_dtype",
+]
+
 _INFINITY = math.inf
 LONGEST_APART = 1 << 16  # the CPU engine's longest row whose elements may lie apart; longer ones are copied
-
-# bfloat16 joins when the first such array arrives: this package does not import ml_dtypes by itself.
-_native_dtypes = {np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)}
-
-
-# Arrays
-
-
-def native_dtype(name: str, dtype: np.dtype[Any], complex_too: bool = False) -> np.dtype[Any]:
-    """The dtype to compute with: integers become float64 as in NumPy, the four float types are kept."""
-    if dtype in _native_dtypes:
-        return dtype
-    if dtype.kind in "biu":
-        return np.dtype(np.float64)
-    if dtype.kind in "fc":
-        native: np.dtype[Any] = dtype.newbyteorder("=")
-        if native in _native_dtypes or (complex_too and native in (np.complex64, np.complex128)):
-            return native
-    if dtype.name == "bfloat16":
-        _native_dtypes.add(dtype)
-        return dtype
-    raise TypeError(f"{name} has dtype {dtype}, expected float16, bfloat16, float32 or float64")
-
-
-def result_dtype(dtype: Any) -> np.dtype[Any] | None:
-    """The dtype that a caller asks the result to have: one of the four, by its name, its type or as a numpy.dtype."""
-    if dtype is None:
-        return None
-    wanted = dtype
-    if isinstance(dtype, str) and dtype == "bfloat16":
-        import ml_dtypes
-
-        wanted = ml_dtypes.bfloat16
-    if isinstance(wanted, (str, type, np.dtype)):
-        with contextlib.suppress(TypeError):
-            wanted = np.dtype(wanted)
-            if wanted.isnative and wanted.kind not in "biu":
-                return native_dtype("dtype", wanted)
-    raise TypeError(f"dtype is {dtype!r}, expected float16, bfloat16, float32 or float64")
-
-
-def check_given(name: str, value: Any) -> None:
-    """Raise a TypeError for None."""
-    if value is None:
-        raise TypeError(f"{name} is None, expected an array")
-
-
-def as_array(name: str, value: Any) -> Array:
-    """The value as a plain ndarray of any layout and dtype, on the host."""
-    if type(value) is ndarray:
-        return value
-    if isinstance(value, ndarray):
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{name} is a masked array, expected one without a mask, such as {name}.filled(0.0)")
-        if isinstance(value, np.matrix):
-            raise TypeError(f"{name} is a numpy.matrix, expected an ndarray, such as {name}.A")
-        return value.view(ndarray)
-    check_given(name, value)
-    if hasattr(value, "__dask_graph__"):  # NumPy would compute it
-        raise TypeError(f"{name} is a dask array, expected an ndarray, such as {name}.compute()")
-    try:
-        if not hasattr(value, "__cuda_array_interface__"):
-            return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # PyTorch's tensors raise the first and the last
-        raise _hints.not_an_array(name, value, error) from error
-    raise TypeError(f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()")
 
 
 def is_ordinary_row(a: Any, n: int) -> bool:
     """Whether an engine can take a weight or bias as it is."""
     return bool(_is_ordinary(a) and a.shape == (n,))
-
-
-def _contiguous(a: Array, dtype: np.dtype[Any]) -> Array:
-    """The array itself where it is C-contiguous, aligned, writable and of this dtype, a copy where it is not.
-
-    Read-only arrays are copied because compiled kernels take them for a type of their own.
-    """
-    return a if a.flags.carray and a.dtype == dtype else np.array(a, dtype, order="C")
-
-
-def check_out(name: str, out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
-    """Give out as a plain ndarray that takes a result of this shape and dtype. Its byte order and layout are free."""
-    if not isinstance(out, ndarray):
-        raise TypeError(f"{name} is of type {type(out).__name__}, expected a numpy.ndarray")
-    plain = as_array(name, out)
-    if plain.shape != shape:
-        raise ValueError(f"{name} has shape {plain.shape}, expected x.shape {shape}")
-    if plain.dtype != dtype and plain.dtype.newbyteorder("=") != dtype:
-        raise TypeError(f"{name} has dtype {plain.dtype}, expected {dtype}, the dtype of the result")
-    if not plain.flags.writeable:
-        raise ValueError(f"{name} is read-only, expected a writable array")
-    if folds(plain):
-        raise ValueError(f"{name} has strides {plain.strides}, expected elements that share no memory")
-    return plain
-
-
-def outs_of(out: Any, results: tuple[str, ...]) -> tuple[Any, ...]:
-    """An array or None for each of several results, out of a tuple of that length; None stands for a tuple of None."""
-    if out is None:
-        return (None,) * len(results)
-    if not isinstance(out, tuple) or len(out) != len(results):
-        given = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"of type {type(out).__name__}"
-        raise TypeError(f"out is {given}, expected None or a tuple of {len(results)}: {', '.join(results)}")
-    return out
 
 
 # A whole call
@@ -215,7 +143,7 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
             return None
         a = as_array(name, value)
         check_same_shape(name, a.shape, x_name, shape)
-        return _contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(form)
+        return contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(form)
 
     def parameter_of(name: str, value: Any) -> tuple[Array | None, Shape | None]:
         if value is None:
@@ -223,7 +151,7 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
         a = as_array(name, value)
         a_dtype = native_dtype(name, a.dtype, complex_too)
         a_lead = parameter_lead(name, a.shape, shape, axes)
-        return _contiguous(a, a_dtype).reshape(*a_lead, n), a_lead
+        return contiguous(a, a_dtype).reshape(*a_lead, n), a_lead
 
     reads = (rows_of(x_name, x), *map(rows_of, other_names, call.reads[1:]))
     (weight, weight_lead), (bias, bias_lead) = parameter_of("weight", weight), parameter_of("bias", bias)
@@ -235,7 +163,7 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
     direct: list[Array | None] = []
     names = call.names[len(reads) :]
     for name, out, dtype in zip(names, call.out, _result_dtypes(reads, call), strict=True):
-        plain = None if out is None else check_out(name, out, shape, dtype)
+        plain = None if out is None else check_out(name, out, shape, dtype, x_name)
         candidate = None
         if plain is not None and stays and plain.flags.carray and plain.dtype == dtype:
             candidate = plain.reshape(form)
@@ -285,7 +213,7 @@ def engine_arguments(
             or (
                 type(weight) is ndarray  # `_is_ordinary`, without the call
                 and weight.flags.carray
-                and weight.dtype in _native_dtypes
+                and weight.dtype in native_dtypes
                 and weight.shape == (n,)
             )
         )
@@ -338,7 +266,7 @@ def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared:
         raise ValueError(f"{name} is given, expected None without a {parameter_name}")
     a = as_array(name, value)
     check_same_shape(name, a.shape, parameter_name, np.shape(parameter))
-    return np.ascontiguousarray(a, native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
+    return contiguous(a, native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:
@@ -350,7 +278,7 @@ def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:
 
 
 def _is_ordinary(a: Any) -> bool:
-    return type(a) is ndarray and a.flags.carray and a.dtype in _native_dtypes
+    return type(a) is ndarray and a.flags.carray and a.dtype in native_dtypes
 
 
 def _rows(a: Any) -> Any:

@@ -67,6 +67,13 @@ def select(x: Any, backend: str | None) -> ModuleType:
     return _load(backend) if engine is None else engine
 
 
+def for_reduce(engine: Any) -> ModuleType:
+    """The engine for rows that are cut over workers: on the host, NumPy."""
+    if engine is _engines.get("cuda"):
+        raise ValueError("backend 'cuda' takes no reduce, expected None for device arrays")
+    return reference
+
+
 def _load(backend: str) -> ModuleType:
     from importlib import import_module  # noqa: TID251 (of this package, one of the engines above)
 
@@ -149,7 +156,11 @@ def quantize(
     wanted = None if out is None else _arguments.check_out("out", out, shape, dtype)
     check_apart("out", wanted, "residual_out", call[3][1])
     q = engine.new_result(x, dtype)
-    scales = np.empty(len(x)) if given is None else np.array(np.broadcast_to(given, per_row), np.float64).reshape(-1)
+    scales = np.empty(len(x)) if given is None else np.ravel(np.broadcast_to(given, per_row)).astype(np.float64)
+    if type(parameters) is not tuple:  # a row of the parameters for each row of x
+        lead = tuple(length for length in per_row if length != 1)
+        weight, bias, offset, _ = parameters
+        parameters = _broadcast.every_row(weight, lead), _broadcast.every_row(bias, lead), offset
     operation = quantized_rms_norm(dtype.name, given is not None, scale_dtype == np.float32)
     if type(parameters) is not tuple:
         engine, parameters = _in_parts(engine, parameters)
@@ -161,12 +172,28 @@ def quantize(
 
 
 def backward(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
-    """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias."""
+    """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias. Its out may be a tuple."""
     arguments = engine.arguments
+    if isinstance(call[3][0], tuple):
+        names, reads, parameters, (out,), *numbers = call
+        name, dx_out, into = arguments.gradient_out(out, *parameters[:2])
+        return into(*backward(engine, operation, ((*names[:-1], name), reads, parameters, (dx_out,), *numbers)))
     reads, parameters, out, k, eps, restore = arguments.engine_arguments(call)
     if type(parameters) is not tuple:
+        if parameters is None:
+            return _one_after_the_other(engine, operation, call)
         engine, parameters = _in_parts(engine, parameters)
     results, (dweight, dbias) = engine.backward(operation, reads, parameters, out, k, eps)
     (dx,) = results if restore is None else restore(results)
     weight, bias, _ = call[2]
     return dx, arguments.restore_parameter(dweight, weight), arguments.restore_parameter(dbias, bias)
+
+
+def _one_after_the_other(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
+    """The gradients of a call whose weight and bias are for different axes, where an engine takes one of them alone."""
+    names, reads, (weight, bias, offset), out, *numbers = call
+    dbias = backward(engine, operation, (names, reads, (None, bias, 0.0), (None,), *numbers))[2]
+    dx, dweight, _ = backward(
+        engine, operation, (names, reads, (weight, None, offset), out, *numbers)
+    )  # may be over dy
+    return dx, dweight, dbias

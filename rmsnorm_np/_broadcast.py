@@ -48,6 +48,13 @@ def _flat(a: Any, lead: Shape | None) -> Any:
     return None if a is None else a.reshape(*(lead or (-1,)), a.shape[-1])
 
 
+def every_row(a: Any, lead: Shape) -> Any:
+    """A parameter of a `Spread` with a row for each row of x, whose axes longer than one have these lengths."""
+    if a is None:
+        return None
+    return np.ascontiguousarray(np.broadcast_to(a, (*lead, a.shape[-1]))).reshape(-1, a.shape[-1])
+
+
 def axes_cut(leads: list[Shape | None]) -> int:
     """How many of the first axes have to be taken apart so that engines know what is left. leads: the axes of weight
     and bias before the normalised ones, 1 or as long as that of x, which is longer than one.
@@ -58,6 +65,20 @@ def axes_cut(leads: list[Shape | None]) -> int:
         while any(own[i] and not own[i + 1] for i in range(cut, len(own) - 1)):
             cut += 1
     return cut
+
+
+def rows_order(leads: tuple[Shape | None, ...], x_lead: Shape) -> Shape | None:
+    """The order of the axes of the rows in which an engine knows all parameters as they are: what they share comes
+    first. It is that of x where this will do, and None if there is none. leads: as in `for_engines`.
+    """
+    given = [(1,) * (len(x_lead) - len(lead)) + lead for lead in leads if lead is not None]
+    long = [i for i, length in enumerate(x_lead) if length != 1]
+    order = sorted(long, key=lambda i: sum(lead[i] != 1 for lead in given))
+    for lead in given:
+        own = [i for i in long if lead[i] != 1]
+        if order[len(order) - len(own) :] != own:
+            return None
+    return tuple(range(len(x_lead)) if order == long else [*(i for i in range(len(x_lead)) if i not in long), *order])
 
 
 class InParts:

@@ -6,13 +6,13 @@ import contextlib
 import operator
 import os
 import sys
-import threading
+from _thread import _local  # threading.local: the module takes longer to import than this package
 from collections.abc import Iterator
 
 _requested: int | None = None  # by `set_num_threads`
 
 
-class _Here(threading.local):
+class _Here(_local):
     most = sys.maxsize  # what `at_most` says in this Python thread
 
 

@@ -11,6 +11,8 @@ from rmsnorm_np.reference import RMSNormGrads
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from rmsnorm_np.reference._common import GradientsOut
+
     Array = npt.NDArray[Any]
 
 
@@ -98,7 +100,7 @@ def l2_norm_backward(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> RMSNormGrads:
     """Gradients of a loss with respect to x, weight and bias of `l2_norm`, from the gradient with respect to y.
@@ -118,7 +120,7 @@ def l2_norm_backward(
     Raises
     ------
     TypeError, ValueError, ImportError
-        As `rms_norm`; a ValueError too if dy has another shape than x.
+        As `rms_norm_backward`.
 
     See Also
     --------

@@ -11,6 +11,9 @@ from rmsnorm_np.reference import LayerNormGrads
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from rmsnorm_np.reference._common import GradientsOut
+    from rmsnorm_np.reference.sharded import Reduce
+
     Array = npt.NDArray[Any]
 
 # names of the arrays in error messages: what is read, what is written
@@ -27,6 +30,7 @@ def layer_norm(
     weight_offset: float = 0.0,
     dtype: npt.DTypeLike | None = None,
     round_xhat: bool = False,
+    reduce: Reduce | None = None,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -34,8 +38,8 @@ def layer_norm(
 
     Parameters
     ----------
-    x, weight, bias, axis, weight_offset, dtype, round_xhat, out, backend
-        As in `rms_norm`.
+    x, weight, bias, axis, weight_offset, dtype, round_xhat, reduce, out, backend
+        As in `rms_norm`; `reduce` is called twice, for the mean and then for the squares about it.
     eps : float, default 1e-6
         Added to the variance, inside the root. Finite, not negative.
 
@@ -83,6 +87,8 @@ def layer_norm(
             [ 8. , 21.5]]])
     """
     engine = _backends.select(x, backend)
+    if reduce is not None:
+        engine = _backends.for_reduce(engine)
     if engine is reference:
         return reference.layer_norm(
             x,
@@ -93,6 +99,7 @@ def layer_norm(
             weight_offset=weight_offset,
             dtype=dtype,
             round_xhat=round_xhat,
+            reduce=reduce,
             out=out,
         )
     call = _FORWARD, (x, None), (weight, bias, weight_offset), (out, None), eps, 1.0, axis
@@ -109,7 +116,8 @@ def layer_norm_backward(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    reduce: Reduce | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> LayerNormGrads:
     """Gradients of a loss with respect to x, weight and bias of `layer_norm`, from the gradient with respect to y.
@@ -118,8 +126,8 @@ def layer_norm_backward(
     ----------
     dy, out
         As in `rms_norm_backward`.
-    x, weight, bias, eps, axis, weight_offset, backend
-        As given to `layer_norm`. Of `bias`, only the shape and the dtype matter here.
+    x, weight, bias, eps, axis, weight_offset, reduce, backend
+        As given to `layer_norm`; `reduce` is called twice. Of `bias`, only the shape and the dtype matter here.
 
     Returns
     -------
@@ -130,7 +138,7 @@ def layer_norm_backward(
     Raises
     ------
     TypeError, ValueError, ImportError
-        As `rms_norm`; a ValueError too if dy has another shape than x.
+        As `rms_norm_backward`.
 
     See Also
     --------
@@ -156,9 +164,11 @@ def layer_norm_backward(
     """
     _arguments.check_given("dy", dy)
     engine = _backends.select(x, backend)
+    if reduce is not None:
+        engine = _backends.for_reduce(engine)
     if engine is reference:
         return reference.layer_norm_backward(
-            dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out
+            dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, reduce=reduce, out=out
         )
     call = _BACKWARD, (x, dy, None), (weight, bias, weight_offset), (out,), eps, 1.0, axis
     return LayerNormGrads(*_backends.backward(engine, LAYER_NORM_BACKWARD, call))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
+    from rmsnorm_np.reference._common import GradientsOut
 
     Array = npt.NDArray[Any]
 
@@ -77,7 +78,7 @@ class _Norm:
                 return y  # type: ignore[no-any-return]
         return self._forward(x, **self._arguments(), out=out)  # type: ignore[no-any-return]
 
-    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: Array | None = None) -> Any:
+    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: GradientsOut | None = None) -> Any:
         """The gradients by x, weight and bias, see the class."""
         given = {name: value for name, value in self._arguments().items() if name not in _FORWARD_ALONE}
         return self._backward(dy, x, **given, out=out)
@@ -185,8 +186,8 @@ class RMSNorm(_Norm):
         self.weight, self.bias, self.eps, self.p, self.weight_offset = weight, bias, eps, p, weight_offset
         self.dtype, self.round_xhat = dtype, round_xhat
 
-    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: Array | None = None) -> RMSNormGrads:
-        """The gradients by x, weight and bias, as `rms_norm_backward` gives them; out: where dx is written."""
+    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: GradientsOut | None = None) -> RMSNormGrads:
+        """The gradients by x, weight and bias, as `rms_norm_backward` gives them; out as there."""
         grads: RMSNormGrads = super().backward(dy, x, out)
         return grads
 
@@ -255,7 +256,7 @@ class LayerNorm(_Norm):
         self.weight, self.bias, self.eps, self.weight_offset = weight, bias, eps, weight_offset
         self.dtype, self.round_xhat = dtype, round_xhat
 
-    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: Array | None = None) -> LayerNormGrads:
-        """The gradients by x, weight and bias, as `layer_norm_backward` gives them; out: where dx is written."""
+    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: GradientsOut | None = None) -> LayerNormGrads:
+        """The gradients by x, weight and bias, as `layer_norm_backward` gives them; out as there."""
         grads: LayerNormGrads = super().backward(dy, x, out)
         return grads

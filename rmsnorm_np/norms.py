@@ -11,6 +11,9 @@ from rmsnorm_np.reference import RMSNormGrads
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from rmsnorm_np.reference._common import GradientsOut
+    from rmsnorm_np.reference.sharded import Reduce
+
     Array = npt.NDArray[Any]
 
 # names of the arrays in error messages: what is read, what is written
@@ -28,6 +31,7 @@ def rms_norm(
     weight_offset: float = 0.0,
     dtype: npt.DTypeLike | None = None,
     round_xhat: bool = False,
+    reduce: Reduce | None = None,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -39,7 +43,8 @@ def rms_norm(
     ----------
     x : array_like, of any shape with at least one axis
         float16, bfloat16 (``ml_dtypes``), float32 or float64 in any layout; never written. Integers, bools and
-        Python lists of numbers are taken as float64.
+        Python lists of numbers are taken as float64. Arrays of PyTorch, JAX and others that have ``__dlpack__`` and
+        lie on the CPU are taken without a copy.
     weight : array_like, optional
         Factor of each element; any of the dtypes above, whatever that of x. It has the normalised axes in full, and
         what is before them broadcasts against x as NumPy's arrays do: ``(n,)``, one factor per element of a row;
@@ -63,6 +68,12 @@ def rms_norm(
     round_xhat : bool, default False
         True rounds the normalised row to the dtype of x before `weight` and `bias`, and y once more: what the model
         code of Llama computes in 16 bits. `rms_norm_backward` gives the gradient of the function without this step.
+    reduce : callable, optional
+        For rows that are cut over workers, as in tensor parallelism: x has this worker's elements of each row, in any
+        number, and so have the parameters. It is called once, with a new float64 array (rows, q): what these elements
+        add up to, their number in one of the columns. It returns the sum of that over all workers, as an allreduce
+        does: float64, of the same shape. All workers call with the same dtypes and number of rows, also none. Requires
+        ``p=1``. On the CPU, NumPy computes, a few rows at a time; device arrays are an error.
     out : ndarray, optional
         Where y is written: exactly the shape and dtype of y, writable, any layout. It may be x itself, and may
         overlap any argument in any other way as well.
@@ -80,13 +91,15 @@ def rms_norm(
     ------
     TypeError
         If an array is complex, extended precision, of objects, strings or records, masked, a ``numpy.matrix`` or
-        None, or a PyTorch tensor on the CPU of bfloat16 or that requires grad (the error says how to convert it);
+        None, a tensor that requires grad, or on a device other than the CPU (see `backend` for "cuda");
         if `out` is no ndarray or has another dtype than y; if `axis` is no int; if `eps`, `p` or `weight_offset` is no
-        number; if `dtype` is none of the four, or `round_xhat` no bool; if x does not lie where `backend` computes.
+        number; if `dtype` is none of the four, or `round_xhat` no bool; if x does not lie where `backend` computes; if
+        `reduce` is not callable or returns no array of float64.
     ValueError
         If x has no axis, or no element along `axis`; if `axis` is out of range, empty or names an axis twice; if the
         shape of `weight`, `bias` or `out` does not fit; if `eps`, `p` or `weight_offset` is out of range, or
-        `weight_offset` has no weight to be added to; if `out` is read-only; if no backend has that name.
+        `weight_offset` has no weight to be added to; if `out` is read-only; if no backend has that name; with `reduce`,
+        if p is not 1, x is a device array, or `reduce` returns another shape than it was given.
     ImportError
         If what the backend needs is not installed.
 
@@ -105,7 +118,8 @@ def rms_norm(
     inside the root. The result is the exact one, rounded once. Largest error, in ULP of the largest term: on the CPU
     0.51 for float16, bfloat16 and float32, 1 for float64; on CUDA 0.51 for float16 and bfloat16, 2 for float32 and
     float64. No row of finite numbers overflows on the way. NaN and Inf follow the formula in their own row and reach
-    no other. A row gives the same bits in any batch, layout and number of threads.
+    no other. A row gives the same bits in any batch, layout and number of threads. With `reduce`, errors are these,
+    too, where no worker's sum is more than 2³⁶ times another's; else, in float64, each worker adds up to 0.25 ULP.
 
     Examples
     --------
@@ -140,10 +154,12 @@ def rms_norm(
     array([1., 2., 3.])
     """
     engine = _backends.select(x, backend)
+    if reduce is not None:
+        engine = _backends.for_reduce(engine)
     if engine is reference:
         return reference.rms_norm(
             x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, dtype=dtype, round_xhat=round_xhat,
-            out=out,
+            reduce=reduce, out=out,
         )  # fmt: skip
     call = _FORWARD, (x, None), (weight, bias, weight_offset), (out, None), eps, p, axis
     y: Array = _backends.forward(engine, RMS_NORM, call, dtype, round_xhat)[0]
@@ -160,7 +176,8 @@ def rms_norm_backward(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    reduce: Reduce | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> RMSNormGrads:
     """Gradients of a loss with respect to x, weight and bias of `rms_norm`, from the gradient with respect to y.
@@ -172,11 +189,13 @@ def rms_norm_backward(
     dy : array_like
         Gradient of the loss by y. Shape of x; any of the dtypes of x, whatever that of x. The first argument: no check
         can tell dy and x in the wrong order.
-    x, weight, bias, eps, p, axis, weight_offset, backend
-        As given to `rms_norm`. Of `bias`, only the shape and the dtype matter here.
-    out : ndarray, optional
+    x, weight, bias, eps, p, axis, weight_offset, reduce, backend
+        As given to `rms_norm`. Of `bias`, only the shape and the dtype matter here. `reduce` is called once; dweight
+        and dbias are those of this worker's elements, which need no sum over workers.
+    out : ndarray or tuple of ndarray or None, optional
         Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy or x itself, and
-        may overlap any argument in any other way as well.
+        may overlap any argument in any other way as well. A tuple is for ``(dx, dweight, dbias)``; None in it for a
+        new array. Its arrays must not share memory with each other.
 
     Returns
     -------
@@ -187,7 +206,8 @@ def rms_norm_backward(
     Raises
     ------
     TypeError, ValueError, ImportError
-        As `rms_norm`; a ValueError too if dy has another shape than x.
+        As `rms_norm`; a TypeError too if `out` is a tuple of another length than three; a ValueError too if dy has
+        another shape than x, if arrays of `out` share memory, or if there is one for a parameter that is None.
 
     See Also
     --------
@@ -219,12 +239,20 @@ def rms_norm_backward(
     array([0.84852814, 0.        ])
     >>> grads.dbias is None
     True
+
+    In a loop, arrays may be used again:
+
+    >>> grads = rms_norm_backward(np.array([[0.0, 1.0]]), np.array([[3.0, 4.0]]), np.ones(2), out=tuple(grads), eps=0.0)
+    >>> grads.dweight
+    array([0.        , 1.13137085])
     """
     _arguments.check_given("dy", dy)
     engine = _backends.select(x, backend)
+    if reduce is not None:
+        engine = _backends.for_reduce(engine)
     if engine is reference:
         return reference.rms_norm_backward(
-            dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out
+            dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, reduce=reduce, out=out
         )
     call = _BACKWARD, (x, dy, None), (weight, bias, weight_offset), (out,), eps, p, axis
     return RMSNormGrads(*_backends.backward(engine, RMS_NORM_BACKWARD, call))

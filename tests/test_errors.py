@@ -9,7 +9,6 @@ import datetime as dt
 import re
 import sys
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -69,14 +68,6 @@ class Parameter(Tensor):
     error = RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
 
 
-class BFloat16(Tensor):
-    dtype = "torch.bfloat16"
-    error = TypeError("Got unsupported ScalarType BFloat16")
-
-    def __init__(self, requires_grad=False):
-        self.requires_grad = requires_grad
-
-
 class Sparse(Tensor):
     error = TypeError("can't convert Sparse layout tensor to numpy.")
 
@@ -114,23 +105,11 @@ CASES = [
     ({"x": np.ones((2, 4), np.longdouble)}, TypeError, f"x has dtype {np.dtype(np.longdouble)}, {FLOATS}"),
     ({"x": np.ones((2, 4), object)}, TypeError, f"x has dtype object, {FLOATS}"),
     ({"x": None}, TypeError, "x is None, expected an array"),
-    ({"x": Parameter()}, TypeError, "x is a Parameter that requires grad, expected an array: pass x.detach().numpy()"),
+    ({"x": Parameter()}, TypeError, "x is a Parameter that requires grad, expected an array: pass x.detach()"),
     (
         {"weight": Parameter()},
         TypeError,
-        "weight is a Parameter that requires grad, expected an array: pass weight.detach().numpy()",
-    ),
-    (
-        {"x": BFloat16()},
-        TypeError,
-        "x is a BFloat16 of torch.bfloat16, expected an array: pass x.float().numpy(), "
-        "or x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) to stay in bfloat16",
-    ),
-    (
-        {"bias": BFloat16(requires_grad=True)},
-        TypeError,
-        "bias is a BFloat16 of torch.bfloat16, expected an array: pass bias.detach().float().numpy(), "
-        "or bias.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16) to stay in bfloat16",
+        "weight is a Parameter that requires grad, expected an array: pass weight.detach()",
     ),
     ({"weight": Sparse()}, TypeError, "weight is not an array: can't convert Sparse layout tensor to numpy."),
     ({"x": ["a", "b"]}, TypeError, f"x has dtype <U1, {FLOATS}"),
@@ -280,11 +259,7 @@ BACKWARD_CASES = [
         ValueError,
         "dy has shape (2, 4), expected x.shape (4,); the arguments are dy, x, weight, bias, in this order",
     ),
-    (
-        {"dy": Parameter()},
-        TypeError,
-        "dy is a Parameter that requires grad, expected an array: pass dy.detach().numpy()",
-    ),
+    ({"dy": Parameter()}, TypeError, "dy is a Parameter that requires grad, expected an array: pass dy.detach()"),
     ({"dy": np.ones((2, 4), object)}, TypeError, f"dy has dtype object, {FLOATS}"),
     ({"dy": masked((2, 4))}, TypeError, "dy is a masked array, expected one without a mask, such as dy.filled(0.0)"),
     ({"dy": DeviceArray()}, TypeError, "dy is a device array, expected a host array like x, such as dy.copy_to_host()"),
@@ -340,19 +315,12 @@ def test_out_is_untouched_after_an_error(name, backend):
 def test_the_errors_of_real_tensors():
     """What they say to do is done, and works."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed; Tensor stands in for it above")
-    bfloat16 = torch.arange(8, dtype=torch.bfloat16).reshape(2, 4)
-    cases = [torch.nn.Parameter(bfloat16.float()), bfloat16, torch.nn.Parameter(bfloat16)]
-    for x in cases:
-        with pytest.raises(TypeError, match=r"^x is a (Parameter|Tensor) .*expected an array: pass ") as caught:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.nn.Parameter(torch.arange(8, dtype=dtype).reshape(2, 4))
+        with pytest.raises(TypeError, match=r"^x is a Parameter that requires grad, expected an array: ") as caught:
             rn.rms_norm(x, backend="reference")
-        ways = re.findall(r"x\.[^ ]*", str(caught.value).split("pass ")[1])
-        assert len(ways) == (2 if x.dtype == torch.bfloat16 else 1)
-        for way in ways:
-            converted = eval(way.rstrip(","), {"x": x, "torch": torch, "ml_dtypes": ml_dtypes})
-            assert np.array_equal(converted, np.arange(8).reshape(2, 4))
-            assert rn.rms_norm(converted, backend="reference").dtype == converted.dtype
-    y = rn.rms_norm(bfloat16.float(), torch.ones(4), backend="reference")
-    assert type(y) is np.ndarray
+        converted = eval(str(caught.value).split("pass ")[1], {"x": x})
+        assert rn.rms_norm(converted, backend="reference").dtype.name == str(dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize(

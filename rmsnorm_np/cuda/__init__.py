@@ -21,7 +21,7 @@ from rmsnorm_np.cuda.launch import Kinds, Plan
 from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.team import width_of
 from rmsnorm_np.cuda.words import BYTES
-from rmsnorm_np.ops.operation import Columns, Operation, Totals
+from rmsnorm_np.ops.operation import Operation, Totals
 from rmsnorm_np.ops.records import given
 
 if TYPE_CHECKING:
@@ -42,25 +42,30 @@ __all__ = [
 def run(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Totals]:
     """(writes, totals) of an operation on device arrays. Records may be plain tuples.
 
-    reads: a record of (rows, n), `Seen`. columns: weight and bias of (m, n), or None, and the weight offset. out: a
-    record of arrays to write to, None for those to be made: y and dx have the dtype of x, h that of the residual, and
-    is written where there is one. k: elements in the RMS. totals: the gradients by weight and bias, of the operations
-    that have them.
+    reads: a record of (rows, n), `Seen`. columns: a record of (m, n), those like weight with one m, those like bias
+    with another, or None; last the weight offset. out: a record of arrays to write to, None for those to be made:
+    output j has the dtype of array j, and is written where there is one. k: elements in the RMS. totals: the gradients
+    by weight and bias, of the operations that have them.
     """
-    reads, columns, out = operation.Reads(*reads), Columns(*columns), operation.Writes(*out)
+    reads, columns, out = operation.Reads(*reads), operation.Columns(*columns), operation.Writes(*out)
     rows, n = reads[0].shape
-    stream = arrays.stream_for((*reads, *columns[:2], *out))
-    for field, target in zip(out._fields, out, strict=True):
-        like = reads.residual if field == operation.keep else reads[0]
+    stream = arrays.stream_for((*reads, *columns[:-1], *out))
+    for field, target, like in zip(out._fields, out, reads, strict=False):
         if target is None and like is not None:
             out = out._replace(**{field: arrays.seen("", arrays.empty((rows, n), like.dtype, stream))})
     sums, tasks = Totals(reads[0].address, reads[0].address), 0
     if rows > 0:
         sums, tasks = _launched(*_planned(operation, reads, columns, out, k, eps), stream)
-    parameters = Totals(*columns[:2]) if operation.share is not None else Totals()
-    totals = given(parameters, lambda like, partial: _total(like, partial, tasks, n, stream), sums)
+    totals = given(
+        _like_totals(operation, columns), lambda like, partial: _total(like, partial, tasks, n, stream), sums
+    )
     arrays.leave_scratch()
     return given(out, lambda a: a.owner), totals
+
+
+def _like_totals(operation: Operation, columns: Any) -> Totals:
+    """The columns whose gradients are summed."""
+    return Totals() if operation.share is None else Totals(columns.weight, getattr(columns, "bias", None))
 
 
 def _total(parameter: Seen, partial: int, tasks: int, n: int, stream: int) -> Any:
@@ -75,24 +80,35 @@ def _total(parameter: Seen, partial: int, tasks: int, n: int, stream: int) -> An
 
 
 def _planned(
-    operation: Operation, reads: Any, columns: Columns, out: Any, k: int, eps: float
+    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float
 ) -> tuple[Plan, Size, list[int]]:
     """The plan of a call, from its shape and dtypes; its numbers; the addresses of its arrays."""
     rows, n = reads[0].shape
     backward, offset = operation.share is not None, columns.weight_offset or 0.0
-    weight_m, bias_m = (1 if a is None else a.shape[0] for a in columns[:2])
+    weight_m, bias_m = _rows_of_columns(columns)
     m = max(weight_m, bias_m) if backward else 1
-    used = Columns(columns.weight, None if backward else columns.bias)  # no gradient depends on the bias
+    used = columns._replace(weight_offset=None, **dict.fromkeys(operation.unused))
     records = (reads, used, out)
     kept = operation.keep and getattr(out, operation.keep)
     addresses = [0 if a is None else a.address for record in records for a in record]
     # whether every vector begins at a multiple of its size
     aligned = n % (BYTES // (kept or reads[0]).dtype.itemsize) == 0 and all(a % BYTES == 0 for a in addresses)
     dtypes = tuple(tuple(None if a is None else a.dtype for a in record) for record in records)
-    sums = tuple(a is not None and backward for a in columns[:2])
+    sums = tuple(a is not None for a in _like_totals(operation, columns))
     plan = _plan_for(operation, dtypes, sums, offset != 0.0, k < n, n, aligned, arrays.capability_here())
     chunks = _chunks(plan, rows // m, m, n) if backward else min(rows, launch.RARE_BLOCKS)
     return plan, Size(rows, n, k, 1.0 / n, 1.0 / k, eps, offset, weight_m, bias_m, m, chunks), addresses
+
+
+def _rows_of_columns(columns: Any) -> tuple[int, int]:
+    """How many rows columns like weight have, and those like bias."""
+    weight_m = bias_m = 1
+    for field, a in zip(columns._fields[:-1], columns[:-1], strict=True):
+        if a is not None and "bias" in field:
+            bias_m = a.shape[0]
+        elif a is not None:
+            weight_m = a.shape[0]
+    return weight_m, bias_m
 
 
 def _launched(plan: Plan, size: Size, addresses: list[int], stream: int) -> tuple[Any, int]:
@@ -133,7 +149,7 @@ def _plan_for(
 ) -> Plan:
     reads, columns, writes = (tuple(None if dtype is None else dtype.name for dtype in record) for record in dtypes)
     kinds = Kinds(
-        operation, operation.Reads(*reads), Columns(columns[0], columns[1], offset or None), operation.Writes(*writes),
+        operation, operation.Reads(*reads), operation.Columns(*columns[:-1], offset or None), operation.Writes(*writes),
         Totals(*(there or None for there in sums)), first_k,
     )  # fmt: skip
     return launch.plan_for(n, kinds, aligned, capability)
@@ -158,7 +174,8 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
 def backward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Any]:
     """The outputs and totals of `run`; the totals in the shapes of the parameters."""
     writes, totals = run(operation, reads, columns, out, k, eps)
-    return writes, [arrays.shaped_like(total, like) for total, like in zip(totals, columns[:2], strict=True)]
+    likes = _like_totals(operation, operation.Columns(*columns))
+    return writes, [arrays.shaped_like(total, like) for total, like in zip(totals, likes, strict=True)]
 
 
 def describe() -> dict[str, Any]:

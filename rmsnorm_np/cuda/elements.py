@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rmsnorm_np.cuda.launch import Plan
-from rmsnorm_np.cuda.number import LONG, Condition, Number, opaque
+from rmsnorm_np.cuda.number import LONG, Condition, Number, exponent, opaque, power_in_two
 from rmsnorm_np.cuda.tracing import step
 from rmsnorm_np.cuda.words import ALONE, ITEMSIZE, There, element, encoded, load, store, words_of
-from rmsnorm_np.ops.operation import Columns
-from rmsnorm_np.ops.primitives import Pair
+from rmsnorm_np.ops.primitives import Pair, rounded
 from rmsnorm_np.ops.records import given, like, mapped
 
 
 class Place(NamedTuple):
     """Where a team is: the row's first element, this thread's place in the team, elements that are there; the first
-    elements of weight and of bias; elements that are in the RMS.
+    elements of columns like weight and like bias; elements that are in the RMS.
     """
 
     start: Any
@@ -30,7 +29,7 @@ class Place(NamedTuple):
 class Size(NamedTuple):
     """The numbers of a call: rows of n elements, k of them in the RMS.
 
-    m: rows of the totals; weight_m, bias_m: of weight and bias, where row r uses row r % weight_m. chunks: how many
+    m: rows of the totals; weight_m, bias_m: of columns like weight and like bias, where row r uses row r % weight_m. chunks: how many
     blocks share a row of the totals.
     """
 
@@ -57,18 +56,11 @@ class Arrays(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What brings a row into the range: x' = (x - first) · x, and so on. The factors are powers of two.
-
-    undo: of what has the scale of dy · rstd, in two factors, as is dh.
-    """
+    """What brings a row into the range: x' = (x - first) · x, dy' = dy · dy. The factors are powers of two."""
 
     first: Any
     x: Any
     dy: Any
-    dh: Any
-    dh_again: Any
-    undo: Any
-    undo_again: Any
 
 
 class Vector(NamedTuple):
@@ -96,7 +88,7 @@ class Elements:
         self.words = given(self.held, words)
         # 16-bit columns that stay in registers are widened once: the compiler would do it anyhow, and keep both
         wider = lambda name: "float32" if ITEMSIZE[name] == 2 and plan.backward else name  # noqa: E731
-        self.columns = given(Columns(*kinds.columns[:2]), wider)
+        self.columns = given(kinds.columns._replace(weight_offset=None), wider)
         self.column_words = given(self.columns, words)
         self.added = given(kinds.totals, lambda _: (self.kind,) * (plan.trips * plan.lanes))
 
@@ -152,10 +144,10 @@ class Elements:
         return given(names or self.held, made, vector)
 
     def columns_of(self, b: Any, vector: Any, e: int, offset: Number, how: str, again: bool = False) -> Any:
-        """weight, bias and weight_offset of an element; the offset to all its digits."""
+        """The columns of an element; weight_offset to all its digits."""
         found = self.numbers_of(b, vector, e, how, again, self.columns)
         if not self.kinds.columns.weight_offset:
-            return Columns(*found[:2])
+            return found
         if self.kind == "f64" or how == "wide":
             return found._replace(weight_offset=Pair(offset, None) if how == "pair" else offset)
         head = offset.to("f32")
@@ -165,17 +157,29 @@ class Elements:
         """What the formulas are about."""
         return e[0] if self.kept else self.op.enter(e)
 
-    def scaled(self, e: Any, scales: Scales | None, but: str | None = None) -> Any:
+    def scaled(self, b: Any, e: Any, scales: Scales | None, but: str | None = None) -> Any:
         """The element in the range; `but`: a field that stays as it is."""
         if scales is None:
             return e
-        moved = {
+        moved = dict.fromkeys(self.op.scaled, lambda a: a * scales.x) | {
             "x": lambda a: (a - scales.first) * scales.x,
             "dy": lambda a: a * scales.dy,
-            "dh": lambda a: a * scales.dh * scales.dh_again,
+            "dh": lambda a: self._undone(b, a, scales, 1, -1),
         }
-        change = lambda f, a: a if f == but or a is None else mapped(moved[f], a)  # noqa: E731
+        change = lambda f, a: a if f == but or a is None or f not in moved else mapped(moved[f], a)  # noqa: E731
         return like(e, [change(f, a) for f, a in zip(e._fields, e, strict=True)])
+
+    def unscaled(self, b: Any, field: str, a: Any, scales: Scales | None) -> Any:
+        """An output of a row that was brought into the range."""
+        divided, linear = field in self.op.divided, field in self.op.linear
+        return self._undone(b, rounded(a), scales, -divided, linear) if scales and (divided or linear) else a
+
+    @staticmethod
+    def _undone(b: Any, a: Number, scales: Scales, x: int, dy: int) -> Number:
+        """What has been multiplied by these powers of the scales, without them."""
+        exponents = (b.mul(exponent(b, scale), LONG(-by)) for scale, by in ((scales.x, x), (scales.dy, dy)))
+        one, other = power_in_two(b, b.add(*exponents))
+        return a * one * other
 
     # --------------------------------------------------------------------------------------------------- reading
 
@@ -226,10 +230,10 @@ class Elements:
         return [opaque(b, word) for number in numbers for word in number.words()]
 
     def load_columns(self, b: Any, arrays: Arrays, v: Vector, place: Place) -> Any:
-        """The words of a vector of weight and of bias."""
+        """The words of a vector of each column."""
         fetch = lambda name, a, start: load(b, a, b.add(start, v.i), name, v.there)  # noqa: E731
-        starts = Columns(place.weight, place.bias)
-        return given(Columns(*self.kinds.columns[:2]), fetch, Columns(*arrays.columns[:2]), starts)
+        starts = [place.bias if "bias" in field else place.weight for field in self.columns._fields]
+        return given(self.kinds.columns._replace(weight_offset=None), fetch, arrays.columns, starts)
 
     @staticmethod
     def one(b: Any, pointer: Any, name: str, i: Any) -> Number:

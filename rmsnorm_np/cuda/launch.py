@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rmsnorm_np.cuda.words import BYTES, ITEMSIZE, words_of
-from rmsnorm_np.ops.operation import Columns, Operation, Totals
+from rmsnorm_np.ops.operation import Operation, Totals
 
 if TYPE_CHECKING:
     from rmsnorm_np.cuda.kernel import Capability
@@ -49,7 +49,7 @@ class Kinds(NamedTuple):
 
     operation: Operation
     reads: Any
-    columns: Columns
+    columns: Any
     writes: Any
     totals: Totals
     first_k: bool = False
@@ -64,7 +64,7 @@ class Kinds(NamedTuple):
     @property
     def names(self) -> list[str]:
         """The dtypes of all that is read."""
-        return [name for name in (*self.reads, *self.columns[:2], self.about) if name]
+        return [name for name in (*self.reads, *self.columns[:-1], self.about) if name]
 
     @property
     def work(self) -> str:
@@ -77,14 +77,27 @@ class Kinds(NamedTuple):
         exact   float64                       float64 in pairs
         ======  ============================  ===========================================================
 
-        What is written counts, and what the rows are about.
+        What is written counts, and what the rows are about. "pair" is also for 16-bit floats of operations for which
+        float32 is not enough (`Operation.singles`).
         """
         results = (self.about, *self.writes)
         if "float64" in results:
             return "exact"
         if "float64" in self.names:
             return "double"
-        return "pair" if "float32" in results else "single"
+        return "pair" if "float32" in results or not self.operation.singles else "single"
+
+    @property
+    def marks(self) -> bool:
+        """Whether rows may leave the range: those of float16 alone cannot, where nothing is computed but the norm."""
+        return not self.operation.singles or any(name != "float16" for name in self.names)
+
+    @property
+    def several(self) -> bool:
+        """Whether a thread keeps more arrays than those of a norm: x forward; x, dy, dh and weight backward."""
+        if self.operation.share is None:
+            return not self.operation.keep and sum(1 for name in self.reads if name) > 1
+        return sum(1 for name in (*self.reads, *self.columns[:-1]) if name) > 4
 
 
 @dataclass(frozen=True)
@@ -109,8 +122,8 @@ class Plan:
 
     @property
     def marks(self) -> bool:
-        """Whether rows may leave the range: those of float16 alone cannot."""
-        return any(name != "float16" for name in self.kinds.names)
+        """Whether rows may leave the range."""
+        return self.kinds.marks
 
     @property
     def native_bfloat16(self) -> bool:
@@ -193,12 +206,15 @@ def plan_for(n: int, kinds: Kinds, aligned: bool, capability: Capability) -> Pla
     lanes = BYTES // ITEMSIZE[kinds.about]
     vectors = -(-n // lanes)
     trips = FORWARD_TRIPS
+    fewer = 2 if kinds.several else 1
     if kinds.operation.share is None:
-        shape = team_shape(vectors, trips, FORWARD_WARP_TRIPS, FORWARD_LONG_TRIPS)
+        trips //= fewer
+        shape = team_shape(vectors, trips, FORWARD_WARP_TRIPS // fewer, FORWARD_LONG_TRIPS // fewer)
     else:
         # Wider arrays than x and wider sums take more registers: fewer vectors then.
         widest = max(words_of(name, lanes) * 4 for name in kinds.reads if name)
-        trips = 1 if kinds.work == "double" else BACKWARD_TRIPS // 2 if widest > BYTES else BACKWARD_TRIPS
+        trips = BACKWARD_TRIPS // fewer
+        trips = 1 if kinds.work == "double" else max(1, trips // 2) if widest > BYTES else trips
         shape = team_shape(vectors, trips, trips, trips)
         if kinds.work == "single" and all(kinds.totals) and vectors > BOTH_SUMS_VECTORS:
             shape = None

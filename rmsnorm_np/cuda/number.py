@@ -6,9 +6,12 @@ instructions of their own (`Number.product`).
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 from llvmlite import ir
+
+from rmsnorm_np.ops.primitives import Pair, rounded
 
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 BIT, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (1, 16, 32, 64))
@@ -16,6 +19,27 @@ KINDS = {FLOAT: "f32", DOUBLE: "f64", WORD: "u32"}
 LLVM = {kind: llvm for llvm, kind in KINDS.items()}
 LETTERS = {"f32": "f", "f64": "d"}  # of registers, in inline PTX
 TWO_WORDS = ir.VectorType(WORD, 2)
+
+
+class Exponential(NamedTuple):
+    """How exp(a) is computed in a type, for a <= 0: 2**k · exp(r), a = k ln 2 + r, |r| <= ln(2) / 2."""
+
+    high: float  # ln 2: times k it is exact
+    low: float  # the rest of ln 2
+    rounding: float  # added and taken away, it leaves the nearest integer; in between that is in the last bits
+    least: float  # exp of this and less is zero
+    terms: int  # of the series of exp(r): the next one is below an eighth of an ULP
+    word: Any  # an integer of the same size
+    digits: int  # of a number, behind the first
+    bias: int  # of its exponent
+
+
+_HIGH = float.fromhex("0x1.62e4p-1")
+EXPONENTIALS = {
+    "f32": Exponential(_HIGH, math.log(2) - _HIGH, 1.5 * 2.0**23, -105.0, 8, WORD, 23, 127),
+    "f64": Exponential(float.fromhex("0x1.62e42fefa0000p-1"), float.fromhex("0x1.cf79abc9e3b39p-40"),
+                       1.5 * 2.0**52, -746.0, 14, LONG, 52, 1023),
+}  # fmt: skip
 
 
 class Condition:
@@ -89,11 +113,13 @@ class Number:
         return self._do("fmul", other)
 
     def __truediv__(self, other: Any) -> Number:
-        inverse = getattr(other, "inverse", None)
-        if inverse is None:
-            return self._do("fdiv", other)
-        quotient = self.product(inverse)  # a division of float64 is a call, and takes registers for it
-        better = (-quotient).fma(other, self).fma(inverse, quotient)
+        a, b = self.both(other)
+        if isinstance(b.value, ir.Constant) and b.value.constant == 1.0:
+            return a
+        # a division as processors have it is a call, and takes registers for it
+        inverse = getattr(other, "inverse", None) or b.reciprocal()
+        quotient = a.product(inverse)
+        better = (-quotient).fma(b, a).fma(inverse, quotient)
         return better.is_number().either(better, quotient)
 
     def __neg__(self) -> Number:
@@ -143,6 +169,69 @@ class Number:
         better = (start * rest).fma(rest.fma(0.375, 0.5), start)
         return better.is_number().either(better, start).to(self.kind)  # zero and infinity leave NaN in the rest
 
+    def reciprocal(self) -> Number:
+        """1 / it, to an ULP or so, where that is no subnormal number."""
+        start = self.asm("rcp.approx.ftz.{} $0, $1;")
+        if self.kind == "f32":
+            return start
+        rest = (-self).fma(start, 1.0)  # from 20 bits, with a step of third order
+        better = rest.fma(rest, rest).fma(start, start)
+        return better.is_number().either(better, start)
+
+    def exponential(self) -> Number:
+        """exp(it), to an ULP or so, for numbers up to zero."""
+        b, how = self.builder, EXPONENTIALS[self.kind]
+        a = self.compared("<=", how.least).either(self.constant(how.least), self)  # NaN stays
+        shifted = a * (1 / math.log(2)) + how.rounding
+        k = shifted - how.rounding
+        r = (-k).fma(how.low, (-k).fma(how.high, a))
+        square = r * r
+        factors = [1 / math.factorial(j) for j in range(how.terms)]
+        even, odd = (square.polynomial(factors[first::2]) for first in (2, 1))
+        value = even.fma(square, odd * r) + 1.0  # the one last: what is added to it is smaller
+        words = [b.bitcast(number.value, how.word) for number in (shifted, shifted.constant(how.rounding))]
+        whole, digits = b.sub(*words), how.word(how.digits)
+        half = b.ashr(whole, how.word(1))
+        for part in (half, b.sub(whole, half)):  # in two steps, as the result may be subnormal
+            power = b.bitcast(b.shl(b.add(part, how.word(how.bias)), digits), value.value.type)
+            value = value * Number(b, power)
+        return value
+
+    def polynomial(self, factors: list[float]) -> Number:
+        """Of it, with these factors, the constant one first."""
+        value = self.constant(factors[-1])
+        for factor in reversed(factors[:-1]):
+            value = value.fma(self, factor)
+        return value
+
+    def in_dtype(self, name: str, tail: Number | None = None) -> Number:
+        """It + tail, rounded once to what this dtype can hold, in its own type."""
+        total: Number = rounded(Pair(self, tail))
+        if name == "float64" or (name, self.kind) == ("float32", "f32"):
+            return total
+        b, near = self.builder, total.to("f32")
+        if name == "float32":
+            return near.to(self.kind)
+        if tail is not None or self.kind == "f64":
+            rest = self - near
+            near = near.to_odd(rest if tail is None else rest + tail)
+        if name == "float16":
+            return Number(b, b.fpext(b.fptrunc(near.value, HALF), FLOAT)).to(self.kind)
+        (bits,) = near.words()
+        bits = b.and_(round_upper_half(b, bits), WORD(0xFFFF0000))
+        return near.is_number().either(Number.of_words(b, [bits]), near).to(self.kind)
+
+    def to_odd(self, rest: Number) -> Number:
+        """A float32 from which a number is off by the rest, less than an ULP: its last bit tells that there is one, and
+        the number is not rounded twice when it is rounded to fewer digits.
+        """
+        b, (bits,) = self.builder, self.words()
+        same_sign = b.icmp_signed("==", rest.compared("<", 0.0).value, b.icmp_signed("<", bits, WORD(0)))
+        moved = b.add(bits, b.select(same_sign, WORD(1), WORD(-1)))
+        even = b.icmp_signed("==", b.and_(bits, WORD(1)), WORD(0))
+        there = abs(rest).compared(">", 0.0).value
+        return Number.of_words(b, [b.select(b.and_(even, there), moved, bits)])
+
     def as_single(self) -> Number:
         """The nearest float32, in its own type."""
         return self.to("f32").to(self.kind)
@@ -179,6 +268,38 @@ class Number:
             return cls(builder, builder.bitcast(words[0], FLOAT))
         both = builder.insert_element(ir.Constant(TWO_WORDS, ir.Undefined), words[0], WORD(0))
         return cls(builder, builder.bitcast(builder.insert_element(both, words[1], WORD(1)), DOUBLE))
+
+
+def round_upper_half(builder: Any, bits: Any) -> Any:
+    """The bits of a float32, whose upper half is rounded: half of what is cut off is added, ties go to even."""
+    odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
+    return builder.add(bits, builder.add(WORD(0x7FFF), odd))
+
+
+# ------------------------------------------------------------------------------------------------- powers of two
+
+
+def exponent(builder: Any, number: Number) -> Any:
+    """The e of a float64 1.… · 2**e; -1023 for zero and subnormal numbers, 1024 for infinity and NaN."""
+    bits = builder.and_(builder.lshr(builder.bitcast(number.value, LONG), LONG(52)), LONG(0x7FF))
+    return builder.sub(bits, LONG(1023))
+
+
+def mantissa(builder: Any, number: Number) -> Number:
+    """The float64 with an exponent of 0."""
+    bits = builder.and_(builder.bitcast(number.value, LONG), LONG(0x800F_FFFF_FFFF_FFFF))
+    return Number(builder, builder.bitcast(builder.or_(bits, LONG(1023 << 52)), DOUBLE))
+
+
+def power(builder: Any, e: Any) -> Number:
+    """2**e, for -1023 < e < 1024."""
+    return Number(builder, builder.bitcast(builder.shl(builder.add(e, LONG(1023)), LONG(52)), DOUBLE))
+
+
+def power_in_two(builder: Any, e: Any) -> tuple[Number, Number]:
+    """2**e in two factors: one may be out of the range."""
+    half = builder.ashr(e, LONG(1))
+    return power(builder, half), power(builder, builder.sub(e, half))
 
 
 def called(builder: Any, name: str, result: Any, *values: Any) -> Any:

@@ -2,13 +2,13 @@
 
 A block takes such a row a vector at a time, in float64: of 16 or 32 bits, nothing leaves its range. Where an array is
 of float64, the row is brought into the range by powers of two, which is exact: the norm of s·x with eps·s² is the norm
-of x with eps, and the gradient of s·x and t·dy is t / s times that of x and dy. dweight takes dy as it is, for xhat
-does not depend on s.
+of x with eps, and the gradient of s·x and t·dy is t / s times that of x and dy; of other outputs an operation
+says what they depend on. dweight takes dy as it is, for xhat does not depend on s.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,36 +18,35 @@ from numba.cuda import types
 from rmsnorm_np.cuda.elements import Place, Scales, Size
 from rmsnorm_np.cuda.kernel import Kernel
 from rmsnorm_np.cuda.launch import Plan
-from rmsnorm_np.cuda.number import DOUBLE, LONG, Condition, Number
+from rmsnorm_np.cuda.number import DOUBLE, LONG, Condition, Number, exponent, mantissa, power
 from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.schedule import arguments_of
 from rmsnorm_np.cuda.team import adder_of, agreed, inlined, numbers_finder
 from rmsnorm_np.cuda.tracing import step, zeros
 from rmsnorm_np.ops.operation import scale
 from rmsnorm_np.ops.primitives import either
-from rmsnorm_np.ops.records import given
+from rmsnorm_np.ops.records import given, leaves, like
 
 # Exponents. The largest of x becomes 2**14, so that in rows of up to 2**24 elements rstd is at most 1, and dy · rstd in
-# the range. g = dy · weight may be as large as is safe: beside a large g, a small one must stay what it is.
+# the range; where other arrays have the scale of x, and may be larger, it becomes 1. g = dy · weight may be as large as
+# is safe: beside a large g, a small one must stay what it is.
 X_TARGET, MOST_G, LEAST_G = 14, 900, -300
-FAR = 540  # by so much both factors of g are made smaller, or larger, to find the exponent of a g out of range
+SHIFT = 8192  # is added to an exponent, so that each is above zero
 
 
 class Largest(NamedTuple):
-    """The largest magnitudes of a row: of x in the RMS; of x less its first element; 1 if one of these is more than
-    half of that element, else 0; of g, and of g times 2**(-2 FAR) and 2**(2 FAR).
+    """The largest of a row, as exponents + SHIFT, 0 for zeros alone: of what the row is about, in the RMS; of x less
+    its first element; of g. far: 1 if an x less the first one is more than half of that one, else 0.
     """
 
-    x: Any
+    about: Any
     apart: Any
-    far: Any
     g: Any
-    large_g: Any
-    small_g: Any
+    far: Any
 
 
-LARGEST = Largest(*["f64"] * 6)
-SCALES = (Scales(*["f64"] * 7), "f64")
+LARGEST = Largest(*["f64"] * 4)
+SCALES = (Scales(*["f64"] * 3), "f64")
 
 
 def larger(b: Any, one: Largest, other: Largest) -> Any:
@@ -57,7 +56,6 @@ def larger(b: Any, one: Largest, other: Largest) -> Any:
 
 def survey(program: Program) -> Any:
     """A step: survey(row, arrays, place, start, size, largest), with what this thread has of one vector of the row."""
-    kinds, recentring = program.kinds, program.op.recentring
 
     def body(b: Any, row: Any, arrays: Any, place: Place, start: Any, size: Size, largest: Largest) -> Largest:
         (v,), first = program.vectors(b, place), _first(b, program, arrays, start)
@@ -65,24 +63,45 @@ def survey(program: Program) -> Any:
         columns = program.vector_of(program.columns, row[1], 0) if row[1] is not None else None
         for e, exists in enumerate(v.there.conditions):
             read = program.numbers_of(b, vector, e, "plain")
-            x, dy, nothing = read[0], getattr(read, "dy", None), largest.x.constant(0.0)
-            new = largest._replace(x=largest.x.maximum(either(v.inside[e], abs(x), nothing)))
-            if recentring:
+            x, nothing = read[0], largest.g.constant(0.0)
+            about = leaves(program.entered(like(read, [mantissa(b, x), *read[1:]])))[0]  # x may leave the range there
+            found = either(v.inside[e], _of_product(b, x, about), nothing)
+            largest = largest._replace(about=largest.about.maximum(found))
+            if program.op.recentring:
                 apart = abs(x - first)
                 apart = apart if exists is None else Condition(b, exists).either(apart, nothing)
                 far = either(apart.exceeds(abs(first) * 0.5), nothing + 1.0, nothing)
-                new = new._replace(apart=largest.apart.maximum(apart), far=largest.far.maximum(far))
-            if dy is not None:
+                apart = _of_product(b, apart)
+                largest = largest._replace(apart=largest.apart.maximum(apart), far=largest.far.maximum(far))
+            if getattr(read, "dy", None) is not None:
                 c = program.columns_of(b, columns, e, size.offset, "plain")
-                factor = nothing + 1.0 if kinds.columns.weight is None else scale(c)
-                size_of = lambda power, dy=dy, factor=factor: abs(dy * power) * abs(factor * power)  # noqa: E731
-                sizes = [size_of(2.0**power) for power in (0, -FAR, FAR)]
-                found = [old.maximum(one) for old, one in zip(new[3:], sizes, strict=True)]
-                new = Largest(*new[:3], *found)
-            largest = new
+                largest = largest._replace(g=largest.g.maximum(_of_g(b, program, read, c)))
         return largest
 
     return step(body, LARGEST)
+
+
+def _of_product(b: Any, *factors: Number) -> Number:
+    """The exponent of a product, or one less, + SHIFT; 0 where a factor is zero or NaN."""
+    total = LONG(SHIFT)
+    for a in factors:
+        total = b.add(total, exponent(b, a))
+    found = Number(b, b.sitofp(total, DOUBLE))
+    for a in factors:
+        found = abs(a).exceeds(0.0).either(found, found.constant(0.0))
+    return found
+
+
+def _of_g(b: Any, program: Program, read: Any, c: Any) -> Number:
+    """That of the largest product of dy with a column, and with what else is a factor of it."""
+    own = ("x", "dy", "dh", *program.op.scaled)
+    more = [a for field, a in zip(read._fields, read, strict=True) if a is not None and field not in own]
+    one = read.dy.constant(1.0)
+    at_least_one = [abs(a).maximum(one) for a in more]  # it may be a function of the array, which is not known here
+    weights = [a for field, a in zip(c._fields[1:-1], c[1:-1], strict=True) if a is not None and "bias" not in field]
+    weights.append(one if c.weight is None else scale(c))
+    found = [_of_product(b, read.dy, *at_least_one, weight) for weight in weights]
+    return reduce(Number.maximum, found)
 
 
 def _first(b: Any, program: Program, arrays: Any, start: Any) -> Number:
@@ -90,26 +109,9 @@ def _first(b: Any, program: Program, arrays: Any, start: Any) -> Number:
     return program.one(b, program.pointer(arrays), program.held[0], start).to("f64")
 
 
-def _exponent(b: Any, number: Number) -> Any:
-    """The e of 1.… · 2**e; -1023 for zero and subnormal numbers, 1024 for infinity and NaN."""
-    bits = b.and_(b.lshr(b.bitcast(number.value, LONG), LONG(52)), LONG(0x7FF))
-    return b.sub(bits, LONG(1023))
-
-
-def _power(b: Any, e: Any) -> Number:
-    """2**e, for -1023 < e < 1024."""
-    return Number(b, b.bitcast(b.shl(b.add(e, LONG(1023)), LONG(52)), DOUBLE))
-
-
 def _limited(b: Any, e: Any) -> Any:
     e = b.select(b.icmp_signed("<", e, LONG(-1022)), LONG(-1022), e)
     return b.select(b.icmp_signed(">", e, LONG(1023)), LONG(1023), e)
-
-
-def _halves(b: Any, e: Any) -> tuple[Number, Number]:
-    """2**e in two factors."""
-    half = b.ashr(e, LONG(1))
-    return _power(b, half), _power(b, b.sub(e, half))
 
 
 def scales_finder(program: Program) -> Any:
@@ -130,31 +132,27 @@ def scales_finder(program: Program) -> Any:
 
 
 def _scales_of(b: Any, program: Program, largest: Largest, start: Any, size: Size, arrays: Any) -> Any:
-    first, x = largest.x.constant(0.0), largest.x
+    first, about = largest.about.constant(0.0), largest.about
     if program.op.recentring:  # exact, if no element is too far from the first: Sterbenz' lemma
         near = largest.far.compared("==", 0.0)
         first = near.either(_first(b, program, arrays, start), first)
-        x = near.either(largest.apart, x)
-    root = b.ashr(_exponent(b, size.eps), LONG(1))
+        about = near.either(largest.apart, about)
+    e, g = (b.sub(b.fptosi(a.value, LONG), LONG(SHIFT)) for a in (about, largest.g))
+    root = b.ashr(exponent(b, size.eps), LONG(1))
     root = b.select(size.eps.exceeds(0.0).value, root, LONG(-1023))
-    e = _exponent(b, x)
     e = b.select(b.icmp_signed("<", e, root), root, e)
-    s = _limited(b, b.sub(LONG(X_TARGET), e))
-    g = _exponent(b, largest.g)
-    g = b.select(b.icmp_signed(">", g, LONG(1023)), b.add(_exponent(b, largest.large_g), LONG(2 * FAR)), g)
-    g = b.select(b.icmp_signed("<", g, LONG(-900)), b.sub(_exponent(b, largest.small_g), LONG(2 * FAR)), g)
+    s = _limited(b, b.sub(LONG(0 if program.op.scaled else X_TARGET), e))
     t = b.select(b.icmp_signed(">", g, LONG(MOST_G)), b.sub(LONG(MOST_G), g), LONG(0))
     t = b.select(b.icmp_signed("<", g, LONG(LEAST_G)), b.neg(g), t)
-    t = b.select(largest.small_g.exceeds(0.0).value, _limited(b, t), LONG(0))
-    factor = _power(b, s)
-    undo, further = _halves(b, b.sub(s, t)), _halves(b, b.sub(t, s))
-    return Scales(first, factor, _power(b, t), *further, *undo), size.eps * factor * factor
+    t = b.select(largest.g.exceeds(0.0).value, _limited(b, t), LONG(0))
+    factor = power(b, s)
+    return Scales(first, factor, power(b, t)), size.eps * factor * factor
 
 
 def vector_reader(program: Program) -> Any:
     """read(row, begin, size, arrays): the place at `begin` in a row, and the words that this thread has there.
 
-    row: where its elements begin, and those of its weight and bias.
+    row: where its elements begin, and those of its columns like weight and like bias.
     """
     read, read_columns, backward = program.read(False), program.read_columns(), program.plan.backward
 

@@ -22,7 +22,9 @@ from rmsnorm_np.ops.records import given, mapped
 # Squares and products between these and their inverses lose nothing that counts.
 BOUNDS = {"single": 2.0**90, "pair": 2.0**90, "double": 2.0**300, "exact": 2.0**300}
 LEAST_NUMBER, MOST_NUMBER = 2.0**-110, 2.0**120  # of a row's numbers in float32, so that tails have their digits
-MOST_SHARE = 2.0**80  # of what is summed over rows in float32: far from the end of the range, in any number of rows
+# Of what is summed over rows in float32: far from the end of the range, in any number of rows. And where it is a product
+# of two arrays, and of a row's number beside them, of each of these.
+MOST_SHARE, MOST_FACTOR = 2.0**80, 2.0**26
 
 
 class Program(Elements):
@@ -58,6 +60,8 @@ class Program(Elements):
         part_shape = given(shape, lambda _: part_kind)
         # sums over rows in float32: a row that could make one of them infinite has to be marked
         reach = last and any(self.kinds.totals) and self.kind == "f32" and plan.marks
+        factors = [field for field in self.op.Reads._fields[1:] if field != "dh"]
+        most = MOST_SHARE if len(factors) == 1 else MOST_FACTOR
         again = s > 0 and not plan.backward  # with both, backward, there are too many registers for it to help
 
         def add_element(e: Any, c: Any, m: Any, old: Any, there: Any, inside: Any) -> Any:
@@ -76,7 +80,7 @@ class Program(Elements):
                 columns = self.vector_of(self.columns, row[1], v.t) if plan.backward else None
                 before = part = found if part_shape == shape else zero(b, part_shape)
                 for e, there in enumerate(v.there.conditions):
-                    read = self.scaled(self.numbers_of(b, vector, e, how, again), scales)
+                    read = self.scaled(b, self.numbers_of(b, vector, e, how, again), scales)
                     c = self.columns_of(b, columns, e, size.offset, how) if plan.backward else None
                     for a in read[1:] if reach else ():
                         size_of = None if a is None else abs(a.head if is_pair(a) else a)
@@ -89,7 +93,7 @@ class Program(Elements):
                     part = given(part, lambda a, z: plus(z, rounded(mapped(lambda c: c.to("f64"), a))), found)
                 found = part
             if largest is not None:
-                poison = either(largest.exceeds(MOST_SHARE), largest.constant(float("inf")), largest.constant(0.0))
+                poison = either(largest.exceeds(most), largest.constant(float("inf")), largest.constant(0.0))
                 found = given(found, lambda a: a + poison.to("f64"))
             return found
 
@@ -147,6 +151,9 @@ class Program(Elements):
             bits = WORD(0)
             for j, (field, number) in enumerate(self.op.trivial):
                 f = self.held._fields.index(field)
+                if self.held[f] is None:  # as if it were zero
+                    bits = b.or_(bits, WORD(1 << j))
+                    continue
                 a, first = (self.one(b, self.pointer(arrays, f), self.held[f], at) for at in (b.add(start, i), start))
                 same = a.compared("==", first if number is None else a.constant(number))
                 bits = b.or_(bits, b.select(same.value, WORD(1 << j), WORD(0)))
@@ -175,19 +182,18 @@ class Program(Elements):
                 for e in range(plan.lanes):
                     read = self.numbers_of(b, vector, e, how, True)
                     c = self.columns_of(b, columns, e, size.offset, how, plan.backward)
-                    entered = self.entered(self.scaled(read, scales))
+                    entered = self.entered(self.scaled(b, read, scales))
                     left.append(op.leave(entered, m, c, v.inside[e]))
                     if op.share is not None:
                         j = v.t * plan.lanes + e
-                        plain = self.scaled(given(read, rounded), scales, "dy")
+                        plain = self.scaled(b, given(read, rounded), scales, "dy")
                         old = given(total, lambda a, j=j: a[j])
                         for sums, new in zip(total, op.share(old, self.entered(plain), heads), strict=True):
                             if sums is not None:
                                 sums[j] = new
-                for field, name, *numbers in zip(kinds.writes._fields, kinds.writes, *left, strict=True):
+                for field, name in zip(kinds.writes._fields, kinds.writes, strict=True):
                     if name and field != self.kept:
-                        if scales is not None and field == "dx":
-                            numbers = [rounded(a) * scales.undo * scales.undo_again for a in numbers]
+                        numbers = [self.unscaled(b, field, getattr(outputs, field), scales) for outputs in left]
                         words = encoded(b, numbers, name, plan.native_bfloat16)
                         store(b, getattr(arrays.writes, field), b.add(place.start, v.i), name, words, v.there)
             return given(total, tuple)

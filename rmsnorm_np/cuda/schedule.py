@@ -151,13 +151,13 @@ def _looping_rows(plan: Plan) -> Any:
         lane = np.int64(cuda.threadIdx.x & (team - 1) if teams > 1 else cuda.threadIdx.x)
         h, chunk, groups = task % size.m, task // size.m, size.rows // size.m
         first, last = groups * chunk // size.chunks, groups * (chunk + 1) // size.chunks
-        weight = h % size.weight_m * size.n + begin
-        columns, sums = read_columns((arrays, Place(0, lane, length, weight, 0, size.k))), nothing(())
+        weight, bias = h % size.weight_m * size.n + begin, h % size.bias_m * size.n + begin
+        columns, sums = read_columns((arrays, Place(0, lane, length, weight, bias, size.k))), nothing(())
         for base in range(first, last, teams):
             group = base + (cuda.threadIdx.x >> levels)
             stop = length if group < last else 0  # teams without a row do the same steps, on the last
             row = min(group, last - 1) * size.m + h
-            place = Place(row * size.n + begin, lane, stop, weight, 0, size.k - begin)
+            place = Place(row * size.n + begin, lane, stop, weight, bias, size.k - begin)
             sums = run(row, place, columns, sums, arrays, marks, size, kept)
         if has_totals:
             write_sums(arrays, Place(task * size.n + begin, lane, length, 0, 0, size.k), sums)
@@ -176,8 +176,8 @@ def pieces_kernel(plan: Plan, s: int) -> Kernel:
     def piece_sums(arrays: Any, marks: Any, size: Any, kept: Any) -> None:
         lane, block = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
         row, begin, length = piece_of(block, size)
-        weight = row % size.weight_m * size.n + begin
-        place = Place(row * size.n + begin, lane, length, weight, 0, size.k - begin)
+        weight, bias = row % size.weight_m * size.n + begin, row % size.bias_m * size.n + begin
+        place = Place(row * size.n + begin, lane, length, weight, bias, size.k - begin)
         words = (read((arrays, place)), read_columns((arrays, place)) if backward else None)
         m = find((row, words, kept), place, size, arrays, size.eps)
         sums = total(add((words, m, place, size, None)))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 
-from rmsnorm_np.cuda.number import FLOAT, HALF, LONG, SHORT, WORD, Number, opaque
+from rmsnorm_np.cuda.number import FLOAT, HALF, LONG, SHORT, WORD, Number, opaque, round_upper_half
 from rmsnorm_np.ops.primitives import rounded
 
 BYTES = 16  # of one access, the widest there is on every GPU
@@ -155,8 +155,6 @@ def encoded(b: Any, numbers: list[Any], name: str, native_bfloat16: bool) -> lis
 
 
 def _rounded_to_bfloat16(b: Any, number: Number) -> Any:
-    """Half of what is cut off is added first, ties go to even."""
+    """Its 16 bits, where the GPU has no instruction for it."""
     (bits,) = number.words()
-    upper = b.lshr(bits, WORD(16))
-    half = b.add(WORD(0x7FFF), b.and_(upper, WORD(1)))
-    return b.select(number.is_number().value, b.lshr(b.add(bits, half), WORD(16)), WORD(0x7FFF))
+    return b.select(number.is_number().value, b.lshr(round_upper_half(b, bits), WORD(16)), WORD(0x7FFF))

@@ -87,11 +87,11 @@ def exponential(a: Any) -> Any:
 
 def in_dtype(a: Any, name: str) -> Any:
     """What a number of this dtype can hold of a, of a's own type; of a pair, exact."""
-    plain = rounded(a)
-    if hasattr(plain, "in_dtype"):
-        found = plain.in_dtype(name)
+    head, tail = _pair(a)
+    if hasattr(head, "in_dtype"):
+        found = head.in_dtype(name, tail)
     else:
-        plain = np.asarray(plain)
+        plain = np.asarray(rounded(a))
         found = plain.astype(_dtype(name)).astype(plain.dtype)
     return Pair(found, None) if is_pair(a) else found
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[Any]
+    GradientsOut = Array | tuple[Array | None, Array | None, Array | None]
 
 
 class RMSNormGrads(NamedTuple):

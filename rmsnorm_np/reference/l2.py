@@ -14,6 +14,8 @@ from rmsnorm_np.reference._common import RMSNormGrads, check_backend, like, roun
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from rmsnorm_np.reference._common import GradientsOut
+
     Array = npt.NDArray[Any]
 
 
@@ -87,7 +89,7 @@ def l2_norm_backward(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> RMSNormGrads:
     """Gradients of the L2 norm: `rmsnorm_np.l2_norm_backward`, in NumPy, for real and complex arrays.
@@ -101,8 +103,9 @@ def l2_norm_backward(
     """
     check_backend(backend)
     _arguments.check_given("dy", dy)
-    call = _arguments.Call(("x", "dy", "out"), (x, dy), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
+    name, dx_out, into = _arguments.gradient_out(out, weight, bias)
+    call = _arguments.Call(("x", "dy", name), (x, dy), (weight, bias, weight_offset), (dx_out,), eps, 1.0, axis)
     (x, dy), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
     wide_x, wide_dy, w, b = widen(x, dy, w, b)
     dx, dweight, dbias = backward(wide_x, wide_dy, w, b, eps, weight_offset)
-    return RMSNormGrads(restore([rounded(dx, x.dtype)])[0], like(weight, dweight), like(bias, dbias))
+    return RMSNormGrads(*into(restore([rounded(dx, x.dtype)])[0], like(weight, dweight), like(bias, dbias)))

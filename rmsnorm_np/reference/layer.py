@@ -9,6 +9,7 @@ import numpy as np
 
 from rmsnorm_np import _arguments
 from rmsnorm_np._numbers import check_flag
+from rmsnorm_np.reference import sharded
 from rmsnorm_np.reference._common import (
     AddNorm,
     LayerNormGrads,
@@ -23,6 +24,9 @@ from rmsnorm_np.reference._common import (
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from rmsnorm_np.reference._common import GradientsOut
+    from rmsnorm_np.reference.sharded import Reduce
 
     Array = npt.NDArray[Any]
 
@@ -69,6 +73,7 @@ def layer_norm(
     weight_offset: float = 0.0,
     dtype: npt.DTypeLike | None = None,
     round_xhat: bool = False,
+    reduce: Reduce | None = None,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -84,11 +89,16 @@ def layer_norm(
     check_backend(backend)
     dtype = _arguments.result_dtype(dtype)
     call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, 1.0, axis, dtype)
-    (x,), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
+    (x,), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=reduce is None)
     through_dtype = x.dtype if check_flag("round_xhat", round_xhat) else None
-    wide_x, w, b = widen(x, w, b, dtype=dtype)
-    y = forward(wide_x, w, b, eps, weight_offset, through_dtype)
-    result: Array = restore([rounded(y, dtype or x.dtype)])[0]
+    if reduce is None:
+        wide_x, w, b = widen(x, w, b, dtype=dtype)
+        y = rounded(forward(wide_x, w, b, eps, weight_offset, through_dtype), dtype or x.dtype)
+    else:
+        sharded.check_reduce(reduce, 1.0)
+        settings = sharded.Settings(True, eps, weight_offset, dtype, through_dtype)
+        y = sharded.forward(x, w, b, settings, reduce)
+    result: Array = restore([y])[0]
     return result
 
 
@@ -102,7 +112,8 @@ def layer_norm_backward(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    reduce: Reduce | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> LayerNormGrads:
     """Gradients of LayerNorm: `rmsnorm_np.layer_norm_backward`, in NumPy, for real and complex arrays.
@@ -116,11 +127,18 @@ def layer_norm_backward(
     """
     check_backend(backend)
     _arguments.check_given("dy", dy)
-    call = _arguments.Call(("x", "dy", "out"), (x, dy), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
-    (x, dy), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
-    wide_x, wide_dy, w, b = widen(x, dy, w, b)
-    dx, dweight, dbias = backward(wide_x, wide_dy, w, b, eps, weight_offset)
-    return LayerNormGrads(restore([rounded(dx, x.dtype)])[0], like(weight, dweight), like(bias, dbias))
+    name, dx_out, into = _arguments.gradient_out(out, weight, bias)
+    call = _arguments.Call(("x", "dy", name), (x, dy), (weight, bias, weight_offset), (dx_out,), eps, 1.0, axis)
+    (x, dy), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=reduce is None)
+    if reduce is None:
+        wide_x, wide_dy, w, b = widen(x, dy, w, b)
+        dx, dweight, dbias = backward(wide_x, wide_dy, w, b, eps, weight_offset)
+        dx = rounded(dx, x.dtype)
+    else:
+        sharded.check_reduce(reduce, 1.0)
+        settings = sharded.Settings(True, eps, weight_offset)
+        dx, dweight, dbias = sharded.backward((x, dy, None), w, b, settings, reduce)
+    return LayerNormGrads(*into(restore([dx])[0], like(weight, dweight), like(bias, dbias)))
 
 
 @np.errstate(all="ignore")
@@ -135,6 +153,7 @@ def add_layer_norm(
     weight_offset: float = 0.0,
     dtype: npt.DTypeLike | None = None,
     round_xhat: bool = False,
+    reduce: Reduce | None = None,
     out: Array | None = None,
     residual_out: Array | None = None,
     backend: str | None = None,
@@ -154,12 +173,19 @@ def add_layer_norm(
     parameters, outs = (weight, bias, weight_offset), (out, residual_out)
     dtype = _arguments.result_dtype(dtype)
     call = _arguments.Call(names, (x, residual), parameters, outs, eps, 1.0, axis, dtype)
-    (x, residual), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
+    (x, residual), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=reduce is None)
     through_dtype = x.dtype if check_flag("round_xhat", round_xhat) else None
-    h = added(x, residual)  # (..., n), rounded to the residual's dtype: what follows is about the rounded h
-    wide_h, w, b = widen(h, w, b, dtype=dtype)
-    y = forward(wide_h, w, b, eps, weight_offset, through_dtype)  # (..., n)
-    return AddNorm(*restore([rounded(y, dtype or x.dtype), h]))
+    # h (..., n) is rounded to the residual's dtype: what follows is about the rounded h
+    if reduce is None:
+        h = added(x, residual)
+        wide_h, w, b = widen(h, w, b, dtype=dtype)
+        y = rounded(forward(wide_h, w, b, eps, weight_offset, through_dtype), dtype or x.dtype)  # (..., n)
+    else:
+        sharded.check_reduce(reduce, 1.0)
+        settings = sharded.Settings(True, eps, weight_offset, dtype or x.dtype, through_dtype)
+        h = sharded.summed(x, residual)
+        y = sharded.forward(h, w, b, settings, reduce)
+    return AddNorm(*restore([y, h]))
 
 
 @np.errstate(all="ignore")
@@ -173,7 +199,8 @@ def add_layer_norm_backward(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    reduce: Reduce | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> LayerNormGrads:
     """Gradients of `add_layer_norm`: `rmsnorm_np.add_layer_norm_backward`, in NumPy, for real and complex arrays.
@@ -187,10 +214,17 @@ def add_layer_norm_backward(
     """
     check_backend(backend)
     _arguments.check_given("dy", dy)
-    names = "h", "dy", "dh", "out"
-    call = _arguments.Call(names, (h, dy, dh), (weight, bias, weight_offset), (out,), eps, 1.0, axis)
-    (h, dy, dh), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=True)
-    wide_h, wide_dy, wide_dh, w, b = widen(h, dy, dh, w, b)
-    dx, dweight, dbias = backward(wide_h, wide_dy, w, b, eps, weight_offset)
-    dx = dx if wide_dh is None else wide_dh + dx  # (..., n): the gradient of both summands of h
-    return LayerNormGrads(restore([rounded(dx, h.dtype)])[0], like(weight, dweight), like(bias, dbias))
+    name, dx_out, into = _arguments.gradient_out(out, weight, bias)
+    names = "h", "dy", "dh", name
+    call = _arguments.Call(names, (h, dy, dh), (weight, bias, weight_offset), (dx_out,), eps, 1.0, axis)
+    (h, dy, dh), (w, b, weight_offset), _, _, eps, restore = _arguments.prepare(call, complex_too=reduce is None)
+    if reduce is None:
+        wide_h, wide_dy, wide_dh, w, b = widen(h, dy, dh, w, b)
+        dx, dweight, dbias = backward(wide_h, wide_dy, w, b, eps, weight_offset)
+        dx = dx if wide_dh is None else wide_dh + dx  # (..., n): the gradient of both summands of h
+        dx = rounded(dx, h.dtype)
+    else:
+        sharded.check_reduce(reduce, 1.0)
+        settings = sharded.Settings(True, eps, weight_offset)
+        dx, dweight, dbias = sharded.backward((h, dy, dh), w, b, settings, reduce)
+    return LayerNormGrads(*into(restore([dx])[0], like(weight, dweight), like(bias, dbias)))

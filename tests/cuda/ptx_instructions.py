@@ -168,6 +168,10 @@ class Instructions:
         """To 20 bits or so, as on a GPU."""
         self._apply(*a, lambda x: (1 / np.sqrt(x)) * (1 + 2.0**-21))
 
+    def do_rcp(self, *a):
+        """To 20 bits or so, as on a GPU."""
+        self._apply(*a, lambda x: (1 / x) * (1 + 2.0**-21) if x.dtype == np.float64 else 1 / x)
+
     def do_shl(self, name, operands, active):
         self._shift(name, operands, active, np.left_shift)
 
@@ -251,5 +255,7 @@ class Instructions:
         target, source = name.split(".")[-2:]
         value = self.value(operands[1], source, active)
         if target not in (*FLOATS, "bf16") and source in FLOATS:
-            self.unknown(name, operands, active)
+            if ".rzi" not in name:
+                self.unknown(name, operands, active)
+            value = np.trunc(value)
         self.write(operands[0], to_bits(value.astype(FLOATS[target]) if target in FLOATS else value, target), active)

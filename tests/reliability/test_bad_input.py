@@ -65,7 +65,7 @@ class NumPyEngine:
         x, (weight, bias, offset), given_out = reads[0], parameters, out[0]
         for array in (*reads, weight, bias, *out):
             assert array is None or (type(array) is np.ndarray and array.ndim in (2, 3) and array.flags.carray)
-            assert array is None or array.dtype in (*_arguments._native_dtypes,)
+            assert array is None or array.dtype in (*_arguments.native_dtypes,)
         for array in reads:
             assert array is None or array.shape == x.shape
         rows = x.size // x.shape[1]
