@@ -71,6 +71,8 @@ def for_reduce(engine: Any) -> ModuleType:
     """The engine for rows that are cut over workers: on the host, NumPy."""
     if engine is _engines.get("cuda"):
         raise ValueError("backend 'cuda' takes no reduce, expected None for device arrays")
+    if engine is _engines.get("dask"):
+        raise ValueError("reduce is given, expected None where x is a dask array: its chunks may cut the rows")
     return reference
 
 

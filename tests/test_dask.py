@@ -11,7 +11,7 @@ import pytest
 from tolerances import dx_terms, worst_ulp
 
 import rmsnorm_np as rn
-from rmsnorm_np import _threads, reference
+from rmsnorm_np import _pieces, _threads, reference
 
 da = pytest.importorskip("dask.array", reason="needs dask: pip install dask[array,distributed]")
 dask = sys.modules["dask"]
@@ -224,6 +224,15 @@ def test_cut_rows_are_right(norm, dtype, rng):
 
 
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_long_pieces(norm, rng):
+    """A piece is computed some elements at a time."""
+    n = _pieces.AT_ONCE + 100
+    x = rng.standard_normal((2, n + 7)).astype(np.float32)
+    lazy = da.from_array(x, (2, n))
+    assert near(getattr(rn, norm)(lazy).compute(), getattr(reference, norm)(x))
+
+
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 def test_cut_rows_next_to_their_mean(norm, rng):
     x = (1e6 + rng.standard_normal((5, 64))).astype(np.float32)
     assert near(getattr(rn, norm)(da.from_array(x, (5, 7))).compute(), getattr(reference, norm)(x))
@@ -276,12 +285,12 @@ def test_no_rows(chunks):
 @pytest.mark.parametrize("chunks", [(1, 2), (1, 1)], ids=["whole", "cut"])
 def test_dweight_is_summed_in_float64(chunks):
     """In float32, 1e8 would swallow the ones of all other chunks; in float16 it would be infinite on the way."""
-    dy = np.ones((401, 2), np.float32)
+    dy = np.ones((101, 2), np.float32)
     dy[0], dy[-1] = 1e8, -1e8
-    x, weight = da.from_array(np.ones((401, 2), np.float32), chunks), np.ones(2, np.float32)
+    x, weight = da.from_array(np.ones((101, 2), np.float32), chunks), np.ones(2, np.float32)
     for dtype in (np.float32, np.float16):
         dbias = rn.rms_norm_backward(dy, x, weight, weight.astype(dtype), weight_offset=1.0).dbias.compute()
-        assert same(dbias, np.full(2, 399, dtype))
+        assert same(dbias, np.full(2, 99, dtype))
 
 
 def test_integers_and_lists_become_float64():
@@ -305,6 +314,8 @@ X = np.ones((2, 4), np.float32)
     [
         (lambda x: rn.rms_norm(x, out=X), TypeError, "out is given, expected None where x is a dask array"),
         (lambda x: rn.rms_norm_backward(x, x, out=X), TypeError, "out is given, expected None where x is a dask array"),
+        (lambda x: rn.rms_norm_backward(x, x, x[0], out=(X, None, None)), TypeError, "out is given, expected None"),
+        (lambda x: rn.rms_norm(x, reduce=np.copy), ValueError, "reduce is given, expected None where x is a dask"),
         (lambda x: rn.add_rms_norm(x, x, residual_out=X), TypeError, "residual_out is given, expected None"),
         (lambda x: rn.add_rms_norm_backward(x, x, x, out=X), TypeError, "expected None where h is a dask array"),
         (lambda x: rn.rms_norm(x, np.ones(3)), ValueError, r"weight has shape \(3,\), expected \(4,\)"),
