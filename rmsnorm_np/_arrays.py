@@ -74,6 +74,8 @@ def as_array(name: str, value: Any) -> Array:
             raise TypeError(f"{name} is a numpy.matrix, expected an ndarray, such as {name}.A")
         return value.view(ndarray)
     check_given(name, value)
+    if hasattr(value, "__dask_graph__"):  # NumPy would compute it
+        raise TypeError(f"{name} is a dask array, expected an ndarray, such as {name}.compute()")
     return as_ndarray(name, value)
 
 

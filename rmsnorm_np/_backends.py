@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rmsnorm_np.ops.operation import Operation
 
 _INSTALL = {
+    "dask": 'dask: pip install "rmsnorm_np[dask]"',
     "cpu": "numba: pip install numba",
     "cuda": 'numba-cuda: pip install "rmsnorm_np[cuda13]", or [cuda12] for a CUDA 12 driver',
 }
@@ -25,12 +26,14 @@ _engines: dict[str, ModuleType] = {"reference": reference}
 
 
 def select(x: Any, backend: str | None) -> ModuleType:
-    """The engine named by `backend`; for None, "cuda" where x is a device array and "cpu" where it is not.
+    """The engine named by `backend`; for None, "cuda" where x is a device array, and "cpu" where it lies on the host.
+
+    A Dask array has an engine of its own, which runs "cpu" on its blocks.
 
     Raises
     ------
     ValueError
-        If there is no backend of that name.
+        If there is no backend of that name, or one is named for a Dask array.
     TypeError
         If x lies on the host and the backend is "cuda", or the other way round. Nothing is moved unasked.
     ImportError
@@ -40,7 +43,11 @@ def select(x: Any, backend: str | None) -> ModuleType:
         engine = _engines.get("cpu")
         return _load("cpu") if engine is None else engine
     on_device = hasattr(x, "__cuda_array_interface__")
-    if backend is None:
+    if hasattr(x, "__dask_graph__"):
+        if backend is not None:
+            raise ValueError(f"backend is {backend!r}, expected None where x is a dask array: 'cpu' runs on its blocks")
+        backend = "dask"
+    elif backend is None:
         backend = "cuda" if on_device else "cpu"
     elif backend == "cuda":
         # Refuse only what is certain to lie on the host: the engine's own error is the better one for all else.
@@ -64,6 +71,8 @@ def for_reduce(engine: Any) -> ModuleType:
     """The engine for rows that are cut over workers: on the host, NumPy."""
     if engine is _engines.get("cuda"):
         raise ValueError("backend 'cuda' takes no reduce, expected None for device arrays")
+    if engine is _engines.get("dask"):
+        raise ValueError("reduce is given, expected None where x is a dask array: its chunks may cut the rows")
     return reference
 
 
@@ -140,7 +149,8 @@ def quantize(
 ) -> tuple[Any, Any, Any]:
     """(q, scale, h) of a call as in `forward`, whose first output is q, of this dtype, in `out` if that is given."""
     if not hasattr(engine, "quantize"):
-        raise ValueError("x is a device array, expected a host array: quantized_rms_norm has no CUDA kernel")
+        name = engine.__name__.rpartition(".")[2]
+        raise ValueError(f"x is an array for {name!r}, expected an ndarray: quantized_rms_norm runs on 'cpu' alone")
     reads, parameters, (_, h), k, eps, restore = engine.arguments.engine_arguments(call, None, 0)
     axis, shape = call[-1], np.shape(call[1][0])
     x, per_row, scale_dtype = reads[0], _formats.scale_shape(shape, axis), _formats.scale_dtype(reads[0].dtype)

@@ -100,12 +100,18 @@ class InParts:
         return results
 
     def backward(
-        self, operation: Any, reads: Any, columns: Any, out: Any, k: int, eps: float
+        self, operation: Any, reads: Any, columns: Any, out: Any, k: int, eps: float, totals: Any = None
     ) -> tuple[tuple[Any, ...], list[Any]]:
-        """The outputs and totals of the engine. What several calls share is added up in float64, and rounded once."""
+        """The outputs and totals of the engine. What several calls share is added up in float64, and rounded once.
+
+        totals: arrays of zeros to add it up in.
+        """
         results = self._results(reads, out)
-        likes = columns[0], columns[1] if "bias" in operation.Columns._fields else None
-        totals: list[Any] = [None if a is None else np.zeros(a.shape, self._sum_dtype(a)) for a in likes]
+        likes: Any = columns[0], columns[1] if "bias" in operation.Columns._fields else None
+        if totals is None:
+            totals = [None if a is None else np.zeros(a.shape, self._sum_dtype(a)) for a in likes]
+        else:
+            likes = totals
         for rows, index in self._parts(len(reads[0])):
             part = [_at(a, index) for a in columns[:-1]]
             places = [_at(total, index) for total in totals]

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
+import sys
+from _thread import _local  # threading.local: the module takes longer to import than this package
+from collections.abc import Iterator
 
 _requested: int | None = None  # by `set_num_threads`
+
+
+class _Here(_local):
+    most = sys.maxsize  # what `at_most` says in this Python thread
+
+
+_here = _Here()
 
 
 def set_num_threads(n: int) -> None:
@@ -86,7 +97,18 @@ def get_num_threads() -> int:
     global _requested
     if _requested is None:
         _requested = min(_from_environment() or _most(), _most())
-    return _requested
+    return min(_requested, _here.most)
+
+
+@contextlib.contextmanager
+def at_most(n: int) -> Iterator[None]:
+    """No more than n threads in each call from this Python thread."""
+    before = _here.most
+    _here.most = n
+    try:
+        yield
+    finally:
+        _here.most = before
 
 
 def _most() -> int:

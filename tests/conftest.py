@@ -7,26 +7,29 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-# The CUDA engine's tests import numba-cuda, an extra of its own; doctest collection would import every file there. (All
-# this stands here and not in a conftest.py there: `from conftest import ...` would find that one, whenever it was
-# loaded later.)
-collect_ignore = ["reliability/fuzz_arguments.py", "sharded_ranks.py"]  # programs, which need atheris, and MPI
-if importlib.util.find_spec("numba_cuda") is None:
-    collect_ignore += ["cuda"]
-else:
-    collect_ignore += ["cuda/device.py"]
-
-CUDA = Path(__file__).with_name("cuda")
+# Tests that need an extra of the package: doctest collection would import every file there. (All this stands here and
+# not in a conftest.py there: `from conftest import ...` would find that one, whenever it was loaded later.)
+EXTRAS = {  # tier: folder, module, how to install
+    "cuda": ("cuda", "numba_cuda", '--cuda needs numba-cuda: pip install ".[cuda13,inspect]"'),
+    "torch": ("pytorch", "torch", '--torch needs PyTorch: pip install ".[torch-test]"'),
+}
+collect_ignore = [
+    "reliability/fuzz_arguments.py",  # a program, which needs atheris
+    "sharded_ranks.py",  # and one that needs MPI
+    "cuda/device.py",
+    *(folder for folder, module, _ in EXTRAS.values() if importlib.util.find_spec(module) is None),
+]
 
 BACKENDS = ("reference", "cpu")
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64))
 
-# `pytest` alone runs the tests that have none of these marks, and nothing of the folder `cuda`. A test that has some
-# runs if each of them is asked for.
+# `pytest` alone runs the tests that have none of these marks, and nothing of the folders in `EXTRAS`. A test that has
+# some runs if each of them is asked for.
 TIERS = {
     "engine": "every dtype and combination of arguments, threads, processes",
     "slow": "long fuzzing, leaks, memory safety",
     "cuda": "the CUDA engine, compiled and executed",
+    "torch": "PyTorch operators and modules",
 }
 
 
@@ -36,13 +39,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("cuda") and importlib.util.find_spec("numba_cuda") is None:
-        raise pytest.UsageError('--cuda needs numba-cuda: pip install ".[cuda13,inspect]"')
+    for tier, (_, module, message) in EXTRAS.items():
+        if config.getoption(tier) and importlib.util.find_spec(module) is None:
+            raise pytest.UsageError(message)
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The CUDA engine's tests are not even imported without --cuda."""
-    return None if config.getoption("cuda") or CUDA not in (collection_path, *collection_path.parents) else True
+    """Tests that need an extra are not even imported unless they are asked for."""
+    left_out = [folder for tier, (folder, *_) in EXTRAS.items() if not config.getoption(tier)]
+    folders = (collection_path, *collection_path.parents)
+    return True if any(Path(__file__).with_name(folder) in folders for folder in left_out) else None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -19,7 +19,7 @@ def run(code):
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["numba", "llvmlite", "scipy", "rich", "ml_dtypes"])
+@pytest.mark.parametrize("name", ["numba", "llvmlite", "scipy", "rich", "ml_dtypes", "torch"])
 def test_import_leaves_heavy_packages_alone(name):
     assert run(f"import rmsnorm_np\nprint({name!r} in sys.modules)") == "False"
 

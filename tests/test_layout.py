@@ -56,7 +56,7 @@ def test_what_explains_is_not_code():
     assert list(norms_named(code)) == []
 
 
-@pytest.mark.parametrize("engine", ["cpu", "cuda"])
+@pytest.mark.parametrize("engine", ["cpu", "cuda", "dask"])
 def test_no_engine_names_a_norm(engine):
     """An operation is described in `ops` alone: an engine that knows one by name would need an edit for the next."""
     files = sorted((PACKAGE / engine).glob("**/*.py"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import mmap
 import os
 import subprocess
 import sys
@@ -112,6 +114,17 @@ def test_outputs_are_aligned_and_far_from_their_inputs():
         for other in (x, y):
             distance = (z.ctypes.data - other.ctypes.data) % memory.PAGE
             assert min(distance, memory.PAGE - distance) >= 896
+
+
+def test_huge_pages_are_not_needed(monkeypatch):
+    """A Linux that was built without them refuses the advice to use them."""
+
+    class Mapped(mmap.mmap):
+        def madvise(self, *args):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(memory.mmap, "mmap", Mapped)
+    assert (filled(1.0) == 1.0).all()
 
 
 def test_small_outputs_are_numpys():

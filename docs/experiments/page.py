@@ -35,11 +35,11 @@ BLOCKS = {
 }
 
 
-def fill(text, results):
-    """A page's text with every block made anew."""
+def fill(text, results, blocks=BLOCKS):
+    """A page's text with every block made anew, from {its name: function of the results}."""
 
     def block(match):
-        return f"<!-- {match[1]} -->\n{BLOCKS[match[1]](results)}\n<!-- end -->"
+        return f"<!-- {match[1]} -->\n{blocks[match[1]](results)}\n<!-- end -->"
 
     return re.sub(r"^<!-- (.+) -->\n(?:(?!<!--).*\n)*<!-- end -->$", block, text, flags=re.MULTILINE)
 

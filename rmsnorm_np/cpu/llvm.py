@@ -6,7 +6,6 @@ Plain functions on an llvmlite builder and its values; nothing here knows Numba'
 from __future__ import annotations
 
 import math
-import platform
 import sys
 from typing import Any
 
@@ -94,7 +93,7 @@ def _has(context: Any, feature: str) -> bool:
 
 
 def _has_float16_conversion(context: Any) -> bool:
-    return _has(context, "f16c") or platform.machine().lower() in ("aarch64", "arm64")
+    return _has(context, "f16c") or context.codegen().magic_tuple()[0].startswith(("aarch64", "arm64"))
 
 
 def from_float16(context: Any, builder: Any, bits: Any) -> Any:

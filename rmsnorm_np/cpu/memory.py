@@ -10,6 +10,7 @@ switches it off. When the pool is full, memory goes back to the operating system
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -27,6 +28,9 @@ STREAM_BYTES = 8 << 20  # outputs from this size on are written past the cache: 
 RECYCLE_BYTES = 2 << 20
 DEFAULT_LIMIT_MB = 512
 _ROUND = 1 << 21  # sizes are multiples of a huge page
+# A copy for each process: by default, what is forked would go on writing to the memory of its parent. Windows does not
+# fork, and would reserve memory for the copy as well.
+_ACCESS = mmap.ACCESS_COPY if hasattr(os, "fork") else mmap.ACCESS_WRITE
 
 
 class _Buffer:
@@ -36,12 +40,12 @@ class _Buffer:
 
     def __init__(self, size: int) -> None:
         try:
-            # a copy for each process: by default, what is forked would go on writing to the memory of its parent
-            self.mapped = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+            self.mapped = mmap.mmap(-1, size, access=_ACCESS)
         except OSError as error:
             raise MemoryError(f"{size} bytes for an output could not be allocated") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self.mapped.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # Linux can be built without huge pages
+                self.mapped.madvise(mmap.MADV_HUGEPAGE)
         self.address = _address(np.frombuffer(self.mapped, np.uint8))
 
     def __len__(self) -> int:

@@ -73,8 +73,11 @@ def exceeds(a: Any, b: Any) -> Any:
 
 
 def as_single(a: Any) -> Any:
-    """The nearest float32, in a's own type."""
-    return a.as_single() if hasattr(a, "as_single") else np.asarray(a, np.float32).astype(np.result_type(a))
+    """The nearest float32, in a's own type; of a longdouble the nearest float64."""
+    if hasattr(a, "as_single"):
+        return a.as_single()
+    dtype = np.result_type(a)
+    return np.asarray(a, np.float32 if dtype.itemsize <= 8 else np.float64).astype(dtype)
 
 
 def exponential(a: Any) -> Any:
@@ -244,7 +247,7 @@ def _refined(a: Any) -> Any:
 
 
 def nearest(a: Any) -> Any:
-    """What the dtype of x can hold of a: for pairs one number, else a float32 (as narrow as x, or wider)."""
+    """What the dtype of x can hold of a: for pairs one number, else `as_single` (as narrow as x, or wider)."""
     return rounded(a) if is_pair(a) else as_single(a)
 
 

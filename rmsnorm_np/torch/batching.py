@@ -11,17 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from rmsnorm_np.torch import operators
-from rmsnorm_np.torch.operators import LAYER_NORM, RMS_NORM
+from rmsnorm_np.torch.operators import LAYER_NORM, RMS_NORM, Operator
 
 _PARAMETERS = {"weight", "bias", "ddweight", "ddbias", "weight_dot", "bias_dot"}
 
 
-def batch(op: Any, rows_returned: int, gradients: bool) -> None:
+def batch(op: Operator, rows_returned: int, gradients: bool) -> None:
     """Register the rule of an operator, whose first results are like x; gradients: whether it returns those of the
     parameters after them.
     """
-    schema = op._schema
-    names = [argument.name for argument in schema.arguments if "Tensor" in str(argument.type)]
+    names = [argument.name for argument in op.overload._schema.arguments if "Tensor" in str(argument.type)]
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
         given = {name: (a, dim) for name, a, dim in zip(names, args, in_dims, strict=False) if a is not None}
@@ -45,7 +44,7 @@ def batch(op: Any, rows_returned: int, gradients: bool) -> None:
         dims = [0] * len(restored)
         return (restored, dims) if isinstance(results, list) else (tuple(restored), tuple(dims))
 
-    operators.register_vmap(schema.name.partition("::")[2], rule)
+    operators.register_vmap(op, rule)
 
 
 def _own_shape(a: Tensor, dim: int | None) -> tuple[int, ...]:

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from rmsnorm_np.torch import operators
-from rmsnorm_np.torch.operators import LAYER_NORM, RMS_NORM, Operators
+from rmsnorm_np.torch.operators import LAYER_NORM, RMS_NORM, Operator, Operators
 
 _BELOW = _C._after_autograd_keyset
+_COMPUTES = _C._after_ADInplaceOrView_keyset  # without a kernel of PyTorch's that is for views and writing in place
+_CPU = _C.DispatchKeySet(_C.DispatchKey.CPU).raw_repr()
 
 
-def _differentiable(op: Any, tensors: int, saved: Callable[..., Any], backward: Any, jvp: Any) -> None:
+def _differentiable(op: Operator, tensors: int, saved: Callable[..., Any], backward: Any, jvp: Any) -> None:
     """Give an operator its derivatives. Its first arguments are this many tensors or None, the others are options.
 
     saved(*arguments, results) are the tensors that backward(ctx, *gradients) and jvp(ctx, *tangents) find in
@@ -37,22 +39,18 @@ def _differentiable(op: Any, tensors: int, saved: Callable[..., Any], backward: 
 
     PyTorch's `torch.library.register_autograd` knows no forward mode and no torch.func: this is it, with both.
     """
-    name = op._schema.name.partition("::")[2]
+    overload, run = op.overload, op.run
+    returns_list = not isinstance(overload._schema.returns[0].type, _C.TensorType)
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-        with _C._AutoDispatchBelowAutograd():
-            if _C._are_functorch_transforms_active():  # the transforms around this one differentiate what is below
-                with torch.enable_grad(), _set_fwd_grad_enabled(True):
-                    results = op.redispatch(keyset & _BELOW, *args)
-            else:
-                results = op.redispatch(keyset & _BELOW, *args)
+        results = run(*args) if _is_plain(keyset) else _redispatch(overload, keyset, args)
         kept = saved(*args[:tensors], results)
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
         ctx.set_materialize_grads(False)
         ctx.options = args[tensors:]
         ctx.dtype = (results if isinstance(results, Tensor) else results[0]).dtype
-        return tuple(results) if isinstance(results, list) else results
+        return tuple(results) if returns_list else results
 
     def with_options(ctx: Any, *gradients: Any) -> Any:
         nothing = all(gradient is None for gradient in gradients)
@@ -63,18 +61,39 @@ def _differentiable(op: Any, tensors: int, saved: Callable[..., Any], backward: 
         return jvp(ctx, *tangents[:tensors])
 
     methods = {"forward": forward, "backward": with_options, "jvp": without_options}
-    function = type(name, (_SingleLevelFunction,), {key: staticmethod(method) for key, method in methods.items()})
-    returns_list = not isinstance(op._schema.returns[0].type, _C.TensorType)
+    function: Any = type(
+        op.name, (_SingleLevelFunction,), {key: staticmethod(method) for key, method in methods.items()}
+    )
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if _C._are_functorch_transforms_active():
+        if _is_plain(keyset):
+            if forward_ad._current_level < 0 and not (
+                torch.is_grad_enabled() and _C._any_requires_grad(*args[:tensors])
+            ):
+                return run(*args)  # 30 µs sooner done than by way of `function`
+            results = function.apply(keyset, *args)
+        elif _C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 results = function.apply(keyset, *args)
         else:
             results = function.apply(keyset, *args)
         return list(results) if returns_list else results
 
-    operators.register_kernel(name, kernel, "Autograd")
+    operators.register_autograd(op, kernel)
+
+
+def _is_plain(keyset: Any) -> bool:
+    """Whether nothing comes between autograd and what runs on the CPU: no compiler, transform or mode."""
+    return (keyset & _COMPUTES).raw_repr() == _CPU  # type: ignore[no-any-return]
+
+
+def _redispatch(overload: Any, keyset: Any, args: Any) -> Any:
+    """What an operator gives below autograd."""
+    with _C._AutoDispatchBelowAutograd():
+        if _C._are_functorch_transforms_active():  # the transforms around this one differentiate what is below
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return overload.redispatch(keyset & _BELOW, *args)
+        return overload.redispatch(keyset & _BELOW, *args)
 
 
 def _per_parameter(gradients: list[Tensor], *parameters: Tensor | None) -> list[Tensor | None]:

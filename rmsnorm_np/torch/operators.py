@@ -37,17 +37,6 @@ class Norm(NamedTuple):
     add_backward: Callable[..., Any]
 
 
-class Operators(NamedTuple):
-    """The operators of one norm."""
-
-    forward: Any
-    backward: Any
-    double_backward: Any
-    jvp: Any
-    add: Any
-    add_backward: Any
-
-
 def to_array(tensor: Tensor | None) -> Any:
     """The array in the memory of a tensor."""
     if tensor is None:
@@ -77,10 +66,11 @@ def _options(ndim: int, eps: float, weight_offset: float) -> dict[str, Any]:
     return {"axis": axis, "eps": eps, "weight_offset": weight_offset, "backend": BACKEND}
 
 
-def _rounding(x: Tensor, weight: Tensor | None, round_xhat: bool) -> dict[str, Any]:
-    if not round_xhat:
-        return {}
-    return {"round_xhat": True, "dtype": NUMPY_NAMES[y_dtype(x, weight, True)]}
+def _forward_options(x: Tensor, weight: Tensor | None, *options: Any) -> dict[str, Any]:
+    given = _options(*options[:-1])
+    if options[-1]:
+        given["round_xhat"], given["dtype"] = True, NUMPY_NAMES[y_dtype(x, weight, True)]
+    return given
 
 
 def _gradients(results: Any) -> list[Tensor]:
@@ -95,21 +85,44 @@ def _all_like(*tensors: Tensor | None) -> list[Tensor]:
     return [_like(a) for a in tensors if a is not None]
 
 
-def _define(schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
+class Operator(NamedTuple):
+    """One operator: what PyTorch calls, and what runs on the CPU."""
+
+    overload: Any
+    run: Callable[..., Any]
+    name: str
+
+    def __call__(self, *args: Any) -> Any:
+        """As any PyTorch operator is called, with autograd and all else."""
+        return self.overload(*args)
+
+
+class Operators(NamedTuple):
+    """The operators of one norm."""
+
+    forward: Operator
+    backward: Operator
+    double_backward: Operator
+    jvp: Operator
+    add: Operator
+    add_backward: Operator
+
+
+def _define(schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> Operator:
     """An operator; run computes it on the CPU, shapes gives tensors of the right kind without computing."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return Operator(getattr(getattr(torch.ops, NAMESPACE), name).default, run, name)
 
 
 def define(norm: Norm) -> Operators:
     """The operators of a norm. ndim is the number of axes that make up a row, the last ones."""
     name, options = norm.name, "int ndim, float eps, float weight_offset"
 
-    def forward(x: Any, weight: Any, bias: Any, ndim: int, eps: float, weight_offset: float, round_xhat: bool) -> Any:
-        given = _options(ndim, eps, weight_offset) | _rounding(x, weight, round_xhat)
+    def forward(x: Any, weight: Any, bias: Any, *options: Any) -> Any:
+        given = _forward_options(x, weight, *options)
         return to_tensor(norm.forward(to_array(x), to_array(weight), to_array(bias), **given))
 
     def backward(dy: Any, x: Any, weight: Any, bias: Any, *options: Any) -> Any:
@@ -124,7 +137,7 @@ def define(norm: Norm) -> Operators:
         return to_tensor(norm.jvp(*arrays, **_options(*options)))
 
     def add(x: Any, residual: Any, weight: Any, bias: Any, *options: Any) -> Any:
-        given = _options(*options[:-1]) | _rounding(x, weight, options[-1])
+        given = _forward_options(x, weight, *options)
         y, h = norm.add(*map(to_array, (x, residual, weight, bias)), **given)
         return to_tensor(y), to_tensor(h)
 
@@ -193,11 +206,11 @@ LAYER_NORM = define(
 )
 
 
-def register_kernel(name: str, kernel: Callable[..., Any], key: str) -> None:
-    """What PyTorch calls for this dispatch key before it calls what runs on the CPU; kernel(keyset, *arguments)."""
-    _library.impl(name, kernel, key, with_keyset=True)
+def register_autograd(operator: Operator, kernel: Callable[..., Any]) -> None:
+    """What PyTorch calls before anything that computes: kernel(keyset, *arguments)."""
+    _library.impl(operator.name, kernel, "Autograd", with_keyset=True)
 
 
-def register_vmap(name: str, rule: Callable[..., Any]) -> None:
+def register_vmap(operator: Operator, rule: Callable[..., Any]) -> None:
     """How an operator runs on batches: rule(info, in_dims, *arguments), see torch.library.register_vmap."""
-    torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=_library)
+    torch.library.register_vmap(f"{NAMESPACE}::{operator.name}", rule, lib=_library)
