@@ -50,7 +50,10 @@ def _flat(a: Any, lead: Shape | None) -> Any:
 
 def every_row(a: Any, lead: Shape) -> Any:
     """A parameter of a `Spread` with a row for each row of x, whose axes longer than one have these lengths."""
-    return None if a is None else np.ascontiguousarray(np.broadcast_to(a, (*lead, a.shape[-1]))).reshape(-1, a.shape[-1])
+    if a is None:
+        return None
+    n = a.shape[-1]
+    return np.ascontiguousarray(np.broadcast_to(a, (*lead, n))).reshape(-1, n)
 
 
 def axes_cut(leads: list[Shape | None]) -> int:
