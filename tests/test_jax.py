@@ -126,6 +126,8 @@ def test_results_have_the_dtypes_of_their_arguments(float64_by_reference, rng):
     assert (y.dtype, h.dtype) == (jnp.bfloat16, jnp.float64)
     grads = jax.grad(lambda *args: sum(jnp.sum(a.astype(float)) for a in rj.add_rms_norm(*args)), (0, 1, 2))
     assert [a.dtype for a in grads(x, residual, weight)] == [jnp.bfloat16, jnp.float64, jnp.float16]
+    y_dot, h_dot = jax.jvp(rj.add_rms_norm, (x, residual, weight), (x, residual, weight))[1]
+    assert (y_dot.dtype, h_dot.dtype) == (jnp.bfloat16, jnp.float64)
 
 
 def test_what_is_no_jax_array_yet(by_reference):

@@ -116,7 +116,7 @@ def _arrays(buffers: Any, names: tuple[str, ...], n: int) -> dict[str, Any]:
         size = math.prod(shape)
         if size == n and is_column(name):
             shape = [n]  # (1, …, 1, n): the engine is quicker with (n,)
-        memory = (ctypes.c_char * (size * dtype.itemsize)).from_address(buffer.data or 0)
+        memory = (ctypes.c_char * (size * dtype.itemsize)).from_address(buffer.data)
         arrays[name] = np.ndarray(shape, dtype, memory)
     return arrays
 
