@@ -156,6 +156,7 @@ def test_gate(first, chunks, arrays):
 CALLS = {
     "x alone": {"weight": None, "bias": None},
     "part": {"p": 0.4},
+    "part of two axes": {"p": 0.4, "axis": (1, 2), "weight": (10, 48), "bias": None},
     "all dtypes": {"dtype": "float64"},
     "rounded xhat": {"round_xhat": True, "dtype": "float16"},
     "no eps": {"eps": 0.0, "weight_offset": 0.25},
@@ -262,6 +263,13 @@ def test_nan_and_infinity_stay_in_their_rows(norm, chunks, rng):
     want = getattr(reference, f"{norm}_backward")(dy, x).dx
     assert np.array_equal(np.isnan(got), np.isnan(want))
     assert near(got, want, np.nanmax(np.abs(want)))
+
+
+def test_nan_outside_the_part_stays_outside(rng):
+    x = rng.standard_normal((2, 48)).astype(np.float32)
+    x[0, 40] = np.nan
+    y = rn.rms_norm(da.from_array(x, (2, 13)), p=0.5).compute()
+    assert np.flatnonzero(np.isnan(y)).tolist() == [40]
 
 
 @pytest.mark.parametrize("chunks", [((0, 3, 0), 8), ((1, 2), (0, 5, 3))], ids=["rows", "elements"])
