@@ -1,10 +1,9 @@
 """Check the arguments of a call and bring them into the one form that the engines take.
 
-Every error about an argument but `backend` is raised here or in `_shapes` and `_numbers`; `_hints` writes the longer
-messages. Past this file there is no question left about shape, dtype, axis, layout or missing values: x is (rows, n),
-or (outer, n, inner) where an engine takes rows whose elements lie apart; C-contiguous, aligned, in native byte order.
-
-The functions that take a shape or a dtype, and not an array, serve arrays on any device.
+Every error about an argument but `backend` is raised here or in `_arrays`, `_shapes`, `_numbers` and `_gradient_out`;
+`_hints` writes the longer messages. Past this file there is no question left about shape, dtype, axis, layout or
+missing values: x is (rows, n), or (outer, n, inner) where an engine takes rows whose elements lie apart; C-contiguous,
+aligned, in native byte order.
 """
 
 from __future__ import annotations
@@ -15,9 +14,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import _hints
+from rmsnorm_np._arrays import (
+    as_array,
+    check_given,
+    check_out,
+    contiguous,
+    native_dtype,
+    native_dtypes,
+    outs_of,
+    result_dtype,
+)
+from rmsnorm_np._broadcast import for_engines
+from rmsnorm_np._gradient_out import gradient_out
 from rmsnorm_np._numbers import check_eps, check_weight_offset, elements_in_rms
-from rmsnorm_np._overlap import begin_together, folds, may_write
+from rmsnorm_np._overlap import begin_together, may_write
 from rmsnorm_np._shapes import are_trailing, axes_of, check_same_shape, engine_form, parameter_lead
 
 if TYPE_CHECKING:
@@ -29,84 +39,33 @@ if TYPE_CHECKING:
     Restore: TypeAlias = Callable[[Any], Any]
     Shape: TypeAlias = tuple[int, ...]
 
+# all that a public function, an engine or the reference asks about arguments
+__all__ = [
+    "LONGEST_APART",
+    "Call",
+    "Checked",
+    "as_array",
+    "check_given",
+    "check_out",
+    "column",
+    "engine_arguments",
+    "gradient_out",
+    "is_ordinary_row",
+    "native_dtype",
+    "native_dtypes",
+    "outs_of",
+    "prepare",
+    "restore_parameter",
+    "result_dtype",
+]
+
 _INFINITY = math.inf
 LONGEST_APART = 1 << 16  # the CPU engine's longest row whose elements may lie apart; longer ones are copied
-
-# bfloat16 joins when the first such array arrives: this package does not import ml_dtypes by itself.
-_native_dtypes = {np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)}
-
-
-# Arrays
-
-
-def native_dtype(name: str, dtype: np.dtype[Any], complex_too: bool = False) -> np.dtype[Any]:
-    """The dtype to compute with: integers become float64 as in NumPy, the four float types are kept."""
-    if dtype in _native_dtypes:
-        return dtype
-    if dtype.kind in "biu":
-        return np.dtype(np.float64)
-    if dtype.kind in "fc":
-        native: np.dtype[Any] = dtype.newbyteorder("=")
-        if native in _native_dtypes or (complex_too and native in (np.complex64, np.complex128)):
-            return native
-    if dtype.name == "bfloat16":
-        _native_dtypes.add(dtype)
-        return dtype
-    raise TypeError(f"{name} has dtype {dtype}, expected float16, bfloat16, float32 or float64")
-
-
-def check_given(name: str, value: Any) -> None:
-    """Raise a TypeError for None."""
-    if value is None:
-        raise TypeError(f"{name} is None, expected an array")
-
-
-def as_array(name: str, value: Any) -> Array:
-    """The value as a plain ndarray of any layout and dtype, on the host."""
-    if type(value) is ndarray:
-        return value
-    if isinstance(value, ndarray):
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{name} is a masked array, expected one without a mask, such as {name}.filled(0.0)")
-        if isinstance(value, np.matrix):
-            raise TypeError(f"{name} is a numpy.matrix, expected an ndarray, such as {name}.A")
-        return value.view(ndarray)
-    check_given(name, value)
-    try:
-        if not hasattr(value, "__cuda_array_interface__"):
-            return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # PyTorch's tensors raise the first and the last
-        raise _hints.not_an_array(name, value, error) from error
-    raise TypeError(f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()")
 
 
 def is_ordinary_row(a: Any, n: int) -> bool:
     """Whether an engine can take a weight or bias as it is."""
     return bool(_is_ordinary(a) and a.shape == (n,))
-
-
-def _contiguous(a: Array, dtype: np.dtype[Any]) -> Array:
-    """The array itself where it is C-contiguous, aligned, writable and of this dtype, a copy where it is not.
-
-    Read-only arrays are copied because compiled kernels take them for a type of their own.
-    """
-    return a if a.flags.carray and a.dtype == dtype else np.array(a, dtype, order="C")
-
-
-def check_out(name: str, out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
-    """Give out as a plain ndarray that takes a result of this shape and dtype. Its byte order and layout are free."""
-    if not isinstance(out, ndarray):
-        raise TypeError(f"{name} is of type {type(out).__name__}, expected a numpy.ndarray")
-    plain = as_array(name, out)
-    if plain.shape != shape:
-        raise ValueError(f"{name} has shape {plain.shape}, expected x.shape {shape}")
-    if plain.dtype != dtype and plain.dtype.newbyteorder("=") != dtype:
-        raise TypeError(f"{name} has dtype {plain.dtype}, expected {dtype}, the dtype of the result")
-    if not plain.flags.writeable:
-        raise ValueError(f"{name} is read-only, expected a writable array")
-    if folds(plain):
-        raise ValueError(f"{name} has strides {plain.strides}, expected elements that share no memory")
-    return plain
 
 
 # A whole call
@@ -115,6 +74,7 @@ def check_out(name: str, out: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
 class Call(NamedTuple):
     """The arguments of a call, as given. reads: arrays of one shape or None, of which the first gives the shape; names:
     theirs, and then those of out. parameters: weight, bias, weight_offset. out: arrays to write to, or None.
+    dtype: of the first result; None for that of the first array.
     """
 
     names: tuple[str, ...]
@@ -124,26 +84,31 @@ class Call(NamedTuple):
     eps: Any
     p: Any
     axis: Any
+    dtype: np.dtype[Any] | None = None
 
 
 class Checked(NamedTuple):
-    """The arguments as an engine takes them: reads (rows, n) or (outer, n, inner); weight, bias (m, n); weight_offset.
+    """The arguments as an engine takes them: reads (rows, n) or (outer, n, inner); weight, bias (m, n); weight_offset,
+    or a `Spread` of these where one call to the engine is not enough.
 
     out: arrays like x that an engine may write straight to, or None. restore: gives results their public shape, and
     writes them to where the caller asked for them.
     """
 
     reads: tuple[Any, ...]
-    parameters: tuple[Any, Any, float]
+    parameters: Any
     out: tuple[Any, ...]
     k: int
     eps: float
     restore: Restore
 
 
-def result_dtypes(reads: tuple[Any, ...], results: int) -> tuple[Any, ...]:
-    """The dtype of each result: the first has that of the first array, the second, if any, that of the second."""
-    return tuple(None if a is None else a.dtype for a in reads[:results])
+def _result_dtypes(reads: tuple[Any, ...], call: Call) -> list[Any]:
+    """The dtype of each result: unless asked for, the first has that of the first array, the second of the second."""
+    dtypes: list[Any] = [None if a is None else a.dtype for a in reads[: len(call.out)]]
+    if call.dtype is not None:
+        dtypes[0] = np.result_type(call.dtype, np.complex64) if dtypes[0].kind == "c" else call.dtype
+    return dtypes
 
 
 def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> Checked:
@@ -151,7 +116,7 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
 
     Gives reads of shape (..., n), weight and bias of a shape that broadcasts against them; see `Checked`.
     apart: for an engine, up to which n it takes rows whose elements lie apart. Then reads are (rows, n) or, where that
-    saves a copy, (outer, n, inner), and weight and bias (m, n).
+    saves a copy, (outer, n, inner), and weight and bias (m, n) or a `Spread`.
     """
     x_name, *other_names = call.names[: len(call.reads)]
     x = as_array(x_name, call.reads[0])
@@ -160,7 +125,10 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
     trailing = are_trailing(axes, x.ndim)
     order = (*(i for i in range(x.ndim) if i not in axes), *axes)
     n = math.prod(shape[i] for i in axes)
-    rows_apart = None if apart is None or n > apart or not x.flags.c_contiguous else engine_form(shape, axes)
+    takes_apart = apart is not None and n <= apart and x.flags.c_contiguous
+    if call.dtype is not None and call.dtype != x.dtype:
+        takes_apart = False  # kernels for such rows write y in the dtype of x
+    rows_apart = engine_form(shape, axes) if takes_apart else None
     stays = trailing or rows_apart is not None
     if stays:
         order = tuple(range(x.ndim))
@@ -175,24 +143,27 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
             return None
         a = as_array(name, value)
         check_same_shape(name, a.shape, x_name, shape)
-        return _contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(form)
+        return contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(form)
 
-    def parameter_of(name: str, value: Any) -> Array | None:
+    def parameter_of(name: str, value: Any) -> tuple[Array | None, Shape | None]:
         if value is None:
-            return None
+            return None, None
         a = as_array(name, value)
         a_dtype = native_dtype(name, a.dtype, complex_too)
         a_lead = parameter_lead(name, a.shape, shape, axes)
-        return _contiguous(a, a_dtype).reshape((*a_lead, n) if apart is None else (-1, n))
+        return contiguous(a, a_dtype).reshape(*a_lead, n), a_lead
 
     reads = (rows_of(x_name, x), *map(rows_of, other_names, call.reads[1:]))
-    weight, bias = parameter_of("weight", weight), parameter_of("bias", bias)
+    (weight, weight_lead), (bias, bias_lead) = parameter_of("weight", weight), parameter_of("bias", bias)
+    parameters: Any = weight, bias, weight_offset
+    if apart is not None:
+        parameters = for_engines(parameters, (weight_lead, bias_lead), shape[: x.ndim - len(axes)])
 
     given: list[Array | None] = []
     direct: list[Array | None] = []
     names = call.names[len(reads) :]
-    for name, out, dtype in zip(names, call.out, result_dtypes(reads, len(call.out)), strict=True):
-        plain = None if out is None else check_out(name, out, shape, dtype)
+    for name, out, dtype in zip(names, call.out, _result_dtypes(reads, call), strict=True):
+        plain = None if out is None else check_out(name, out, shape, dtype, x_name)
         candidate = None
         if plain is not None and stays and plain.flags.carray and plain.dtype == dtype:
             candidate = plain.reshape(form)
@@ -216,20 +187,23 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
         result = result.reshape(moved)
         return result if stays else np.ascontiguousarray(result.transpose(np.argsort(order)))
 
-    return Checked(reads, (weight, bias, weight_offset), tuple(direct), k, eps, restore)
+    return Checked(reads, parameters, tuple(direct), k, eps, restore)
 
 
-def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
+def engine_arguments(
+    call: tuple[Any, ...], dtype: np.dtype[Any] | None = None, apart: int = LONGEST_APART
+) -> tuple[Any, ...]:
     """What an engine takes, as `Checked`, of the arguments of a `Call`: plain tuples, which Python makes faster.
 
-    restore is None where the engine's results are the answer.
+    call: its items up to axis. apart: as in `prepare`. restore is None where the engine's results are the answer.
     """
     # The engine needs less than a microsecond for a small array, far less than the checks in `prepare` take. So the
     # ordinary call, of contiguous native arrays and axis -1, goes past them. What is not ordinary is not judged here.
     _, reads, (weight, bias, weight_offset), out, eps, p, axis = call
     x = reads[0]
     if (
-        _is_ordinary(x)
+        dtype is None
+        and _is_ordinary(x)
         and (shape := x.shape)
         and (n := shape[-1]) > 0
         and type(axis) is int
@@ -239,7 +213,7 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
             or (
                 type(weight) is ndarray  # `_is_ordinary`, without the call
                 and weight.flags.carray
-                and weight.dtype in _native_dtypes
+                and weight.dtype in native_dtypes
                 and weight.shape == (n,)
             )
         )
@@ -266,7 +240,7 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
             return reads, parameters, out, k, eps, None
         return tuple(map(_rows, reads)), parameters, tuple(map(_rows, out)), k, eps, _reshaping(shape, out)
 
-    return prepare(Call(*call), apart=LONGEST_APART)
+    return prepare(Call(*call)._replace(dtype=dtype), apart=apart)
 
 
 def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], first: Array | None) -> bool:
@@ -281,6 +255,20 @@ def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], fi
     )
 
 
+def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared: Array | None) -> Array | None:
+    """What goes along with a weight or bias, such as its tangent: of exactly its shape, in the form it has `prepared`.
+
+    name, parameter_name: of this and of the parameter, in error messages. value, parameter: both as given.
+    """
+    if value is None:
+        return None
+    if prepared is None:
+        raise ValueError(f"{name} is given, expected None without a {parameter_name}")
+    a = as_array(name, value)
+    check_same_shape(name, a.shape, parameter_name, np.shape(parameter))
+    return contiguous(a, native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
+
+
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:
     """The gradient (m, n) of a weight or bias in the shape of that parameter."""
     if gradient is None:
@@ -290,7 +278,7 @@ def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:
 
 
 def _is_ordinary(a: Any) -> bool:
-    return type(a) is ndarray and a.flags.carray and a.dtype in _native_dtypes
+    return type(a) is ndarray and a.flags.carray and a.dtype in native_dtypes
 
 
 def _rows(a: Any) -> Any:

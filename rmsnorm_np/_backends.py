@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import reference
+from rmsnorm_np import _arguments, _broadcast, _formats, ops, reference
+from rmsnorm_np._numbers import check_flag
+from rmsnorm_np._overlap import check_apart
+from rmsnorm_np.ops.quantized import quantized_rms_norm
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -57,6 +60,13 @@ def select(x: Any, backend: str | None) -> ModuleType:
     return _load(backend) if engine is None else engine
 
 
+def for_reduce(engine: Any) -> ModuleType:
+    """The engine for rows that are cut over workers: on the host, NumPy."""
+    if engine is _engines.get("cuda"):
+        raise ValueError("backend 'cuda' takes no reduce, expected None for device arrays")
+    return reference
+
+
 def _load(backend: str) -> ModuleType:
     from importlib import import_module  # noqa: TID251 (of this package, one of the engines above)
 
@@ -68,18 +78,114 @@ def _load(backend: str) -> ModuleType:
     return engine
 
 
-def forward(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> Any:
+def forward(
+    engine: Any, operation: Operation, call: tuple[Any, ...], dtype: Any = None, round_xhat: Any = False
+) -> Any:
     """The outputs of a call, given as the items of `_arguments.Call`."""
-    reads, parameters, out, k, eps, restore = engine.arguments.engine_arguments(call)
+    if dtype is None and round_xhat is False:
+        reads, parameters, out, k, eps, restore = engine.arguments.engine_arguments(call)
+    else:
+        wanted = _arguments.result_dtype(dtype)
+        reads, parameters, out, k, eps, restore = engine.arguments.engine_arguments(call, wanted)
+        x = reads[0]
+        if check_flag("round_xhat", round_xhat):
+            operation = ops.rounding_xhat(operation, x.dtype.name)
+        if out[0] is None and wanted is not None and wanted != x.dtype:
+            out = engine.new_result(x, wanted), *out[1:]
+    if type(parameters) is not tuple:
+        engine, parameters = _in_parts(engine, parameters)
     results = engine.forward(operation, reads, parameters, out, k, eps)
     return results if restore is None else restore(results)
 
 
-def backward(engine: ModuleType, operation: Operation, call: tuple[Any, ...]) -> Any:
-    """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias."""
+def _in_parts(engine: Any, spread: _broadcast.Spread) -> tuple[Any, tuple[Any, Any, float]]:
+    """An engine for parameters that broadcast in another way than engines know, and these parameters."""
+    return _broadcast.InParts(engine, spread.cut), spread[:3]
+
+
+def run(
+    engine: Any, operation: Operation, call: tuple[Any, ...], directions: Any = None, dtype: Any = None,
+    round_xhat: Any = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(outputs, gradients by weight and bias) of any operation that keeps nothing; arguments as of `forward`.
+
+    directions: (name, array) of what the operation has in place of the bias, a direction of the weight and one of the
+    bias, each None or of its shape.
+    """
     arguments = engine.arguments
+    wanted = _arguments.result_dtype(dtype)
+    reads, columns, out, k, eps, restore = arguments.engine_arguments(call, wanted, 0)
+    if type(columns) is not tuple:
+        engine, columns = _in_parts(engine, columns)
+    if check_flag("round_xhat", round_xhat):
+        operation = ops.rounding_xhat(operation, reads[0].dtype.name)
+    weight, bias, offset = columns
+    if directions is not None:
+        like = ("weight", call[2][0], weight), ("bias", call[2][1], bias)
+        along = (arguments.column(*given, *parameter) for given, parameter in zip(directions, like, strict=True))
+        columns = weight, *along, offset
+    if out[0] is None and wanted is not None and wanted != reads[0].dtype:
+        out = engine.new_result(reads[0], wanted), *out[1:]
+    totals: Any = ()
+    if operation.share is None:
+        results = engine.forward(operation, reads, columns, out, k, eps)
+    else:
+        results, totals = engine.backward(operation, reads, columns, out, k, eps)
+        totals = [arguments.restore_parameter(*pair) for pair in zip(totals, call[2][:2], strict=True)]
+    return (results if restore is None else restore(results)), totals
+
+
+def quantize(
+    engine: Any, call: tuple[Any, ...], dtype: Any, scale: Any, bound: float, out: Any
+) -> tuple[Any, Any, Any]:
+    """(q, scale, h) of a call as in `forward`, whose first output is q, of this dtype, in `out` if that is given."""
+    if not hasattr(engine, "quantize"):
+        raise ValueError("x is a device array, expected a host array: quantized_rms_norm has no CUDA kernel")
+    reads, parameters, (_, h), k, eps, restore = engine.arguments.engine_arguments(call, None, 0)
+    axis, shape = call[-1], np.shape(call[1][0])
+    x, per_row, scale_dtype = reads[0], _formats.scale_shape(shape, axis), _formats.scale_dtype(reads[0].dtype)
+    given = _formats.check_scale(scale, per_row, scale_dtype)
+    wanted = None if out is None else _arguments.check_out("out", out, shape, dtype)
+    check_apart("out", wanted, "residual_out", call[3][1])
+    q = engine.new_result(x, dtype)
+    scales = np.empty(len(x)) if given is None else np.ravel(np.broadcast_to(given, per_row)).astype(np.float64)
+    if type(parameters) is not tuple:  # a row of the parameters for each row of x
+        lead = tuple(length for length in per_row if length != 1)
+        weight, bias, offset, _ = parameters
+        parameters = _broadcast.every_row(weight, lead), _broadcast.every_row(bias, lead), offset
+    operation = quantized_rms_norm(dtype.name, given is not None, scale_dtype == np.float32)
+    if type(parameters) is not tuple:
+        engine, parameters = _in_parts(engine, parameters)
+    results = engine.quantize(operation, reads, parameters, (q, h), k, (eps, scales, bound))
+    q, h = results if restore is None else restore(results)
+    if wanted is not None:
+        np.copyto(wanted, q)
+    return q if out is None else out, scales.astype(scale_dtype).reshape(per_row), h
+
+
+def backward(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
+    """The gradients of a call, given as the items of `_arguments.Call`: dx, dweight, dbias. Its out may be a tuple."""
+    arguments = engine.arguments
+    if isinstance(call[3][0], tuple):
+        names, reads, parameters, (out,), *numbers = call
+        name, dx_out, into = arguments.gradient_out(out, *parameters[:2])
+        return into(*backward(engine, operation, ((*names[:-1], name), reads, parameters, (dx_out,), *numbers)))
     reads, parameters, out, k, eps, restore = arguments.engine_arguments(call)
+    if type(parameters) is not tuple:
+        if parameters is None:
+            return _one_after_the_other(engine, operation, call)
+        engine, parameters = _in_parts(engine, parameters)
     results, (dweight, dbias) = engine.backward(operation, reads, parameters, out, k, eps)
     (dx,) = results if restore is None else restore(results)
     weight, bias, _ = call[2]
     return dx, arguments.restore_parameter(dweight, weight), arguments.restore_parameter(dbias, bias)
+
+
+def _one_after_the_other(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
+    """The gradients of a call whose weight and bias are for different axes, where an engine takes one of them alone."""
+    names, reads, (weight, bias, offset), out, *numbers = call
+    dbias = backward(engine, operation, (names, reads, (None, bias, 0.0), (None,), *numbers))[2]
+    dx, dweight, _ = backward(
+        engine, operation, (names, reads, (weight, None, offset), out, *numbers)
+    )  # may be over dy
+    return dx, dweight, dbias

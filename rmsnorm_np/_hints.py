@@ -15,16 +15,11 @@ def parameter_shape(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> str
     trailing = axes[0] == first
     message = f"{name} has shape {shape}, expected {normalised}, the axes {axes} of x.shape {x_shape}"
     if trailing and len(axes) < len(shape) <= ndim:
-        matched = tuple(range(ndim - len(shape), ndim))
-        message += f", or {x_shape[matched[0] :]}, the axes {matched}"
+        message += ", or a shape that broadcasts to x.shape and has these axes in full"
         moved = _axes_of(shape[: len(shape) - len(axes)], x_shape[:first])
         if moved is not None and shape[len(moved) :] == normalised:
-            to = tuple(range(first - len(moved), first))
-            source, destination = (moved, to) if len(moved) > 1 else (moved[0], to[0])
-            message += (
-                f"; for the axes {(*moved, *axes)}, pass np.moveaxis(x, {source}, {destination}) "
-                "and the same view of dy and out"
-            )
+            spread = tuple(x_shape[i] if i in moved or i >= first else 1 for i in range(moved[0], ndim))
+            message += f"; for the axes {(*moved, *axes)}, pass {name}.reshape{spread}"
     elif not shape:
         message += "; if eps was meant, it is keyword-only: eps=..."
     elif len(shape) > ndim and x_shape in (shape[-ndim:], tuple(shape[i] for i in axes)):
@@ -55,14 +50,19 @@ def same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape) -> str:
 
 def not_an_array(name: str, value: Any, error: Exception) -> TypeError | ValueError:
     """The error for a value that NumPy cannot make an array of, with the conversion of a PyTorch tensor."""
-    kind = type(value).__name__
-    requires_grad = getattr(value, "requires_grad", False)
-    plain = f"{name}.detach()" if requires_grad else name
-    if str(getattr(value, "dtype", None)) == "torch.bfloat16":
+    if getattr(value, "requires_grad", False):
         return TypeError(
-            f"{name} is a {kind} of torch.bfloat16, expected an array: pass {plain}.float().numpy(), "
-            f"or {plain}.view(torch.int16).numpy().view(ml_dtypes.bfloat16) to stay in bfloat16"
+            f"{name} is a {type(value).__name__} that requires grad, expected an array: pass {name}.detach()"
         )
-    if requires_grad:
-        return TypeError(f"{name} is a {kind} that requires grad, expected an array: pass {plain}.numpy()")
     return (ValueError if isinstance(error, ValueError) else TypeError)(f"{name} is not an array: {error}")
+
+
+_DEVICES = {2: "CUDA", 4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 13: "CUDA managed", 14: "oneAPI", 15: "WebGPU"}
+
+
+def not_on_the_host(name: str, value: Any, kind: Any, number: Any) -> str:
+    """The message for an array on a device; kind and number are DLPack's."""
+    if hasattr(value, "__cuda_array_interface__"):
+        return f"{name} is a device array, expected a host array like x, such as {name}.copy_to_host()"
+    device = _DEVICES.get(kind, f"kind {kind} in DLPack")
+    return f"{name} is a {type(value).__name__} on device {number} of {device}, expected an array on the CPU"

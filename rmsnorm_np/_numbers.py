@@ -1,4 +1,4 @@
-"""Check the arguments that are numbers: eps, p and weight_offset, any real number, also as a 0-d array."""
+"""Check the arguments that are numbers: eps, p and weight_offset, any real number, also as a 0-d array; and flags."""
 
 from __future__ import annotations
 
@@ -37,6 +37,22 @@ def elements_in_rms(n: int, p: Any) -> int:
     if type(p) is not float and isinstance(scalar := _scalar(p), np.floating):
         fraction = float(str(scalar))  # np.float32(0.07) means 0.07 and not 0.07000000029802322
     return math.ceil(n * fraction * (1.0 - 2.0**-50))
+
+
+def check_scale_ub(scale_ub: Any, scale: Any) -> float:
+    """Give the largest magnitude that a row's own scale is made for, infinity for None. A given scale has none."""
+    if scale_ub is None:
+        return math.inf
+    if scale is not None:
+        raise ValueError(f"scale_ub is {scale_ub!r}, expected None where scale is given")
+    return _number("scale_ub", scale_ub, "a number > 0", lambda value: value > 0.0)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Give the value, True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
+    return bool(value)
 
 
 def check_p(p: Any) -> Any:

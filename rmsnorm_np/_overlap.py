@@ -43,3 +43,9 @@ def begin_together(a: Array, b: Array) -> bool:
     """Whether the first elements of two arrays are the same memory."""
     first: tuple[int, bool] = a.__array_interface__["data"]
     return bool(first[0] == b.__array_interface__["data"][0])
+
+
+def check_apart(name: str, a: Array | None, other_name: str, other: Array | None) -> None:
+    """Raise if two arrays to write to share memory."""
+    if a is not None and other is not None and np.shares_memory(a, other):
+        raise ValueError(f"{name} and {other_name} share memory, expected two arrays apart")

@@ -44,14 +44,21 @@ def are_trailing(axes: Shape, ndim: int) -> bool:
 
 
 def parameter_lead(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> Shape:
-    """The leading part of a weight's or bias's shape: () for one per element of a row, (heads,) for one per head."""
+    """The part of a weight's or bias's shape before the normalised axes: () for one per element of a row, (heads,) for
+    one per head, (batch, 1) for one per element of a batch. It broadcasts against x as NumPy's shapes do.
+    """
+    normalised = tuple(x_shape[i] for i in axes)
+    lead = shape[: max(0, len(shape) - len(axes))]
     if are_trailing(axes, len(x_shape)):
-        fits = len(axes) <= len(shape) <= len(x_shape) and shape == x_shape[len(x_shape) - len(shape) :]
+        over = x_shape[: len(x_shape) - len(axes)]
+        fits = len(lead) <= len(over) and all(
+            length in (1, x_length) for length, x_length in zip(reversed(lead), reversed(over), strict=False)
+        )
     else:
-        fits = shape == tuple(x_shape[i] for i in axes)
-    if not fits:
+        fits = not lead
+    if not fits or shape[len(lead) :] != normalised:
         raise ValueError(_hints.parameter_shape(name, shape, x_shape, axes))
-    return shape[: len(shape) - len(axes)]
+    return lead
 
 
 def check_same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape) -> None:

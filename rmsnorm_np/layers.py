@@ -9,7 +9,8 @@ import numpy as np
 from numpy import ndarray
 
 from rmsnorm_np import _arguments, _backends, _numbers
-from rmsnorm_np.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+from rmsnorm_np.layer_norms import layer_norm, layer_norm_backward
+from rmsnorm_np.norms import rms_norm, rms_norm_backward
 from rmsnorm_np.ops.layer import LAYER_NORM
 from rmsnorm_np.ops.rms import RMS_NORM
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
+    from rmsnorm_np.reference._common import GradientsOut
 
     Array = npt.NDArray[Any]
 
@@ -32,13 +34,20 @@ def _parameter(name: str, value: Any) -> Any:
     return a
 
 
+_FORWARD_ALONE = "dtype", "round_xhat"
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "weight": lambda value: _parameter("weight", value),
     "bias": lambda value: _parameter("bias", value),
     "eps": _numbers.check_eps,
     "p": _numbers.check_p,
     "weight_offset": lambda value: _numbers.check_weight_offset(value, has_weight=True),
+    "dtype": _arguments.result_dtype,
+    "round_xhat": lambda value: _numbers.check_flag("round_xhat", value),
 }
+
+
+def _no_small(x: Any) -> None:
+    """The short way where there is none."""
 
 
 class _Norm:
@@ -48,6 +57,8 @@ class _Norm:
     _forward: Callable[..., Any]
     _backward: Callable[..., Any]
     _names: tuple[str, ...]
+    dtype: Any
+    round_xhat: bool
     _small: list[Callable[[Any], Any] | None]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -67,9 +78,10 @@ class _Norm:
                 return y  # type: ignore[no-any-return]
         return self._forward(x, **self._arguments(), out=out)  # type: ignore[no-any-return]
 
-    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: Array | None = None) -> Any:
+    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: GradientsOut | None = None) -> Any:
         """The gradients by x, weight and bias, see the class."""
-        return self._backward(dy, x, **self._arguments(), out=out)
+        given = {name: value for name, value in self._arguments().items() if name not in _FORWARD_ALONE}
+        return self._backward(dy, x, **given, out=out)
 
     def _arguments(self) -> dict[str, Any]:
         return {name: vars(self)[name] for name in self._names}
@@ -78,15 +90,19 @@ class _Norm:
         """The short way, for the parameters as they are."""
         place = self._small
         given, forward = self._arguments(), self._forward
-        engine = _backends.select(np.empty(0), None)  # the one for host arrays
-        found: Callable[[Any], Any] = engine.small(self._operation, given, lambda x: forward(x, **given))
+        found: Callable[[Any], Any] = _no_small
+        if self.dtype is None and not self.round_xhat:
+            engine = _backends.select(np.empty(0), None)  # the one for host arrays
+            found = engine.small(self._operation, given, lambda x: forward(x, **given))
         place[0] = found
         return found
 
     def __repr__(self) -> str:
         def shown(name: str, value: Any) -> str:
             is_array = name in ("weight", "bias") and value is not None
-            return f"{name}=<{value.dtype} {value.shape}>" if is_array else f"{name}={value!r}"
+            if is_array:
+                return f"{name}=<{value.dtype} {value.shape}>"
+            return f"{name}={str(value) if name == 'dtype' else repr(value)}"
 
         return f"{type(self).__name__}({', '.join(shown(*item) for item in self._arguments().items())})"
 
@@ -99,7 +115,7 @@ class RMSNorm(_Norm):
 
     Parameters
     ----------
-    weight : array_like or None, of shape (n,) or (heads, n)
+    weight : array_like or None, of shape (n,), (heads, n) …
         Factor of each element, as in `rms_norm`. An array is kept as it is, not copied: elements that are changed in
         place count from the next call on.
     bias : array_like, optional
@@ -110,10 +126,12 @@ class RMSNorm(_Norm):
         Fraction of each row that the root mean square is taken over.
     weight_offset : float, default 0.0
         Added to `weight`.
+    dtype, round_xhat
+        As in `rms_norm`. The gradient does not depend on them.
 
     Attributes
     ----------
-    weight, bias, eps, p, weight_offset
+    weight, bias, eps, p, weight_offset, dtype, round_xhat
         As given. Each may be replaced, and is checked then.
 
     Raises
@@ -152,7 +170,7 @@ class RMSNorm(_Norm):
     weight_offset: float
 
     _operation, _forward, _backward = RMS_NORM, staticmethod(rms_norm), staticmethod(rms_norm_backward)
-    _names = ("weight", "bias", "eps", "p", "weight_offset")
+    _names = ("weight", "bias", "eps", "p", "weight_offset", *_FORWARD_ALONE)
 
     def __init__(
         self,
@@ -162,11 +180,14 @@ class RMSNorm(_Norm):
         eps: float = 1e-6,
         p: float = 1.0,
         weight_offset: float = 0.0,
+        dtype: npt.DTypeLike | None = None,
+        round_xhat: bool = False,
     ) -> None:
         self.weight, self.bias, self.eps, self.p, self.weight_offset = weight, bias, eps, p, weight_offset
+        self.dtype, self.round_xhat = dtype, round_xhat
 
-    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: Array | None = None) -> RMSNormGrads:
-        """The gradients by x, weight and bias, as `rms_norm_backward` gives them; out: where dx is written."""
+    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: GradientsOut | None = None) -> RMSNormGrads:
+        """The gradients by x, weight and bias, as `rms_norm_backward` gives them; out as there."""
         grads: RMSNormGrads = super().backward(dy, x, out)
         return grads
 
@@ -176,18 +197,20 @@ class LayerNorm(_Norm):
 
     Parameters
     ----------
-    weight : array_like or None, of shape (n,) or (heads, n)
-        Factor of each element, kept as it is, see `RMSNorm`.
+    weight : array_like or None, of shape (n,), (heads, n) …
+        Factor of each element, as in `rms_norm`; kept as it is, see `RMSNorm`.
     bias : array_like, optional
         Added at the end.
     eps : float, default 1e-6
         Added to the variance.
     weight_offset : float, default 0.0
         Added to `weight`.
+    dtype, round_xhat
+        As in `rms_norm`. The gradient does not depend on them.
 
     Attributes
     ----------
-    weight, bias, eps, weight_offset
+    weight, bias, eps, weight_offset, dtype, round_xhat
         As given. Each may be replaced, and is checked then.
 
     Raises
@@ -218,7 +241,7 @@ class LayerNorm(_Norm):
     weight_offset: float
 
     _operation, _forward, _backward = LAYER_NORM, staticmethod(layer_norm), staticmethod(layer_norm_backward)
-    _names = ("weight", "bias", "eps", "weight_offset")
+    _names = ("weight", "bias", "eps", "weight_offset", *_FORWARD_ALONE)
 
     def __init__(
         self,
@@ -227,10 +250,13 @@ class LayerNorm(_Norm):
         *,
         eps: float = 1e-6,
         weight_offset: float = 0.0,
+        dtype: npt.DTypeLike | None = None,
+        round_xhat: bool = False,
     ) -> None:
         self.weight, self.bias, self.eps, self.weight_offset = weight, bias, eps, weight_offset
+        self.dtype, self.round_xhat = dtype, round_xhat
 
-    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: Array | None = None) -> LayerNormGrads:
-        """The gradients by x, weight and bias, as `layer_norm_backward` gives them; out: where dx is written."""
+    def backward(self, dy: npt.ArrayLike, x: npt.ArrayLike, out: GradientsOut | None = None) -> LayerNormGrads:
+        """The gradients by x, weight and bias, as `layer_norm_backward` gives them; out as there."""
         grads: LayerNormGrads = super().backward(dy, x, out)
         return grads

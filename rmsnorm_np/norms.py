@@ -1,16 +1,18 @@
-"""The public functions: what they promise, and which engine keeps the promise."""
+"""The public functions of RMSNorm: what they promise, and which engine keeps the promise."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from rmsnorm_np import _arguments, _backends, reference
-from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
 from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
-from rmsnorm_np.reference import LayerNormGrads, RMSNormGrads
+from rmsnorm_np.reference import RMSNormGrads
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from rmsnorm_np.reference._common import GradientsOut
+    from rmsnorm_np.reference.sharded import Reduce
 
     Array = npt.NDArray[Any]
 
@@ -27,6 +29,9 @@ def rms_norm(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
+    reduce: Reduce | None = None,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -38,13 +43,14 @@ def rms_norm(
     ----------
     x : array_like, of any shape with at least one axis
         float16, bfloat16 (``ml_dtypes``), float32 or float64 in any layout; never written. Integers, bools and
-        Python lists of numbers are taken as float64.
+        Python lists of numbers are taken as float64. Arrays of PyTorch, JAX and others that have ``__dlpack__`` and
+        lie on the CPU are taken without a copy.
     weight : array_like, optional
-        Factor of each element; any of the dtypes above, whatever that of x. Its shape is a trailing part of
-        ``x.shape`` that covers at least the normalised axes: ``(n,)``, one factor per element of a row, or
-        ``(heads, n)``, one per head and element, where heads is the axis of x before the last. If x is ``(batch,
-        heads, seq, n)``, transpose it (see the examples): as it is, ``(heads, n)`` is an error, or, where heads equals
-        seq, one factor per position. If `axis` is not trailing, the shape is that of the normalised axes.
+        Factor of each element; any of the dtypes above, whatever that of x. It has the normalised axes in full, and
+        what is before them broadcasts against x as NumPy's arrays do: ``(n,)``, one factor per element of a row;
+        ``(heads, n)``, one per head, where heads is the axis of x before the last; ``(heads, 1, n)`` for x of shape
+        ``(batch, heads, seq, n)``; ``(batch, 1, n)``, one for each of a batch. If `axis` is not trailing, the shape is
+        that of the normalised axes.
     bias : array_like, optional
         Added at the end. Shape and dtype as for `weight`.
     eps : float, default 1e-6
@@ -57,6 +63,17 @@ def rms_norm(
         CPU, adjacent and no row is longer than 65,536.
     weight_offset : float, default 0.0
         Added to `weight`: 1.0 for weights stored as the difference to one, as Gemma's are. A number as `eps`.
+    dtype : {None, "float16", "bfloat16", "float32", "float64"} or dtype, optional
+        Dtype of y, to which the exact result is rounded. None for that of x.
+    round_xhat : bool, default False
+        True rounds the normalised row to the dtype of x before `weight` and `bias`, and y once more: what the model
+        code of Llama computes in 16 bits. `rms_norm_backward` gives the gradient of the function without this step.
+    reduce : callable, optional
+        For rows that are cut over workers, as in tensor parallelism: x has this worker's elements of each row, in any
+        number, and so have the parameters. It is called once, with a new float64 array (rows, q): what these elements
+        add up to, their number in one of the columns. It returns the sum of that over all workers, as an allreduce
+        does: float64, of the same shape. All workers call with the same dtypes and number of rows, also none. Requires
+        ``p=1``. On the CPU, NumPy computes, a few rows at a time; device arrays are an error.
     out : ndarray, optional
         Where y is written: exactly the shape and dtype of y, writable, any layout. It may be x itself, and may
         overlap any argument in any other way as well.
@@ -67,20 +84,22 @@ def rms_norm(
     Returns
     -------
     y : ndarray
-        Shape and dtype of x; `out` if that was given. A Numba device array on CUDA. For a PyTorch tensor on the CPU
-        it is an ndarray, too: ``torch.from_numpy(y)`` makes it a tensor without a copy.
+        Shape of x, and its dtype unless `dtype` is another; `out` if that was given. A Numba device array on CUDA. For
+        a PyTorch tensor on the CPU it is an ndarray, too: ``torch.from_numpy(y)`` makes it a tensor without a copy.
 
     Raises
     ------
     TypeError
         If an array is complex, extended precision, of objects, strings or records, masked, a ``numpy.matrix`` or
-        None, or a PyTorch tensor on the CPU of bfloat16 or that requires grad (the error says how to convert it);
+        None, a tensor that requires grad, or on a device other than the CPU (see `backend` for "cuda");
         if `out` is no ndarray or has another dtype than y; if `axis` is no int; if `eps`, `p` or `weight_offset` is no
-        number; if x does not lie where `backend` computes.
+        number; if `dtype` is none of the four, or `round_xhat` no bool; if x does not lie where `backend` computes; if
+        `reduce` is not callable or returns no array of float64.
     ValueError
         If x has no axis, or no element along `axis`; if `axis` is out of range, empty or names an axis twice; if the
         shape of `weight`, `bias` or `out` does not fit; if `eps`, `p` or `weight_offset` is out of range, or
-        `weight_offset` has no weight to be added to; if `out` is read-only; if no backend has that name.
+        `weight_offset` has no weight to be added to; if `out` is read-only; if no backend has that name; with `reduce`,
+        if p is not 1, x is a device array, or `reduce` returns another shape than it was given.
     ImportError
         If what the backend needs is not installed.
 
@@ -99,7 +118,8 @@ def rms_norm(
     inside the root. The result is the exact one, rounded once. Largest error, in ULP of the largest term: on the CPU
     0.51 for float16, bfloat16 and float32, 1 for float64; on CUDA 0.51 for float16 and bfloat16, 2 for float32 and
     float64. No row of finite numbers overflows on the way. NaN and Inf follow the formula in their own row and reach
-    no other. A row gives the same bits in any batch, layout and number of threads.
+    no other. A row gives the same bits in any batch, layout and number of threads. With `reduce`, errors are these,
+    too, where no worker's sum is more than 2³⁶ times another's; else, in float64, each worker adds up to 0.25 ULP.
 
     Examples
     --------
@@ -116,6 +136,12 @@ def rms_norm(
     array([[ 1.        , 13.33333333],
            [ 1.        , 13.33333333]])
 
+    In float32, whatever the dtype of x:
+
+    >>> rms_norm(x, eps=0.0, dtype="float32")
+    array([[0.84852815, 1.1313709 ],
+           [0.84852815, 1.1313709 ]], dtype=float32)
+
     In place:
 
     >>> rms_norm(x, out=x) is x
@@ -124,16 +150,19 @@ def rms_norm(
     One weight per head and element, for x of shape (batch, heads, seq, n):
 
     >>> x, weight = np.ones((2, 3, 5, 4)), np.array([[1.0] * 4, [2.0] * 4, [3.0] * 4])
-    >>> y = np.empty_like(x)
-    >>> _ = rms_norm(x.swapaxes(1, 2), weight, eps=0.0, out=y.swapaxes(1, 2))
-    >>> y[0, :, 0, 0]
+    >>> rms_norm(x, weight[:, None], eps=0.0)[0, :, 0, 0]
     array([1., 2., 3.])
     """
     engine = _backends.select(x, backend)
+    if reduce is not None:
+        engine = _backends.for_reduce(engine)
     if engine is reference:
-        return reference.rms_norm(x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out)
+        return reference.rms_norm(
+            x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, dtype=dtype, round_xhat=round_xhat,
+            reduce=reduce, out=out,
+        )  # fmt: skip
     call = _FORWARD, (x, None), (weight, bias, weight_offset), (out, None), eps, p, axis
-    y: Array = _backends.forward(engine, RMS_NORM, call)[0]
+    y: Array = _backends.forward(engine, RMS_NORM, call, dtype, round_xhat)[0]
     return y
 
 
@@ -147,7 +176,8 @@ def rms_norm_backward(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    reduce: Reduce | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> RMSNormGrads:
     """Gradients of a loss with respect to x, weight and bias of `rms_norm`, from the gradient with respect to y.
@@ -159,11 +189,13 @@ def rms_norm_backward(
     dy : array_like
         Gradient of the loss by y. Shape of x; any of the dtypes of x, whatever that of x. The first argument: no check
         can tell dy and x in the wrong order.
-    x, weight, bias, eps, p, axis, weight_offset, backend
-        As given to `rms_norm`. Of `bias`, only the shape and the dtype matter here.
-    out : ndarray, optional
+    x, weight, bias, eps, p, axis, weight_offset, reduce, backend
+        As given to `rms_norm`. Of `bias`, only the shape and the dtype matter here. `reduce` is called once; dweight
+        and dbias are those of this worker's elements, which need no sum over workers.
+    out : ndarray or tuple of ndarray or None, optional
         Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy or x itself, and
-        may overlap any argument in any other way as well.
+        may overlap any argument in any other way as well. A tuple is for ``(dx, dweight, dbias)``; None in it for a
+        new array. Its arrays must not share memory with each other.
 
     Returns
     -------
@@ -174,7 +206,8 @@ def rms_norm_backward(
     Raises
     ------
     TypeError, ValueError, ImportError
-        As `rms_norm`; a ValueError too if dy has another shape than x.
+        As `rms_norm`; a TypeError too if `out` is a tuple of another length than three; a ValueError too if dy has
+        another shape than x, if arrays of `out` share memory, or if there is one for a parameter that is None.
 
     See Also
     --------
@@ -206,136 +239,20 @@ def rms_norm_backward(
     array([0.84852814, 0.        ])
     >>> grads.dbias is None
     True
+
+    In a loop, arrays may be used again:
+
+    >>> grads = rms_norm_backward(np.array([[0.0, 1.0]]), np.array([[3.0, 4.0]]), np.ones(2), out=tuple(grads), eps=0.0)
+    >>> grads.dweight
+    array([0.        , 1.13137085])
     """
     _arguments.check_given("dy", dy)
     engine = _backends.select(x, backend)
+    if reduce is not None:
+        engine = _backends.for_reduce(engine)
     if engine is reference:
         return reference.rms_norm_backward(
-            dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out
+            dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, reduce=reduce, out=out
         )
     call = _BACKWARD, (x, dy, None), (weight, bias, weight_offset), (out,), eps, p, axis
     return RMSNormGrads(*_backends.backward(engine, RMS_NORM_BACKWARD, call))
-
-
-def layer_norm(
-    x: npt.ArrayLike,
-    weight: npt.ArrayLike | None = None,
-    bias: npt.ArrayLike | None = None,
-    *,
-    eps: float = 1e-6,
-    axis: int | tuple[int, ...] = -1,
-    weight_offset: float = 0.0,
-    out: Array | None = None,
-    backend: str | None = None,
-) -> Array:
-    """Take the mean off each row of x and divide by its standard deviation: LayerNorm.
-
-    Parameters
-    ----------
-    x, weight, bias, axis, weight_offset, out, backend
-        As in `rms_norm`.
-    eps : float, default 1e-6
-        Added to the variance, inside the root. Finite, not negative.
-
-    Returns
-    -------
-    y : ndarray
-        Shape and dtype of x; `out` if that was given.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As `rms_norm`.
-
-    See Also
-    --------
-    layer_norm_backward : its gradients.
-    rmsnorm_np.reference.layer_norm : the same in readable NumPy.
-
-    Notes
-    -----
-    ::
-
-        y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) · (weight_offset + weight) + bias
-
-    Ba, Kiros and Hinton, "Layer Normalization", 2016 (arXiv:1607.06450), with the biased variance and eps inside the
-    root. The variance is that of the centred row, never mean(x²) - mean(x)². Accuracy as in `rms_norm`, also of
-    elements next to the mean. A row of one number gives the bias.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from rmsnorm_np import layer_norm
-    >>> layer_norm(np.array([[1.0, 2.0, 3.0]]), eps=0.0)
-    array([[-1.22474487,  0.        ,  1.22474487]])
-    """
-    engine = _backends.select(x, backend)
-    if engine is reference:
-        return reference.layer_norm(x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out)
-    call = _FORWARD, (x, None), (weight, bias, weight_offset), (out, None), eps, 1.0, axis
-    y: Array = _backends.forward(engine, LAYER_NORM, call)[0]
-    return y
-
-
-def layer_norm_backward(
-    dy: npt.ArrayLike,
-    x: npt.ArrayLike,
-    weight: npt.ArrayLike | None = None,
-    bias: npt.ArrayLike | None = None,
-    *,
-    eps: float = 1e-6,
-    axis: int | tuple[int, ...] = -1,
-    weight_offset: float = 0.0,
-    out: Array | None = None,
-    backend: str | None = None,
-) -> LayerNormGrads:
-    """Gradients of a loss with respect to x, weight and bias of `layer_norm`, from the gradient with respect to y.
-
-    Parameters
-    ----------
-    dy, out
-        As in `rms_norm_backward`.
-    x, weight, bias, eps, axis, weight_offset, backend
-        As given to `layer_norm`. Of `bias`, only the shape and the dtype matter here.
-
-    Returns
-    -------
-    LayerNormGrads
-        A named tuple: ``dx`` with the shape and dtype of x, ``dweight`` with those of weight, ``dbias`` with those of
-        bias (float64 for a parameter of integers). ``dweight`` and ``dbias`` are None where the parameter is None.
-
-    Raises
-    ------
-    TypeError, ValueError, ImportError
-        As `rms_norm`; a ValueError too if dy has another shape than x.
-
-    See Also
-    --------
-    layer_norm : the forward function.
-    rmsnorm_np.reference.layer_norm_backward : the same in readable NumPy.
-
-    Notes
-    -----
-    With ``xhat = (x - mean(x)) · rstd`` and ``g = dy · (weight_offset + weight)``, in each row::
-
-        c      = mean(g · xhat)
-        dx     = rstd · (g - mean(g) - xhat · c)
-        dweight = sum(dy · xhat),  dbias = sum(dy)        over all rows that share the parameter
-
-    Mean and variance are computed again from x. Accuracy as in `rms_norm_backward`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from rmsnorm_np import layer_norm_backward
-    >>> layer_norm_backward(np.array([[1.0, 0.0, 0.0]]), np.array([[1.0, 2.0, 3.0]]), eps=0.0).dx
-    array([[ 0.20412415, -0.40824829,  0.20412415]])
-    """
-    _arguments.check_given("dy", dy)
-    engine = _backends.select(x, backend)
-    if engine is reference:
-        return reference.layer_norm_backward(
-            dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out
-        )
-    call = _BACKWARD, (x, dy, None), (weight, bias, weight_offset), (out,), eps, 1.0, axis
-    return LayerNormGrads(*_backends.backward(engine, LAYER_NORM_BACKWARD, call))

@@ -12,6 +12,9 @@ from rmsnorm_np.reference import AddNorm, LayerNormGrads, RMSNormGrads
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from rmsnorm_np.reference._common import GradientsOut
+    from rmsnorm_np.reference.sharded import Reduce
+
     Array = npt.NDArray[Any]
 
 # the names of the arrays in error messages: what is read, what is written
@@ -28,6 +31,9 @@ def add_rms_norm(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
+    reduce: Reduce | None = None,
     out: Array | None = None,
     residual_out: Array | None = None,
     backend: str | None = None,
@@ -42,8 +48,8 @@ def add_rms_norm(
         What a layer adds to the residual stream; as x of `rms_norm`.
     residual : array_like
         The residual stream. Shape of x; any of the dtypes of x, whatever that of x.
-    weight, bias, eps, p, axis, weight_offset, backend
-        As given to `rms_norm`.
+    weight, bias, eps, p, axis, weight_offset, dtype, round_xhat, reduce, backend
+        As given to `rms_norm`: `dtype` is that of y, and `round_xhat` rounds to the dtype of x.
     out : ndarray, optional
         Where y is written: exactly the shape and dtype of y, writable, any layout. It may be x or residual.
     residual_out : ndarray, optional
@@ -53,7 +59,8 @@ def add_rms_norm(
     Returns
     -------
     AddNorm
-        A named tuple: ``y`` with the shape and dtype of x, ``h`` with the shape and dtype of residual.
+        A named tuple: ``y`` with the shape of x, and its dtype unless `dtype` is another; ``h`` with the shape and
+        dtype of residual.
 
     Raises
     ------
@@ -84,14 +91,16 @@ def add_rms_norm(
     array([[0.84852814, 1.13137085]])
     """
     engine = _backends.select(x, backend)
+    if reduce is not None:
+        engine = _backends.for_reduce(engine)
     if engine is reference:
         return reference.add_rms_norm(
-            x, residual, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out,
-            residual_out=residual_out,
+            x, residual, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, dtype=dtype,
+            round_xhat=round_xhat, reduce=reduce, out=out, residual_out=residual_out,
         )  # fmt: skip
     _arguments.check_given("residual", residual)
     call = _FORWARD, (x, residual), (weight, bias, weight_offset), (out, residual_out), eps, p, axis
-    return AddNorm(*_backends.forward(engine, RMS_NORM, call))
+    return AddNorm(*_backends.forward(engine, RMS_NORM, call, dtype, round_xhat))
 
 
 def add_rms_norm_backward(
@@ -105,7 +114,8 @@ def add_rms_norm_backward(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    reduce: Reduce | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> RMSNormGrads:
     """Gradients of `add_rms_norm`, from the gradients of both its results.
@@ -119,10 +129,11 @@ def add_rms_norm_backward(
         h, any dtype; None for zero.
     h : array_like
         The sum, as `add_rms_norm` returned it.
-    weight, bias, eps, p, axis, weight_offset, backend
+    weight, bias, eps, p, axis, weight_offset, reduce, backend
         As given to `add_rms_norm`. Of `bias`, only the shape and the dtype matter here.
-    out : ndarray, optional
-        Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy, dh or h.
+    out : ndarray or tuple of ndarray or None, optional
+        Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy, dh or h. Or a tuple
+        for ``(dx, dweight, dbias)``, as in `rms_norm_backward`.
 
     Returns
     -------
@@ -133,7 +144,7 @@ def add_rms_norm_backward(
     Raises
     ------
     TypeError, ValueError, ImportError
-        As `rms_norm`, with h for x; a ValueError too if dy or dh has another shape than h.
+        As `rms_norm_backward`, with h for x; a ValueError too if dh has another shape than h.
 
     See Also
     --------
@@ -155,9 +166,11 @@ def add_rms_norm_backward(
     array([[1.18101934, 0.8642355 ]])
     """
     engine = _backends.select(h, backend)
+    if reduce is not None:
+        engine = _backends.for_reduce(engine)
     if engine is reference:
         return reference.add_rms_norm_backward(
-            dy, dh, h, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, out=out
+            dy, dh, h, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, reduce=reduce, out=out
         )
     _arguments.check_given("dy", dy)
     call = _BACKWARD, (h, dy, dh), (weight, bias, weight_offset), (out,), eps, p, axis
@@ -173,6 +186,9 @@ def add_layer_norm(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
+    reduce: Reduce | None = None,
     out: Array | None = None,
     residual_out: Array | None = None,
     backend: str | None = None,
@@ -187,8 +203,8 @@ def add_layer_norm(
         What a layer adds to the residual stream; as x of `layer_norm`.
     residual : array_like
         The residual stream. Shape of x; any of the dtypes of x, whatever that of x.
-    weight, bias, eps, axis, weight_offset, backend
-        As given to `layer_norm`.
+    weight, bias, eps, axis, weight_offset, dtype, round_xhat, reduce, backend
+        As given to `layer_norm`: `dtype` is that of y, and `round_xhat` rounds to the dtype of x.
     out : ndarray, optional
         Where y is written: exactly the shape and dtype of y, writable, any layout. It may be x or residual.
     residual_out : ndarray, optional
@@ -198,7 +214,8 @@ def add_layer_norm(
     Returns
     -------
     AddNorm
-        A named tuple: ``y`` with the shape and dtype of x, ``h`` with the shape and dtype of residual.
+        A named tuple: ``y`` with the shape of x, and its dtype unless `dtype` is another; ``h`` with the shape and
+        dtype of residual.
 
     Raises
     ------
@@ -229,14 +246,16 @@ def add_layer_norm(
     array([[-1.,  1.]])
     """
     engine = _backends.select(x, backend)
+    if reduce is not None:
+        engine = _backends.for_reduce(engine)
     if engine is reference:
         return reference.add_layer_norm(
-            x, residual, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out,
-            residual_out=residual_out,
+            x, residual, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, dtype=dtype,
+            round_xhat=round_xhat, reduce=reduce, out=out, residual_out=residual_out,
         )  # fmt: skip
     _arguments.check_given("residual", residual)
     call = _FORWARD, (x, residual), (weight, bias, weight_offset), (out, residual_out), eps, 1.0, axis
-    return AddNorm(*_backends.forward(engine, LAYER_NORM, call))
+    return AddNorm(*_backends.forward(engine, LAYER_NORM, call, dtype, round_xhat))
 
 
 def add_layer_norm_backward(
@@ -249,7 +268,8 @@ def add_layer_norm_backward(
     eps: float = 1e-6,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    reduce: Reduce | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> LayerNormGrads:
     """Gradients of `add_layer_norm`, from the gradients of both its results.
@@ -263,10 +283,11 @@ def add_layer_norm_backward(
         h, any dtype; None for zero.
     h : array_like
         The sum, as `add_layer_norm` returned it.
-    weight, bias, eps, axis, weight_offset, backend
+    weight, bias, eps, axis, weight_offset, reduce, backend
         As given to `add_layer_norm`. Of `bias`, only the shape and the dtype matter here.
-    out : ndarray, optional
-        Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy, dh or h.
+    out : ndarray or tuple of ndarray or None, optional
+        Where dx is written: exactly the shape and dtype of dx, writable, any layout. It may be dy, dh or h. Or a tuple
+        for ``(dx, dweight, dbias)``, as in `rms_norm_backward`.
 
     Returns
     -------
@@ -277,7 +298,7 @@ def add_layer_norm_backward(
     Raises
     ------
     TypeError, ValueError, ImportError
-        As `layer_norm`, with h for x; a ValueError too if dy or dh has another shape than h.
+        As `layer_norm_backward`, with h for x; a ValueError too if dh has another shape than h.
 
     See Also
     --------
@@ -299,9 +320,11 @@ def add_layer_norm_backward(
     array([[1., 1.]])
     """
     engine = _backends.select(h, backend)
+    if reduce is not None:
+        engine = _backends.for_reduce(engine)
     if engine is reference:
         return reference.add_layer_norm_backward(
-            dy, dh, h, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, out=out
+            dy, dh, h, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, reduce=reduce, out=out
         )
     _arguments.check_given("dy", dy)
     call = _BACKWARD, (h, dy, dh), (weight, bias, weight_offset), (out,), eps, 1.0, axis

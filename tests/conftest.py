@@ -10,7 +10,7 @@ import pytest
 # The CUDA engine's tests import numba-cuda, an extra of its own; doctest collection would import every file there. (All
 # this stands here and not in a conftest.py there: `from conftest import ...` would find that one, whenever it was
 # loaded later.)
-collect_ignore = ["reliability/fuzz_arguments.py"]  # a program, which needs atheris
+collect_ignore = ["reliability/fuzz_arguments.py", "sharded_ranks.py"]  # programs, which need atheris, and MPI
 if importlib.util.find_spec("numba_cuda") is None:
     collect_ignore += ["cuda"]
 else:

@@ -381,13 +381,15 @@ def test_trailing_axes_are_not_copied(rng):
         rows = engine_arguments(x, axis=axis)[0]
         assert rows.ndim == 2
         assert np.shares_memory(rows, x)
+        locked = read_only(x)
+        assert np.shares_memory(engine_arguments(locked, axis=axis)[0], locked)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("axis", "parameter_shape"), [(-1, (6,)), (-1, (3, 6)), (0, (4,)), ((0, 2), (4, 6))], ids=str)
 def test_engines_get_rows_in_the_plainest_layout(layout, axis, parameter_shape, rng):
     """Compiled kernels read one type of array each: (rows, n), or (outer, n, inner) of an x whose axis 0 is normalised;
-    C-contiguous, aligned, native and not read-only.
+    C-contiguous, aligned and native.
     """
     x, dy = (LAYOUTS[layout](rng.normal(size=(4, 3, 6))) for _ in range(2))
     parameter = LAYOUTS[layout](rng.normal(size=parameter_shape))
@@ -396,7 +398,8 @@ def test_engines_get_rows_in_the_plainest_layout(layout, axis, parameter_shape, 
         assert rows.shape in (
             [(1, 4, 18), (18, 4), (1, 4)] if axis == 0 else [(rows.size // rows.shape[-1], rows.shape[-1])]
         )
-        assert rows.flags.carray
+        assert rows.flags.c_contiguous
+        assert rows.flags.aligned
         assert rows.dtype == np.float64
         assert rows.dtype.isnative
 

@@ -174,5 +174,5 @@ def test_a_copy_has_parameters_of_its_own(norm_and_functions, rng):
 
 def test_what_it_says_of_itself():
     assert repr(rn.RMSNorm(np.ones(4, np.float32))) == (
-        "RMSNorm(weight=<float32 (4,)>, bias=None, eps=1e-06, p=1.0, weight_offset=0.0)"
+        "RMSNorm(weight=<float32 (4,)>, bias=None, eps=1e-06, p=1.0, weight_offset=0.0, dtype=None, round_xhat=False)"
     )

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tolerances import DX_ULP, Y_ULP, worst_ulp
+from family import ARGUMENTS, HAVE_P, call, given
+from tolerances import DX_ULP, GATED_ULP, Y_ULP, worst_ulp
 
 from rmsnorm_np import reference
+from rmsnorm_np.ops import gated, l2
+from rmsnorm_np.ops.double import LAYER_NORM_DOUBLE_BACKWARD, RMS_NORM_DOUBLE_BACKWARD
+from rmsnorm_np.ops.jvp import LAYER_NORM_JVP, RMS_NORM_JVP
 from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
 from rmsnorm_np.ops.operation import Columns, GradientReads, Reads, Totals
 from rmsnorm_np.ops.primitives import Pair, over, plus, reciprocal_root, rounded, times
+from rmsnorm_np.ops.quantized import FORMATS, quantized_rms_norm
 from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
+from rmsnorm_np.ops.rounding import rounding_xhat
 
 L = np.longdouble
 OPERATIONS = {"rms": (RMS_NORM, RMS_NORM_BACKWARD), "layer": (LAYER_NORM, LAYER_NORM_BACKWARD)}
@@ -51,13 +57,15 @@ def run(operation, reads, columns, eps, k, exact):
     for stage in operation.stages:
         zero = np.zeros(rows)
         fields = set(stage.Sums._fields) - ({*stage.Sums._field_defaults} if exact else set())
-        s = stage.Sums(**{name: Pair(zero, zero) if exact else zero for name in fields})
+        pairs = exact and not stage.largest
+        s = stage.Sums(**{name: Pair(zero, zero) if pairs else zero for name in fields})
         for i in range(k if stage.first_k else n):
             s = stage.add(s, element(e, i), element(c, i), m, None if k == n else np.bool_(i < k))
-        m = stage.numbers(s, np.float64(n), np.float64(k), np.float64(eps), m)
+        m = stage.numbers(s, np.float64(n), np.float64(k), eps if operation.scales else np.float64(eps), m)
     m = each(m, lambda a: np.broadcast_to(a, rows)[:, None])
     outputs = operation.leave(e, m, c, None if k == n else np.arange(n) < k)
-    totals = Totals(*(None if a is None else np.zeros(n) for a in columns[:2]))
+    bias = columns[1] if operation.Columns is Columns else None  # others have directions in its place
+    totals = Totals(*(None if a is None else np.zeros(n) for a in (columns[0], bias)))
     if operation.share is not None:
         for r in range(rows):
             totals = operation.share(totals, each(e, lambda a, r=r: a[r]), each(m, lambda a, r=r: a[r]))
@@ -138,6 +146,101 @@ def test_elements_next_to_the_mean(dtype, rng):
     (y,), _ = run(LAYER_NORM, Reads(x), Columns(weight), 1e-6, 50, dtype == "float64")
     want = reference.layer_norm(x, weight)
     assert worst_ulp(y.astype(dtype), want.astype(L)) <= Y_ULP[dtype] + 0.5
+
+
+# an operation, and the fields of `family.Given` that it reads, and that are its columns
+FAMILY = {
+    "l2_norm": (l2.L2_NORM, "x", "weight bias"),
+    "l2_norm_backward": (l2.L2_NORM_BACKWARD, "x dy", "weight bias"),
+    "gated_rms_norm": (gated.NORM_FIRST, "x gate", "weight bias"),
+    "gated_rms_norm after": (gated.GATE_FIRST, "x gate", "weight bias"),
+    "gated_rms_norm_backward": (gated.NORM_FIRST_BACKWARD, "x gate dy", "weight bias"),
+    "gated_rms_norm_backward after": (gated.GATE_FIRST_BACKWARD, "x gate dy", "weight bias"),
+    "rms_norm_jvp": (RMS_NORM_JVP, "x v", "weight weight_dot bias_dot"),
+    "layer_norm_jvp": (LAYER_NORM_JVP, "x v", "weight weight_dot bias_dot"),
+    "rms_norm_double_backward": (RMS_NORM_DOUBLE_BACKWARD, "x dy v", "weight weight_dot bias_dot"),
+    "layer_norm_double_backward": (LAYER_NORM_DOUBLE_BACKWARD, "x dy v", "weight weight_dot bias_dot"),
+}
+# what is None, and options
+FAMILY_CALLS = {
+    "all": ("", {}),
+    "x alone": ("weight bias weight_dot bias_dot", {"p": 0.4}),
+    "weight_offset": ("bias bias_dot", {"weight_offset": 0.25, "eps": 0.0}),
+    "no direction of x": ("v", {"p": 0.4}),
+    "no direction of weight": ("weight_dot bias_dot", {}),
+}
+FAMILY_CASES = [
+    pytest.param(op, absent.split(), options if op in HAVE_P or "p" not in options else {}, id=f"{op}-{name}")
+    for op in FAMILY
+    for name, (absent, options) in FAMILY_CALLS.items()
+    if "direction" not in name or " v" in FAMILY[op][1]
+]
+
+
+def test_the_family_is_complete():
+    assert FAMILY.keys() == ARGUMENTS.keys()
+
+
+@pytest.mark.parametrize(("op", "without", "options"), FAMILY_CASES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_description_of_the_family_is_the_reference(op, dtype, without, options, rng):
+    operation, reads, columns = FAMILY[op]
+    g = given(rng, (6, 33), np.dtype(dtype))._replace(**dict.fromkeys(without))
+    want = call(op, g, reference, **options)
+    k = int(np.ceil(33 * options.get("p", 1.0)))
+    offset = options.get("weight_offset")
+    with np.errstate(all="ignore"):
+        got, totals = run(
+            operation, operation.Reads(*(getattr(g, name) for name in reads.split())),
+            operation.Columns(*(getattr(g, name) for name in columns.split()), offset),
+            options.get("eps", 1e-6), k, dtype == "float64",
+        )  # fmt: skip
+    named = dict(zip((name for name in operation.Writes._fields if name != "h"), got, strict=True))
+    for name, result in want.items():
+        if name in ("dweight", "dbias"):
+            total = getattr(totals, name)
+            assert (result is None) == (total is None)
+            if result is not None:
+                unit = np.max(np.abs(result)) * (2.0**-23 if dtype == "float32" else 1e-13)
+                assert np.max(np.abs(total - result)) <= unit
+            continue
+        result = result.astype(L)
+        size = np.max(np.abs(result), axis=1, keepdims=True)
+        found = np.broadcast_to(named["y_dot" if "jvp" in op else name], result.shape)
+        # silu is no pair, and the reference is rounded itself, as is NumPy's exponential
+        bound = GATED_ULP[op][name] if dtype == "float64" and op in GATED_ULP else Y_ULP[dtype]
+        assert worst_ulp(found.astype(dtype), result, size) <= bound + 0.5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "l2_norm", "gated_rms_norm", "gated_rms_norm after"])
+def test_description_of_a_rounded_xhat(op, dtype, rng):
+    x, gate, _, _, weight, bias = arrays(dtype, (6, 33), rng, mean=0.5)
+    operation = {"rms_norm": RMS_NORM, "layer_norm": LAYER_NORM}.get(op) or FAMILY[op][0]
+    reads = operation.Reads(x, gate if "gated" in op else None)
+    options = {"norm_before_gate": False} if op.endswith("after") else {}
+    want = getattr(reference, op.split()[0])(
+        *((x, gate) if "gated" in op else (x,)), weight, bias, round_xhat=True, **options
+    )
+    with np.errstate(all="ignore"):
+        (y, *_), _ = run(rounding_xhat(operation, dtype), reads, Columns(weight, bias), 1e-6, 33, False)
+    assert np.mean(y.astype(x.dtype) == want) > 0.99  # all but those between two numbers
+    (plain, *_), _ = run(operation, reads, Columns(weight, bias), 1e-6, 33, False)
+    assert np.mean(plain.astype(x.dtype) == want) < 0.95
+
+
+@pytest.mark.parametrize("given_scale", [None, 0.02])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_description_of_quantised_rows(name, dtype, given_scale, rng):
+    x, _, _, _, weight, bias = arrays(dtype, (6, 33), rng)
+    options = {"scale": given_scale} if given_scale else {"scale_ub": 2.0}
+    want = reference.quantized_rms_norm(x, weight, bias, dtype=name, **options)
+    exact = dtype == "float64"
+    operation = quantized_rms_norm(name, given_scale is not None, not exact)
+    scale = np.asarray(given_scale or 0, dtype).astype(np.float64)
+    (q, *_), _ = run(operation, Reads(x), Columns(weight, bias), (1e-6, scale, 2.0), 33, exact)
+    assert np.array_equal(q, want.q.astype(np.float64))
 
 
 # ---- pairs

@@ -22,6 +22,35 @@ Y_ULP = {"float16": 0.51, "bfloat16": 0.51, "float32": 0.51, "float64": 1.0}
 # rounding errors of its own size. The 0.01 is room for the inner roundings, as above.
 DX_ULP = {"float16": 0.51, "bfloat16": 0.51, "float32": 0.51, "float64": 0.51}
 
+# The functions with a gate, in ULP of the largest term in float64. The others are computed in pairs, and those
+# of narrower types in float64, where all this is below 0.01 ULP. But silu is a plain float64 on its way to a float64
+# result. In units of 2**-53, exp(-|gate|) is off by 2 (one ULP), 1 + exp by 1, the quotient by 1, its product with gate
+# by 1: 5 in all. A relative error of 2**-53 is at most one ULP of a result.
+SILU = 5
+# Its derivative, sigmoid + gate · sigmoid': 4 and 6 of the larger term (exp 2, 1 + exp twice, its square, the
+# quotient), and 1 for their sum.
+SLOPE = 11
+# What a result is made from counts as often as it is in there. norm_before_gate: silu is a factor of y, and of both
+# terms of dx. Otherwise it is in u = x · silu(gate), and rstd is as far off as u: xhat = u · rstd has two, a term of dx
+# g · rstd · silu and one g' · u' · u · rstd³ · silu (2 and 6), to which dgate has slope in place of silu.
+GATED_ULP = {
+    "gated_rms_norm": {"y": SILU + 0.5},
+    "gated_rms_norm after": {"y": 2 * SILU + 0.5},
+    "gated_rms_norm_backward": {"dx": 2 * SILU + 0.5, "dgate": SLOPE + 0.5},
+    "gated_rms_norm_backward after": {"dx": 8 * SILU + 0.5, "dgate": 6 * SILU + 2 * SLOPE + 0.5},
+}
+
+# The derivative along a direction, and those of the gradient: pairs, as dx is, and in ULP of the largest term.
+DERIVATIVE_ULP = DX_ULP
+
+# The scale of a quantised row: half an ULP for its rounding and, in float64, as much for the rounding of max |y|, whose
+# ULP is up to 2**8 / 1.75 / 2**7 as large as that of the quotient by 448 = 1.75 · 2**8.
+SCALE_ULP = {"float16": 0.51, "bfloat16": 0.51, "float32": 0.51, "float64": 1.08}
+
+# How far the quotient y / scale, or xhat, that is rounded next may be off, relative, by the type it is computed in: a
+# few roundings in float64; of pairs, one.
+BEFORE_ROUNDING = {"float16": 2.0**-48, "bfloat16": 2.0**-48, "float32": 2.0**-48, "float64": 2.0**-52}
+
 # The complex step takes no difference: what is left is float64's rounding, of some ten operations and a sum of a few
 # hundred terms, relative to the norm of the gradient.
 COMPLEX_STEP = 1e-12
@@ -76,17 +105,20 @@ def dx_terms(g, xhat, rstd, k, *, centred):
     return np.abs(rstd) * np.max(terms, axis=0)
 
 
-def parameter_tolerance(exact, magnitudes, rows, x_dtype, dtype):
+def parameter_tolerance(exact, magnitudes, rows, x_dtype, dtype, term=None):
     """The allowed |dweight - exact| or |dbias - exact|, absolute.
 
-    Half an ULP for the final rounding to dtype, and the error of the sum over the rows, in terms of the sum of the
-    magnitudes of what is added: each addition in float64 rounds by 2**-53, and each term is a product of dy with an
-    xhat that is right to 2**-51 in float64, to 2**-21 where x is a 16-bit float and float32 is the type inside (rstd,
-    two differences, two products). Such a product may be subnormal, as may x itself in a row that is scaled down: the
-    smallest float64, twice for each row. In float32, dy · rstd is off by 2**-150 where it is subnormal, and is
-    multiplied with an x below 2**28.
+    Half an ULP for the final rounding to dtype (2**-13 of one more where that has 16 bits: by way of float32), and the
+    error of the sum over the rows, in terms of the sum of the magnitudes of what is added: each addition in float64
+    rounds by 2**-53, and each term is a product of dy with an xhat that is right to 2**-51 in float64, to 2**-21 where
+    x is a 16-bit float and float32 is the type inside (rstd, two differences, two products). Such a product may be
+    subnormal, as may x itself in a row that is scaled down: the smallest float64, twice for each row. In float32,
+    dy · rstd is off by 2**-150 where it is subnormal, and is multiplied with an x below 2**28.
+
+    term: another bound of the error of a term; float64 is the type inside then.
     """
-    half = np.dtype(x_dtype).itemsize == 2
-    term = 2.0**-21 if half else 2.0**-51
+    half = np.dtype(x_dtype).itemsize == 2 and term is None
+    term = term or (2.0**-21 if half else 2.0**-51)
     smallest = 2 * rows * np.longdouble(2.0**-122 if half else 5e-324)
-    return 0.5 * spacing(exact, dtype) + (term + rows * 2.0**-53) * np.asarray(magnitudes, np.longdouble) + smallest
+    final = 0.5 * (1 + 2.0**-12) if np.dtype(dtype).itemsize == 2 else 0.5
+    return final * spacing(exact, dtype) + (term + rows * 2.0**-53) * np.asarray(magnitudes, np.longdouble) + smallest

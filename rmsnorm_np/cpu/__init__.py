@@ -14,7 +14,8 @@ import numpy as np
 from rmsnorm_np import _arguments as arguments
 from rmsnorm_np import ops
 from rmsnorm_np._threads import get_num_threads
-from rmsnorm_np.cpu import cache, kernel, long_rows, memory, pace, rare, threads
+from rmsnorm_np.cpu import cache, family, kernel, long_rows, memory, pace, rare, threads
+from rmsnorm_np.cpu.family import quantize
 from rmsnorm_np.cpu.prepared import small
 from rmsnorm_np.cpu.vector import LINE
 from rmsnorm_np.ops.operation import Columns
@@ -24,13 +25,11 @@ if TYPE_CHECKING:
 
     from rmsnorm_np.ops.operation import Operation
 
-__all__ = ["arguments", "backward", "describe", "forward", "small", "warmup"]
+__all__ = ["arguments", "backward", "describe", "forward", "new_result", "quantize", "small", "warmup"]
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
 NARROW_ROW = 32  # shorter rows do not fill a vector of 32 halves: with 16 elements twice as fast with narrower ones
-
-_BITS = np.dtype(np.uint16)  # Numba has no 16-bit floats on CPUs: the kernels see their bits
 
 
 # Both functions take the operation's records as plain tuples, which Python makes in a tenth of the time.
@@ -40,14 +39,14 @@ _NO_TOTALS = (None, None)
 
 def forward(
     operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any, wide: bool = False
-) -> tuple[Any, Any]:
+) -> tuple[Any, ...]:
     """Run an operation on rows: reads (rows, n); weight and bias (m, n), where row r uses row r % m.
 
     out: arrays to write to, or None. What the operation keeps is written where a second array is read. eps: a number,
     or one for each row, then no row may leave the range. wide: as in `kinds.Kinds`.
     """
     if operation.keep is None:
-        return _forward_of_any(operation, reads, columns, out, k, eps), None
+        return (family.forward(operation, reads, columns, out, k, eps),)
     x, residual = reads
     weight, bias, offset = columns
     y, h = out
@@ -87,8 +86,8 @@ def forward(
         if n < NARROW_ROW and entry.has_narrow:
             other = kernel.NARROW, *key
             entry = kernel.entries.get(other) or kernel.entry(other, operation, reads, columns, (y, h), _NO_TOTALS)
-        reads_, writes_ = (_stored(x), _stored(residual)), (_stored(y), _stored(h))
-        columns_ = _stored(weight), _stored(bias), offset
+        reads_, writes_ = (kernel.stored(x), kernel.stored(residual)), (kernel.stored(y), kernel.stored(h))
+        columns_ = kernel.stored(weight), kernel.stored(bias), offset
     args = reads_, columns_, writes_, None if whole else k, eps, streaming, marks
     if on_threads == 1:
         marked = entry.code(*args, 1)
@@ -99,37 +98,6 @@ def forward(
         with rare.standard_here():
             rare.forward(_forward_unmarked, call, y)
     return y, h
-
-
-def _forward_of_any(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any) -> Any:
-    """`forward` of an operation that has one output and computes in float64."""
-    x, (y,), offset = reads[0], out, columns[-1]
-    rows, n = x.shape
-    if y is None:
-        y = memory.empty(x.shape, x.dtype, *(a for a in reads if a is not None))
-    way = kernel.ROWS if n <= long_rows.LONG_ROW else kernel.LONG_ROWS
-    key = (
-        operation.name, y.dtype, *(a is None or a.dtype for a in reads), *(a is None or a.dtype for a in columns[:-1]),
-        k == n, offset != 0.0, way, type(eps), False,
-    )  # fmt: skip
-    entry = kernel.entries.get(key) or kernel.entry(key, operation, reads, columns, (y,), _NO_TOTALS)
-    marks = np.zeros(rows, np.uint8) if entry.marks else None
-    arrays = tuple(map(_stored, reads)), (*map(_stored, columns[:-1]), offset), (_stored(y),)
-    args = *arrays, None if k == n else k, eps, memory.streams(y), marks
-    on_threads = threads.choose(x.size)
-    if on_threads == 1:
-        marked = entry.code(*args, 1)
-    else:
-        marked, _ = pace.run(entry, args, x.size, on_threads)
-    if marked:
-        call = rare.Call(operation, operation.Reads(*reads), operation.Columns(*columns), k, eps, marks)
-        with rare.standard_here():
-            rare.forward(_unmarked_of_any, call, y)
-    return y
-
-
-def _unmarked_of_any(call: rare.Call, out: Any) -> Any:
-    return _forward_of_any(call.operation, call.reads, call.columns, (out,), call.k, call.eps)
 
 
 def new_result(x: Any, dtype: Any) -> Any:
@@ -188,8 +156,12 @@ def backward(
     marks = np.zeros(rows, np.uint8) if entry.marks else None
     arrays: Any = reads, own, out, partials, sums
     if entry.halves:
-        stored = tuple(map(_stored, reads)), (*map(_stored, own[:-1]), offset), tuple(map(_stored, out))
-        arrays = *stored, partials, tuple(map(_stored, sums))
+        stored = (
+            tuple(map(kernel.stored, reads)),
+            (*map(kernel.stored, own[:-1]), offset),
+            tuple(map(kernel.stored, out)),
+        )
+        arrays = *stored, partials, tuple(map(kernel.stored, sums))
     settings = None if k == n else k, eps, memory.streams(*out), m, chunks
     on_threads = threads.choose(x.size)
     if on_threads == 1:
@@ -212,7 +184,7 @@ def backward(
         return out, totals
     for total, rows_of_sums in zip(totals, sums, strict=True):
         if total is not None and total is not rows_of_sums:
-            kernel.add_rows(rows_of_sums, _stored(total), total.dtype.name, on_threads)
+            kernel.add_rows(rows_of_sums, kernel.stored(total), total.dtype.name, on_threads)
     return out, totals
 
 
@@ -223,11 +195,6 @@ def _backward_unmarked(call: rare.Call, with_totals: bool) -> tuple[Any, Any]:
     totals = tuple(np.empty((1, n)) if with_totals and a is not None else None for a in likes)
     nothing = (None,) * len(operation.Writes._fields)
     return backward(operation, call.reads, call.columns, nothing, call.k, call.eps, totals, wide)
-
-
-def _stored(a: Any) -> Any:
-    """An array as the kernels see it."""
-    return a if a is None or a.itemsize > 2 else a.view(_BITS)
 
 
 def warmup(

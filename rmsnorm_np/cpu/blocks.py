@@ -66,7 +66,7 @@ def blocks(kinds: Kinds) -> Any:
         put, find = program.put(program.sums[s], program.places[2 * s]), program.find_numbers(s)
         add, zero = program.adding(s)
         first_k = kinds.operation.stages[s].first_k and kinds.first_k
-        keeps, keep = bool(first_k and s == 0 and program.kept), keeping(program)
+        keeps, keep, give_scale = bool(first_k and s == 0 and program.kept), keeping(program), program.give_scale(s)
 
         @inlined
         def measure(arrays: Any, size: Any, first: Any, step_: Any, count: Any, room: Any, ahead: Any) -> Any:
@@ -84,6 +84,7 @@ def blocks(kinds: Kinds) -> Any:
                     keep(row, stop, size.n)
             for j in range(count):  # a loop of its own: LLVM takes several roots and divisions at once
                 find((room, BLOCK, j, size.n, size.k, eps_of(size.eps, first + j * step_)))
+                give_scale(room, BLOCK, j, size.eps, first + j * step_)
 
         return measure
 

@@ -42,6 +42,10 @@ def verdicts(program: Program) -> tuple[Any, Any]:
     return judge(program), left_out
 
 
+def _or(first: Any, second: Any) -> Any:
+    return piece(lambda row, n: first(row, n) or second(row, n))
+
+
 def is_trivial(program: Program) -> Any:
     """trivial(row, n): whether an array makes the row trivial, as the operation tells it."""
 
@@ -63,10 +67,11 @@ def is_trivial(program: Program) -> Any:
 
         return all_equal
 
-    if not program.op.trivial:
-        return piece(lambda row, n: False)
-    first, *_, last = [one(*field) for field in program.op.trivial * 2]
-    return piece(lambda row, n: first(row, n) or last(row, n))
+    found = piece(lambda row, n: False)
+    for name, number in program.op.trivial:
+        if getattr(program.kinds.reads, name):
+            found = _or(found, one(name, number))
+    return found
 
 
 def judge(program: Program) -> Any:

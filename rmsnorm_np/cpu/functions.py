@@ -1,4 +1,4 @@
-"""Functions of numbers in registers that are no instruction: the exponential, and rounding to a dtype."""
+"""Functions of numbers in registers that are no instruction: the exponential, rounding to a dtype, 8 bits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from llvmlite import ir
 from numba.core.registry import cpu_target
 
 from rmsnorm_np.cpu import llvm
-from rmsnorm_np.cpu.llvm import I64, constant
+from rmsnorm_np.cpu.llvm import DOUBLE, FLOAT, I8, I32, I64, constant
 from rmsnorm_np.cpu.shapes import Leaf
 
 _LOG2_HIGH = float.fromhex("0x1.62e42fefa0000p-1")  # ln 2: times an integer below 2**11 it is exact
 _LOG2_LOW = float.fromhex("0x1.cf79abc9e3b39p-40")
 _ROUNDING = 1.5 * 2.0**52  # added and taken away, it leaves the nearest integer; in between that is in the last bits
 _LEAST = -746.0  # exp of this and less is zero
+# the bits of a float32 that a number of the format has behind the exponent, the difference of the biases of the
+# exponents, and the bits of NaN; int8 has no exponent
+EIGHT_BITS = {"int8": None, "float8_e4m3fn": (3, 120, 0x7F), "float8_e5m2": (2, 112, 0x7E)}
 _TERMS = 14  # of the series, for |r| <= ln(2) / 2: the next one is below 2**-57
 
 
@@ -55,9 +58,49 @@ def in_dtype(a: Any, name: str) -> Any:
     b, leaf = a.builder, a.leaf
     if name == "float64":
         return a
-    value, context = a.to(Leaf("f32", leaf.lanes)).value, cpu_target.target_context
+    if name == "float32":
+        return a.as_single()
+    value, context = _to_odd(b, a), cpu_target.target_context
     if name == "float16":
         value = llvm.from_float16(context, b, llvm.to_float16(context, b, value))
-    elif name == "bfloat16":
+    else:
         value = llvm.from_bfloat16(b, llvm.to_bfloat16(b, value))
     return type(a)(b, value).to(leaf)
+
+
+def _to_odd(b: Any, a: Any) -> Any:
+    """float64 as float32; where that is not exact, of its two neighbours the one whose last bit is 1. Such a number can
+    be rounded once more, to fewer bits, as if it had not been rounded before.
+    """
+    near = a.to(Leaf("f32", a.leaf.lanes))
+    words = ir.VectorType(I32, a.leaf.lanes)
+    back, bits = near.to(a.leaf), b.bitcast(near.value, words)
+    farther = abs(back).exceeds(abs(a)).value
+    inexact = (abs(back).exceeds(abs(a)) | abs(a).exceeds(abs(back))).value
+    bits = b.sub(bits, b.zext(farther, words))
+    return b.bitcast(b.or_(bits, b.zext(inexact, words)), near.value.type)
+
+
+def power_below(a: Any) -> Any:
+    """The power of two that |a|, float64, has as its exponent; zero for subnormal numbers."""
+    b, words = a.builder, ir.VectorType(I64, a.leaf.lanes)
+    bits = b.and_(b.bitcast(a.value, words), constant(words, 0x7FF0000000000000))
+    return type(a)(b, b.bitcast(bits, a.value.type))
+
+
+def in_eight_bits(b: Any, value: Any, name: str) -> Any:
+    """float64 that are numbers of this format, or NaN, as its bits; NaN is 0 for int8."""
+    lanes = value.type.count
+    narrow, words, floats = (ir.VectorType(kind, lanes) for kind in (I8, I32, FLOAT))
+    is_nan = b.fcmp_unordered("uno", value, value)
+    layout = EIGHT_BITS[name]
+    if layout is None:
+        value = b.select(is_nan, constant(ir.VectorType(DOUBLE, lanes), 0.0), value)
+        return b.trunc(b.fptosi(value, words), narrow)
+    digits, bias, nan = layout
+    sign = b.and_(b.lshr(b.bitcast(b.fptrunc(value, floats), words), constant(words, 24)), constant(words, 0x80))
+    # so much less that the exponent's bits are those of the format, subnormal where it is there
+    small = b.fmul(b.fptrunc(value, floats), constant(floats, 2.0**-bias))
+    bits = b.and_(b.lshr(b.bitcast(small, words), constant(words, 23 - digits)), constant(words, 0x7F))
+    bits = b.select(is_nan, constant(words, nan), b.or_(bits, sign))
+    return b.trunc(bits, narrow)

@@ -128,4 +128,6 @@ def compiled(label: str | None, make: Callable[[], Callable[..., Any]], args: tu
 def _type_of(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return types.NamedTuple([_type_of(item) for item in value], type(value))
-    return numba.typeof(value)
+    kind = numba.typeof(value)
+    # the code does not ask, and writes to nothing that is read
+    return kind.copy(readonly=False) if isinstance(kind, types.Array) else kind

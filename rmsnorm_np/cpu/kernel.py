@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numba.core import types
+
 from rmsnorm_np.cpu.jit import compiled
-from rmsnorm_np.cpu.kinds import Kinds
+from rmsnorm_np.cpu.kinds import STORAGE, Kinds
 from rmsnorm_np.cpu.long_rows import long_kernel
 from rmsnorm_np.cpu.schedule import adding_kernel, rows_kernel
 from rmsnorm_np.cpu.vector import LANES
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 NARROW = "narrow"  # begins the key of a kernel for rows shorter than its widest vectors
 ROWS, LONG_ROWS, APART = range(3)  # how rows lie: one after another, long ones, or with their elements apart
+_BITS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
 entries: dict[Any, Entry] = {}
 _adders: dict[str, Callable[..., Any]] = {}
 
@@ -34,7 +38,7 @@ class Entry:
 
     def __init__(self, kinds: Kinds, long: bool) -> None:
         self.kinds, self.long, self.marks = kinds, long, kinds.marks
-        self.halves = any(name in ("float16", "bfloat16") for record in kinds[1:5] for name in record)
+        self.halves = any(STORAGE.get(name) in (types.uint8, types.uint16) for record in kinds[1:5] for name in record)
         self.has_narrow = kinds.work.width > 2 * LANES
         self.code: Callable[..., Any] = self._first_call
 
@@ -66,6 +70,11 @@ def entry(key: Any, operation: Operation, reads: Any, columns: Any, writes: Any,
     kinds = kinds._replace(marks=kinds.work.name != "double" and not row_eps, apart=way == APART)
     entries[key] = found = Entry(kinds, way == LONG_ROWS)
     return found
+
+
+def stored(a: Any) -> Any:
+    """An array as kernels see it: Numba has no floats of 16 or 8 bits on CPUs, so they see their bits."""
+    return a if a is None or a.itemsize > 2 else a.view(_BITS[a.itemsize])
 
 
 def add_rows(partial: Any, total: Any, name: str, threads: int) -> None:

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 from numba.core import types
 
-from rmsnorm_np.cpu.vector import ITEMSIZE, LANES, Work
+from rmsnorm_np.cpu.vector import BYTES, ITEMSIZE, LANES, Work
 from rmsnorm_np.ops.operation import Operation, Totals
 
 STORAGE = {"float16": types.uint16, "bfloat16": types.uint16, "float32": types.float32, "float64": types.float64}
+STORAGE |= dict.fromkeys(BYTES, types.uint8)
 
 
 class Kinds(NamedTuple):

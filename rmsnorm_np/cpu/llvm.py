@@ -13,10 +13,10 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
-_SUFFIX = {I16: "i16", I32: "i32", FLOAT: "f32", DOUBLE: "f64"}
+_SUFFIX = {I8: "i8", I16: "i16", I32: "i32", FLOAT: "f32", DOUBLE: "f64"}
 
 
 def intrinsic(builder: Any, name: str, result: Any, operands: list[Any]) -> Any:

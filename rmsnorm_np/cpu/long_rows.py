@@ -45,7 +45,7 @@ def measured(kinds: Kinds, program: Program, s: int) -> Any:
     add, zero = program.adding(s)
     eps_of = program.eps_of()
     stops_at_k = kinds.operation.stages[s].first_k and kinds.first_k
-    keeps, keep = bool(stops_at_k and s == 0 and program.kept), keeping(program)
+    keeps, keep, give_scale = bool(stops_at_k and s == 0 and program.kept), keeping(program), program.give_scale(s)
 
     @piece
     def sum_piece(p: Any, row: Any, size: Any, numbers: Any, r: Any, parts: Any, segments: Any) -> Any:
@@ -71,6 +71,7 @@ def measured(kinds: Kinds, program: Program, s: int) -> Any:
             total = add((total, get_part((parts, segments, j))))
         put((numbers, size.rows, r, total))
         find((numbers, size.rows, r, size.n, size.k, eps_of(size.eps, r)))
+        give_scale(numbers, size.rows, r, size.eps, r)
 
     return measure
 
@@ -180,7 +181,7 @@ def long_kernel(kinds: Kinds) -> Any:
     ) -> Any:
         rows, n, inner, weight_m, bias_m = lengths(reads, columns)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
-        size = Size(k, eps, streaming, 1, 1, rows, n, n, inner, weight_m, bias_m, 1, 1)
+        size = Size(k, pointers(eps), streaming, 1, 1, rows, n, n, inner, weight_m, bias_m, 1, 1)
         return run(arrays, NO_TOTALS, size, pointers(marks), threads)
 
     def backward(

@@ -18,6 +18,7 @@ import numpy as np
 from rmsnorm_np.cpu.jit import compiled
 from rmsnorm_np.cpu.mode import restore_mode, standard_mode
 from rmsnorm_np.ops.operation import Operation, Totals
+from rmsnorm_np.ops.records import leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,16 +77,23 @@ def groups(marks: Any, columns: Any, m: int, at_once: int) -> Iterator[tuple[int
 
 
 @np.errstate(all="ignore")
-def in_range(operation: Operation, x: Any, k: int, eps: float) -> tuple[Any, Any, Any]:
+def in_range(operation: Operation, x: Any, others: Any, k: int, eps: Any) -> tuple[Any, Any, Any]:
     """x, exponents e (rows, 1) that bring it into the range, and eps (rows,) to go with x · 2**e.
 
-    x is float64, a copy, and less its first element where that is exact and makes no difference.
+    x is float64, a copy, and less its first element where that is exact and makes no difference. others: what else is
+    read of these rows; it may be a factor of what their sums are about.
     """
     if operation.recentring:  # less its first element, if no element is so far away that the difference is rounded
         first = x[:, :1].copy()
         near = (np.abs(x - first) <= 0.5 * np.abs(first)).all(axis=1)  # Sterbenz' lemma
         x[near] -= first[near]
-    inside = x[:, :k]
+    about = leaves(operation.enter(operation.Reads(x, **others)))[0]
+    before: Any = 0
+    if about is not x:
+        before = _exponent(np.fmax.reduce(np.abs(x), axis=1, keepdims=True))  # no product overflows then
+        about = leaves(operation.enter(operation.Reads(times_power(x, before), **others)))[0]
+        eps = _scaled(eps, before, before)
+    inside = about[:, :k]
     largest = np.fmax(np.fmax.reduce(np.abs(inside), axis=1, keepdims=True), np.sqrt(eps))
     e = _exponent(largest)
     inside = times_power(inside, e)
@@ -97,7 +105,7 @@ def in_range(operation: Operation, x: Any, k: int, eps: float) -> tuple[Any, Any
         + goal_of(operation)
     )
     e = np.where(np.isfinite(largest), e, 0)  # beside an infinity the others become zero, and must not overflow first
-    return x, e, _scaled(eps, e, e)[:, 0]
+    return x, e + before, _scaled(eps, e, e)[:, 0]
 
 
 def times_power(a: Any, e: Any) -> Any:
@@ -145,21 +153,29 @@ def place_of(rows: Any, a: Any) -> Any:
 def forward(run: Callable[..., Any], call: Call, y: Any) -> None:
     """The rows of y that are marked. run(call, out) gives y of rows that need no marks, in out if that is not None."""
     x = call.reads[0]
+    if x.itemsize > 2 or y.itemsize == 8:  # float64 outputs are computed in pairs, which have no more range
+        for place, _, ready in scaled(call):
+            y[place] = run(ready, None)
+        return
     m = max(1 if a is None else len(a) for a in call.columns[:-1])
-    halves = x.itemsize == 2 and y.itemsize < 8  # float64 outputs are computed in pairs, which have no more range
-    at_once = len(call.marks) if halves else max(1, AT_ONCE // x.shape[1])
-    for _, rows, own in groups(call.marks, call.columns, m, at_once):
+    for _, rows, own in groups(call.marks, call.columns, m, len(call.marks)):
         place = place_of(rows, x)
-        chosen, eps = x[place], call.eps
-        out, others = None, others_of(call, place, None)
-        if halves:
-            out = y[place] if isinstance(place, slice) else np.empty(chosen.shape, y.dtype)
-        else:
-            chosen, e, eps = in_range(call.operation, chosen.astype(np.float64), call.k, eps)
-            chosen = times_power(chosen, e)
-            others = others_of(call, place, e)
-        reads = chosen, *(others[field] for field in call.reads._fields[1:])
-        y[place] = run(call._replace(reads=reads, columns=own, eps=eps, marks=None), out)
+        reads = call.operation.Reads(*(None if a is None else a[place] for a in call.reads))
+        out = y[place] if isinstance(place, slice) else np.empty(reads[0].shape, y.dtype)
+        y[place] = run(call._replace(reads=reads, columns=own, marks=None), out)
+
+
+@np.errstate(all="ignore")
+def scaled(call: Call) -> Iterator[tuple[Any, Any, Call]]:
+    """(their place, their numbers, a call of them in the range) of the rows that are marked, some at a time."""
+    x = call.reads[0]
+    m = max(1 if a is None else len(a) for a in call.columns[:-1])
+    for _, rows, own in groups(call.marks, call.columns, m, max(1, AT_ONCE // x.shape[1])):
+        place = place_of(rows, x)
+        beside = others_of(call, place, None)
+        chosen, e, eps = in_range(call.operation, x[place].astype(np.float64), beside, call.k, call.eps)
+        reads = call.operation.Reads(times_power(chosen, e), **others_of(call, place, e))
+        yield place, rows, call._replace(reads=reads, columns=own, eps=eps, marks=None)
 
 
 @np.errstate(all="ignore")
@@ -191,7 +207,8 @@ def backward(run: Callable[..., Any], call: Call, out: Any, likes: Any, m: int) 
                 a[place] = result
             add(h, shares, 0)
             continue
-        chosen, e, eps = in_range(operation, x[place].astype(np.float64), call.k, call.eps)
+        beside = others_of(call, place, None)
+        chosen, e, eps = in_range(operation, x[place].astype(np.float64), beside, call.k, call.eps)
         gradient = dy[place].astype(np.float64)
         d = _exponent(np.fmax.reduce(np.abs(gradient), axis=1, keepdims=True))
         ready = call._replace(columns=own, eps=eps, marks=None)

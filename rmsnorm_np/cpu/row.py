@@ -20,7 +20,7 @@ from rmsnorm_np.cpu.shapes import SCALAR, Leaf
 from rmsnorm_np.cpu.tracing import step, tried
 from rmsnorm_np.cpu.vector import Number, Work, Writer
 from rmsnorm_np.ops.operation import Stage, Totals
-from rmsnorm_np.ops.primitives import Pair, either, plus
+from rmsnorm_np.ops.primitives import Pair, either, largest_magnitude, plus, rounded
 from rmsnorm_np.ops.records import given, leaves, mapped, rebuilt
 
 SEGMENT = 2048  # elements summed in the lanes before the lanes are added up: bounds the error of float32 sums
@@ -46,7 +46,8 @@ class Program:
         self.numbers: list[Any] = []
         for stage, sums in zip(self.op.stages, self.sums, strict=True):
             before = self.numbers[-1] if self.numbers else None
-            self.numbers.append(tried(stage.numbers, sums, SCALAR, SCALAR, SCALAR, before))
+            eps = (SCALAR, SCALAR, SCALAR) if self.op.scales else SCALAR
+            self.numbers.append(tried(stage.numbers, sums, SCALAR, SCALAR, eps, before))
         shapes = [shape for pair in zip(self.sums, self.numbers, strict=True) for shape in pair]
         places = [0]  # where each record of a row begins, in the room for rows
         for shape in shapes:
@@ -99,8 +100,12 @@ class Program:
 
     def adding(self, s: int) -> Any:
         """add(a, b) and zero() of the sums of stage s."""
-        shape = self.sums[s]
-        return step(lambda w, a, b: type(a)(*map(plus, a, b)), shape), step(lambda w: w.zeros(shape), shape)
+        shape, join = self.sums[s], self.join(s)
+        return step(lambda w, a, b: type(a)(*map(join, a, b)), shape), step(lambda w: w.zeros(shape), shape)
+
+    def join(self, s: int) -> Any:
+        """How two of the sums of stage s are joined."""
+        return largest_magnitude if self.op.stages[s].largest else plus
 
     def segment(self, s: int) -> Any:
         """segment(row, start, stop, k, m, ahead): the sums of stage s over elements start to stop.
@@ -137,10 +142,12 @@ class Program:
         def last(w: Writer, row: Arrays, i: Any, k: Any, m: Any, sums: Any, count: Any) -> Any:
             return *sums[:rest], added(w, row, i, k, m, sums[rest], count), *sums[rest + 1 :]
 
+        join = self.join(s)
+
         def across(w: Writer, sums: Any) -> Any:
             while len(sums) > 1:
-                sums = [type(a)(*map(plus, a, b)) for a, b in zip(sums[0::2], sums[1::2], strict=True)]
-            return given(sums[0], w.across)
+                sums = [type(a)(*map(join, a, b)) for a, b in zip(sums[0::2], sums[1::2], strict=True)]
+            return given(sums[0], lambda number: w.across(number, join))
 
         shape = (lane_sums,) * ways
         zeros = step(lambda w: w.zeros(shape), shape)
@@ -211,8 +218,24 @@ class Program:
         return step(body)
 
     def eps_of(self) -> Any:
-        """eps(size.eps, row)"""
-        return inlined((lambda eps, row: eps[row]) if self.kinds.row_eps else (lambda eps, row: eps))
+        """eps(size.eps, row), or what takes its place where rows have scales."""
+        each = self.kinds.row_eps
+        if self.op.scales:
+            return inlined((lambda s, r: (s[0][r], s[1][r], s[2])) if each else (lambda s, r: (s[0], s[1][r], s[2])))
+        return inlined((lambda eps, row: eps[row]) if each else (lambda eps, row: eps))
+
+    def give_scale(self, s: int) -> Any:
+        """give(room, stride, j, settings, r): the scale of row r, of what `find` left in place j, if it is wanted."""
+        if self.op.scales != "out" or s < len(self.op.stages) - 1:
+            return inlined(lambda room, stride, j, settings, r: None)
+        shape, place = self.numbers[s], self.places[2 * s + 1]
+        found = step(lambda w, *at: rounded(self.load(w, shape, place, *at).scale).value, types.float64)
+
+        @inlined
+        def give(room: Any, stride: Any, j: Any, settings: Any, r: Any) -> Any:
+            settings[1][r] = found((room, stride, j))
+
+        return give
 
     # ---------------------------------------------------------------------------------------- what a row gives
 

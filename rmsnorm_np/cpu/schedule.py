@@ -157,7 +157,7 @@ def rows_kernel(kinds: Kinds) -> Any:
         chunks = (rows + height(n) - 1) // height(n)
         arrays = Arrays(pointers(reads), pointers(columns), pointers(writes), NO_TOTALS)
         are_modest = modest(arrays, n) if weight_m == 1 else 1
-        size = Size(k, eps, streaming, 1, chunks, rows, n, n, inner, weight_m, bias_m, height(n), are_modest)
+        size = Size(k, pointers(eps), streaming, 1, chunks, rows, n, n, inner, weight_m, bias_m, height(n), are_modest)
         queues = counters(threads * APART + 1)
         in_parallel(task, threads, threads, (threads, queues, arrays, size, pointers(marks)))
         return queues[threads * APART]

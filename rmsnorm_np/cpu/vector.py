@@ -27,7 +27,7 @@ import numpy as np
 from llvmlite import ir
 
 from rmsnorm_np.cpu import functions, llvm
-from rmsnorm_np.cpu.llvm import DOUBLE, FLOAT, I16, I32, I64
+from rmsnorm_np.cpu.llvm import DOUBLE, FLOAT, I8, I16, I32, I64
 from rmsnorm_np.cpu.shapes import Leaf
 from rmsnorm_np.ops.primitives import Pair, is_pair, plus, rounded
 from rmsnorm_np.ops.records import leaves, rebuilt
@@ -35,8 +35,9 @@ from rmsnorm_np.ops.records import leaves, rebuilt
 LINE = 64  # bytes of a cache line, and of the widest vector
 LANES = 8  # of float64: one AVX-512 register, two AVX2 registers
 
-STORED = {"float16": I16, "bfloat16": I16, "float32": FLOAT, "float64": DOUBLE}
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+BYTES = dict.fromkeys(functions.EIGHT_BITS, I8)  # only written
+STORED = {"float16": I16, "bfloat16": I16, "float32": FLOAT, "float64": DOUBLE, **BYTES}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, **dict.fromkeys(BYTES, 1)}
 
 
 class Work(NamedTuple):
@@ -166,6 +167,9 @@ class Number:
     def root(self) -> Number:
         return self._call("sqrt")
 
+    def power_below(self) -> Number:
+        return functions.power_below(self)  # type: ignore[no-any-return]
+
     def exponential(self) -> Number:
         return functions.exponential(self)  # type: ignore[no-any-return]
 
@@ -257,6 +261,8 @@ class Writer:
     def encoded(self, number: Any, name: str, words: bool) -> Any:
         """A number, rounded to what is stored of it. words: its lanes are in the order of `Work.words`."""
         b, value = self.builder, rounded(number).value
+        if name in BYTES:
+            return functions.in_eight_bits(b, value, name)
         if words and name != "bfloat16":
             value = llvm.in_memory_order(b, value)
         element = "f64" if name == "float64" else "f32"
@@ -307,14 +313,14 @@ class Writer:
         read, locality, kind = (ir.Constant(I32, value) for value in (0, 4 - level, 1))
         llvm.intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), [address, read, locality, kind])
 
-    def across(self, number: Any) -> Any:
-        """The sum over the lanes in float64, by halves: 8 to 4 to 2 to 1."""
+    def across(self, number: Any, join: Any = plus) -> Any:
+        """The sum over the lanes in float64, or what else they are joined by, by halves: 8 to 4 to 2 to 1."""
         b = self.builder
         parts = list(number) if is_pair(number) else [number.to(Leaf("f64", number.leaf.lanes))]
         while (half := parts[0].leaf.lanes // 2) > 0:
             places = [ir.Constant(ir.VectorType(I32, half), list(range(f, f + half))) for f in (0, half)]
             sides = [[Number(b, b.shuffle_vector(p.value, p.value, at)) for p in parts] for at in places]
-            total = plus(*(Pair(*side) if len(side) == 2 else side[0] for side in sides))
+            total = join(*(Pair(*side) if len(side) == 2 else side[0] for side in sides))
             parts = list(total) if is_pair(total) else [total]
         first = [Number(b, b.extract_element(p.value, ir.Constant(I32, 0))) for p in parts]
         return Pair(*first) if is_pair(number) else first[0]

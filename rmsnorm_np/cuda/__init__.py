@@ -56,7 +56,9 @@ def run(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: f
     sums, tasks = Totals(reads[0].address, reads[0].address), 0
     if rows > 0:
         sums, tasks = _launched(*_planned(operation, reads, columns, out, k, eps), stream)
-    totals = given(_like_totals(operation, columns), lambda like, partial: _total(like, partial, tasks, n, stream), sums)
+    totals = given(
+        _like_totals(operation, columns), lambda like, partial: _total(like, partial, tasks, n, stream), sums
+    )
     arrays.leave_scratch()
     return given(out, lambda a: a.owner), totals
 

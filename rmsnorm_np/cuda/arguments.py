@@ -6,7 +6,10 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from rmsnorm_np import _numbers, _shapes
+import numpy as np
+
+from rmsnorm_np import _broadcast, _numbers, _shapes
+from rmsnorm_np._gradient_out import gradient_out_by
 from rmsnorm_np.cuda import arrays
 from rmsnorm_np.cuda.arrays import Seen
 from rmsnorm_np.cuda.copies import copy
@@ -35,10 +38,11 @@ def _geometry(shape: tuple[int, ...], axis: Any, p: Any) -> Geometry:
 _remembered_geometry = lru_cache(maxsize=1024)(_geometry)
 
 
-def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
+def engine_arguments(call: tuple[Any, ...], dtype: Any = None) -> tuple[Any, ...]:
     """As `_arguments.engine_arguments`, for device arrays; all errors but that of the dtype are those of the host.
 
-    The arrays of the result are `Seen`. For each result that there is, there is an array to write to.
+    The arrays of the result are `Seen`. For each result that there is, there is an array to write to. All is None if
+    no order of the rows suits both weight and bias, whose gradients then need a call each.
     """
     names, given, (weight, bias, weight_offset), out, eps, p, axis = call
     reads = tuple(None if a is None else arrays.seen(name, a) for name, a in zip(names, given, strict=False))
@@ -52,6 +56,23 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     axes, trailing, order, moved, rows, n, k = (_remembered_geometry if plain else _geometry)(shape, axis, p)
     eps = _numbers.check_eps(eps)
     weight_offset = _numbers.check_weight_offset(weight_offset, weight is not None)
+
+    leads: Any = tuple(
+        None if a is None else _shapes.parameter_lead(name, a.shape, shape, axes)
+        for name, a in (("weight", weights), ("bias", biases))
+    )
+    if any(leads):
+        over, normalised = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
+        lead_order: Any = _broadcast.rows_order(leads, over)
+        if lead_order is None:
+            if "dy" in names:
+                return (None,) * 6
+            lead = np.broadcast_shapes(*leads)
+            weights, biases = (_spread(a, (*lead, *normalised)) for a in (weights, biases))
+            leads = lead, lead
+            lead_order = _broadcast.rows_order(leads, over)
+        order = (*lead_order, *axes)
+        moved, trailing = tuple(shape[i] for i in order), order == tuple(range(len(shape)))
 
     def rows_of(array: Seen, lead: int) -> Seen:
         if not arrays.is_contiguous(array):
@@ -71,29 +92,29 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
         _shapes.check_same_shape(name, array.shape, names[0], shape)
         return rows_of(array if trailing else permuted(array), rows)
 
-    def parameter_of(name: str, array: Seen | None) -> Seen | None:
-        if array is None:
-            return None
-        return rows_of(array, math.prod(_shapes.parameter_lead(name, array.shape, shape, axes)))
-
     read_rows = tuple(map(read, names, reads))
-    weights, biases = parameter_of("weight", weights), parameter_of("bias", biases)
+    weights, biases = (
+        a if a is None else rows_of(a, math.prod(lead)) for a, lead in zip((weights, biases), leads, strict=True)
+    )
     ready: list[Seen | None] = []
     answers: list[Any] = []  # what the caller gets
     copies: list[tuple[Seen, Seen]] = []  # what is copied there first
     for name, target, wanted, like in zip(out_names, targets, out, read_rows, strict=False):
         result, answer = None, wanted
+        result_dtype = like and like.dtype
+        if dtype is not None and not ready:
+            result_dtype = dtype
         if target is not None and like is not None:
-            _check_target(name, target, shape, like.dtype)
+            _check_target(name, target, shape, result_dtype)
             if _is_direct(target, trailing, read_rows, (weights, biases)):
                 result = rows_of(target, rows)
         if result is None and like is not None:
-            made = arrays.empty(moved, like.dtype, stream)
+            made = arrays.empty(moved, result_dtype, stream)
             result = rows_of(arrays.seen("", made), rows)
             if trailing and wanted is None:
                 answer = made
             else:
-                answer = arrays.empty(shape, like.dtype, stream) if wanted is None else wanted
+                answer = arrays.empty(shape, result_dtype, stream) if wanted is None else wanted
                 copies.append((arrays.seen("", made), permuted(arrays.seen(name, answer))))
         ready.append(result)
         answers.append(answer)
@@ -109,9 +130,28 @@ def engine_arguments(call: tuple[Any, ...]) -> tuple[Any, ...]:
     return read_rows, (weights, biases, weight_offset), tuple(ready), k, eps, restore
 
 
-def _check_target(name: str, target: Seen, shape: tuple[int, ...], dtype: Any) -> None:
+def gradient_out(out: Any, weight: Any, bias: Any) -> Any:
+    """As `_arguments.gradient_out`, for device arrays."""
+
+    def check(name: str, a: Any, like_name: str, like: Any) -> Seen:
+        target, parameter = arrays.seen(name, a), arrays.seen(like_name, like)
+        _check_target(name, target, parameter.shape, parameter.dtype, like_name)
+        return target
+
+    def apart(name: str, a: Any, other_name: str, other: Any) -> None:
+        if arrays.overlaps(arrays.seen(name, a), arrays.seen(other_name, other)):
+            raise ValueError(f"{name} and {other_name} share memory, expected two arrays apart")
+
+    def write(target: Seen, gradient: Any) -> None:
+        source = arrays.seen("", gradient)
+        copy(source, target, arrays.capability_here(), arrays.stream_for((source, target)))
+
+    return gradient_out_by(out, weight, bias, check, apart, write)
+
+
+def _check_target(name: str, target: Seen, shape: tuple[int, ...], dtype: Any, like: str = "x") -> None:
     if target.shape != shape:
-        raise ValueError(f"{name} has shape {target.shape}, expected x.shape {shape}")
+        raise ValueError(f"{name} has shape {target.shape}, expected {like}.shape {shape}")
     if target.dtype != dtype:
         raise TypeError(f"{name} has dtype {target.dtype}, expected {dtype}, the dtype of the result")
     if target.read_only:
@@ -123,6 +163,14 @@ def _is_direct(target: Seen, trailing: bool, reads: tuple[Any, ...], parameters:
     others = [a for a in reads if a is not None and (a.address, a.dtype) != (target.address, target.dtype)]
     others += [a for a in parameters if a is not None]
     return trailing and arrays.is_contiguous(target) and not any(arrays.overlaps(target, a) for a in others)
+
+
+def _spread(array: Any, shape: tuple[int, ...]) -> Seen:
+    """The array as one of this shape, which it broadcasts to."""
+    missing = len(shape) - len(array.shape)
+    own = zip(array.shape, array.strides, shape[missing:], strict=True)
+    strides = (0,) * missing + tuple(stride if length == wanted else 0 for length, stride, wanted in own)
+    return array._replace(shape=shape, strides=strides)  # type: ignore[no-any-return]
 
 
 def restore_parameter(gradient: Any, parameter: Any) -> Any:

@@ -37,7 +37,7 @@ from rmsnorm_np.ops.primitives import (
 class Reads(NamedTuple):
     x: Any
     dy: Any
-    ddx: Any
+    ddx: Any = None
 
 
 class Writes(NamedTuple):
@@ -77,6 +77,11 @@ def add_products(s: Any, z: Any, v: Any, dy: Any, c: Columns) -> Any:
     return s._replace(G=plus_product(s.G, g, z), D=D)
 
 
+def less(a: Any, b: Any, c: Any) -> Any:
+    """a - b · c; a where a or b is None."""
+    return a if a is None or b is None else minus_product(a, b, c)
+
+
 def factors(rstd: Any, s: Any, k: Any) -> tuple[Any, Any, Any]:
     """b, c and d."""
     b, c = cubed(rstd, s.V, k), cubed(rstd, s.G, k)
@@ -100,12 +105,12 @@ def gradients(e: Reads, m: Numbers, c: Columns, inside: Any) -> Writes:
     g = times(e.dy, scale(c))
     first = None if c.ddweight is None else times(times(e.dy, m.rstd), c.ddweight)
     first = negative(times(g, m.b)) if first is None else minus_product(first, g, m.b)
-    dx = either(inside, minus_product(minus_product(first, e.ddx, m.c), e.x, m.d), first)
+    dx = either(inside, minus_product(less(first, e.ddx, m.c), e.x, m.d), first)
     return Writes(dx, direction(e.x, e.ddx, m, as_directions(c)))
 
 
 def share(t: Totals, e: Reads, m: Numbers) -> Totals:
-    return Totals(plus_product(t.dweight, e.dy, minus_product(times(e.ddx, m.rstd), e.x, m.b)))
+    return Totals(plus_product(t.dweight, e.dy, less(times(e.ddx, m.rstd), e.x, m.b)))
 
 
 def extent(s: Sums, n: Any, k: Any, eps: Any, m: None) -> Extent:
@@ -183,13 +188,13 @@ def layer_gradients(e: Reads, m: LayerNumbers, c: Columns, inside: Any) -> Write
     g = minus(times(e.dy, scale(c)), m.g)
     first = None if c.ddweight is None else times(minus(times(e.dy, c.ddweight), m.weighted), m.rstd)
     first = negative(times(g, m.b)) if first is None else minus_product(first, g, m.b)
-    dx = minus_product(minus_product(first, v, m.c), z, m.d)
+    dx = minus_product(less(first, v, m.c), z, m.d)
     return Writes(dx, direction(z, v, m, as_directions(c)))
 
 
 def layer_share(t: Totals, e: Reads, m: LayerNumbers) -> Totals:
     z, v = layer.centred(e.x, m), minus(e.ddx, m.ddx)
-    return Totals(plus_product(t.dweight, e.dy, minus_product(times(v, m.rstd), z, m.b)))
+    return Totals(plus_product(t.dweight, e.dy, less(times(v, m.rstd), z, m.b)))
 
 
 def layer_extent(s: Sums, n: Any, k: Any, eps: Any, m: Means) -> Extent:

@@ -27,7 +27,6 @@ from rmsnorm_np.ops.primitives import (
     plus_product,
     plus_square,
     rounded,
-    scaled_and_shifted,
     times,
 )
 
@@ -63,8 +62,16 @@ def add_square(s: rms.Squares, e: Reads, c: Columns, m: None, inside: Any) -> rm
     return rms.Squares(plus_square(s.squares, e.x))
 
 
+def xhat(e: Any, m: Any) -> Any:
+    return times(e.x, m.rstd)
+
+
+def finished(e: Any, xhat: Any, c: Columns) -> Any:
+    return times(rms.finished(e.x, xhat, c), silu(e.gate))
+
+
 def y(e: Reads, m: rms.Rstd, c: Columns, inside: Any) -> Writes:
-    return Writes(times(scaled_and_shifted(times(e.x, m.rstd), scale(c), c.bias), silu(e.gate)))
+    return Writes(finished(e, xhat(e, m), c))
 
 
 NORM_FIRST = Operation(
@@ -90,7 +97,7 @@ def add_products(s: Sums, e: GradientReads, c: Columns, m: None, inside: Any) ->
 
 def gradients(e: GradientReads, m: rms.GradientNumbers, c: Columns, inside: Any) -> GradientWrites:
     value, slope = silu_and_slope(e.gate)
-    normed = scaled_and_shifted(times(e.x, m.rstd), scale(c), c.bias)
+    normed = rms.finished(e.x, xhat(e, m), c)
     g = times(times(times(e.dy, value), m.rstd), scale(c))
     dx = either(inside, minus_product(g, e.x, m.c), g)
     return GradientWrites(dx, times(times(e.dy, slope), normed))

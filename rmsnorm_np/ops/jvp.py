@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from rmsnorm_np.ops import layer, rms
 from rmsnorm_np.ops.operation import Extent, Operation, Stage, scale
 from rmsnorm_np.ops.primitives import (
+    constant,
     minus,
     minus_product,
     over,
@@ -55,18 +56,18 @@ class Numbers(NamedTuple):
 
 def added(*terms: Any) -> Any:
     """The sum of those terms that are there; pairs if one is."""
-    there = [term for term in terms if term is not None]
-    total = there[0]
-    for term in there[1:]:
-        total = plus(total, term)
+    total = None
+    for term in terms:
+        total = term if total is None else plus(total, term)
     return total
 
 
 def direction(z: Any, v: Any, m: Any, c: Any) -> Any:
-    """y_dot: v, weight_dot and bias_dot may be None, but not all."""
+    """y_dot; v, weight_dot and bias_dot may be None."""
     along = None if v is None else times(minus_product(times(v, m.rstd), z, m.b), scale(c))
     weighted = None if c.weight_dot is None else times(times(z, m.rstd), c.weight_dot)
-    return added(along, weighted, c.bias_dot)
+    found = added(along, weighted, c.bias_dot)
+    return constant(0.0, rounded(z)) if found is None else found
 
 
 def cubed(rstd: Any, s: Any, k: Any) -> Any:

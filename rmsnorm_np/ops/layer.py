@@ -43,10 +43,9 @@ from rmsnorm_np.ops.primitives import (
     plus_square,
     reciprocal_root,
     rounded,
-    scaled_and_shifted,
     times,
 )
-from rmsnorm_np.ops.rms import enter, enter_backward
+from rmsnorm_np.ops.rms import enter, enter_backward, finished
 
 
 class Sum(NamedTuple):
@@ -102,7 +101,7 @@ def xhat(h: Any, m: Numbers) -> Any:
 
 
 def y(h: Any, m: Numbers, c: Columns, inside: Any) -> Writes:
-    return Writes(scaled_and_shifted(xhat(h, m), scale(c), c.bias))
+    return Writes(finished(h, xhat(h, m), c))
 
 
 def extent(s: Any, n: Any, k: Any, eps: Any, m: Any) -> Extent:

@@ -70,13 +70,14 @@ class Stage(NamedTuple):
     ``numbers(s, n, k, eps, m)`` gives the row's numbers, a record of numbers and pairs; k is n where there is no p.
     `Sums` is the record of the sums. Those with a default are guards: they tell whether a row is in range, and an
     engine leaves them out (None) where its type has range enough. `first_k`: all its sums are over the first k elements
-    alone.
+    alone. largest: its sums are largest magnitudes, and are joined as such.
     """
 
     Sums: type[Any]
     add: Callable[..., Any]
     numbers: Callable[..., Any]
     first_k: bool = False
+    largest: bool = False
 
 
 class Operation(NamedTuple):
@@ -100,6 +101,8 @@ class Operation(NamedTuple):
     scaled: arrays that are multiplied by s with the first, so that outputs and totals stay what they are.
     divided, linear: outputs that are divided by s then; that are linear in dy. (Totals are all linear in dy.)
     unused: columns that no formula uses, though they have totals.
+    scales: each row has a scale, float64, which the operation takes ("in") or finds ("out": `scale` of the numbers of
+    the last stage). Where formulas have eps, they are handed (eps, scale, a bound of the scale) then.
     """
 
     name: str
@@ -120,6 +123,7 @@ class Operation(NamedTuple):
     divided: tuple[str, ...] = ("dx",)
     linear: tuple[str, ...] = ("dx",)
     unused: tuple[str, ...] = ()
+    scales: str | None = None
 
 
 def guards(*sizes: Any) -> tuple[Any, ...]:

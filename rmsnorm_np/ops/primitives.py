@@ -93,6 +93,11 @@ def in_dtype(a: Any, name: str) -> Any:
     return Pair(found, None) if is_pair(a) else found
 
 
+def power_below(a: Any) -> Any:
+    """The largest power of two that is at most |a|, zero or less than the smallest normal number for what is less."""
+    return a.power_below() if hasattr(a, "power_below") else np.ldexp(0.5, np.frexp(a)[1]) * (a != 0)
+
+
 def constant(number: float, like: Any) -> Any:
     """A number, of the type of another."""
     return like.constant(number) if hasattr(like, "constant") else np.result_type(like).type(number)
@@ -265,6 +270,14 @@ def larger(a: Any, b: Any) -> Any:
         return a
     size = abs(b)
     return either(exceeds(size, a), size, a)
+
+
+def largest_magnitude(a: Any, b: Any) -> Any:
+    """a or |b|, whichever is larger; NaN if one is. b is a plain number; of a pair a, the head counts."""
+    if is_pair(a):
+        return Pair(largest_magnitude(a.head, b), a.tail)
+    size = abs(rounded(b))
+    return either(is_number(size), either(exceeds(size, a), size, a), size)
 
 
 def plus_product(total: Any, a: Any, b: Any) -> Any:

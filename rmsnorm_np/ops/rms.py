@@ -63,8 +63,12 @@ def xhat(h: Any, m: Rstd) -> Any:
     return times(h, m.rstd)
 
 
+def finished(h: Any, xhat: Any, c: Columns) -> Any:
+    return scaled_and_shifted(xhat, scale(c), c.bias)
+
+
 def y(h: Any, m: Rstd, c: Columns, inside: Any) -> Writes:
-    return Writes(scaled_and_shifted(xhat(h, m), scale(c), c.bias))
+    return Writes(finished(h, xhat(h, m), c))
 
 
 def extent(s: Any, n: Any, k: Any, eps: Any, m: None) -> Extent:

@@ -8,19 +8,37 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmsnorm_np import _arguments
-from rmsnorm_np.reference._common import AddNorm, RMSNormGrads, added, check_backend, like, rounded, widen
+from rmsnorm_np._numbers import check_flag
+from rmsnorm_np.reference import sharded
+from rmsnorm_np.reference._common import (
+    AddNorm,
+    RMSNormGrads,
+    added,
+    check_backend,
+    like,
+    rounded,
+    summed,
+    through,
+    widen,
+)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from rmsnorm_np.reference._common import GradientsOut
+    from rmsnorm_np.reference.sharded import Reduce
+
     Array = npt.NDArray[Any]
 
 
-def forward(x: Any, w: Any, b: Any, k: int, eps: float, weight_offset: float) -> Any:
-    """y of x (..., n); w and b (n,), or more of x's trailing axes, such as (heads, n). None where not given."""
+def forward(x: Any, w: Any, b: Any, k: int, eps: float, weight_offset: float, through_dtype: Any = None) -> Any:
+    """y of x (..., n); w and b (n,), or what broadcasts, such as (heads, n), (batch, 1, n), or None.
+
+    through_dtype: what xhat is rounded to before the weight, if it is.
+    """
     mean_square = np.mean(x[..., :k] * x[..., :k], axis=-1, keepdims=True)  # (..., 1)
     rstd = 1.0 / np.sqrt(mean_square + eps)  # (..., 1)
-    xhat = x * rstd  # (..., n)
+    xhat = through(x * rstd, through_dtype)  # (..., n)
     y = xhat if w is None else xhat * (weight_offset + w)  # (..., n) * (n,)
     return y if b is None else y + b  # (..., n) + (n,)
 
@@ -36,8 +54,8 @@ def backward(x: Any, dy: Any, w: Any, b: Any, k: int, eps: float, weight_offset:
     correction[..., k:] = 0.0  # elements outside the RMS
     dx = rstd * (g - correction)  # (..., n)
 
-    dweight = None if w is None else np.sum(dy * xhat, axis=tuple(range(x.ndim - w.ndim)))  # (n,), over the rows
-    dbias = None if b is None else np.sum(dy, axis=tuple(range(x.ndim - b.ndim)))  # (n,), over the rows
+    dweight = None if w is None else summed(dy * xhat, w.shape)  # (n,), over the rows
+    dbias = None if b is None else summed(dy, b.shape)  # (n,), over the rows
     return dx, dweight, dbias
 
 
@@ -51,6 +69,9 @@ def rms_norm(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
+    reduce: Reduce | None = None,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -64,11 +85,18 @@ def rms_norm(
     array([[0.84852814, 1.13137085]])
     """
     check_backend(backend)
-    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, p, axis)
-    (x,), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
-    wide_x, w, b = widen(x, w, b)
-    y = forward(wide_x, w, b, k, eps, weight_offset)
-    result: Array = restore([rounded(y, x.dtype)])[0]
+    dtype = _arguments.result_dtype(dtype)
+    call = _arguments.Call(("x", "out"), (x,), (weight, bias, weight_offset), (out,), eps, p, axis, dtype)
+    (x,), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=reduce is None)
+    through_dtype = x.dtype if check_flag("round_xhat", round_xhat) else None
+    if reduce is None:
+        wide_x, w, b = widen(x, w, b, dtype=dtype)
+        y = rounded(forward(wide_x, w, b, k, eps, weight_offset, through_dtype), dtype or x.dtype)
+    else:
+        sharded.check_reduce(reduce, p)
+        settings = sharded.Settings(False, eps, weight_offset, dtype, through_dtype)
+        y = sharded.forward(x, w, b, settings, reduce)
+    result: Array = restore([y])[0]
     return result
 
 
@@ -83,7 +111,8 @@ def rms_norm_backward(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    reduce: Reduce | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> RMSNormGrads:
     """Gradients of RMSNorm: `rmsnorm_np.rms_norm_backward`, in NumPy, for real and complex arrays.
@@ -97,11 +126,18 @@ def rms_norm_backward(
     """
     check_backend(backend)
     _arguments.check_given("dy", dy)
-    call = _arguments.Call(("x", "dy", "out"), (x, dy), (weight, bias, weight_offset), (out,), eps, p, axis)
-    (x, dy), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
-    wide_x, wide_dy, w, b = widen(x, dy, w, b)
-    dx, dweight, dbias = backward(wide_x, wide_dy, w, b, k, eps, weight_offset)
-    return RMSNormGrads(restore([rounded(dx, x.dtype)])[0], like(weight, dweight), like(bias, dbias))
+    name, dx_out, into = _arguments.gradient_out(out, weight, bias)
+    call = _arguments.Call(("x", "dy", name), (x, dy), (weight, bias, weight_offset), (dx_out,), eps, p, axis)
+    (x, dy), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=reduce is None)
+    if reduce is None:
+        wide_x, wide_dy, w, b = widen(x, dy, w, b)
+        dx, dweight, dbias = backward(wide_x, wide_dy, w, b, k, eps, weight_offset)
+        dx = rounded(dx, x.dtype)
+    else:
+        sharded.check_reduce(reduce, p)
+        settings = sharded.Settings(False, eps, weight_offset)
+        dx, dweight, dbias = sharded.backward((x, dy, None), w, b, settings, reduce)
+    return RMSNormGrads(*into(restore([dx])[0], like(weight, dweight), like(bias, dbias)))
 
 
 @np.errstate(all="ignore")
@@ -115,6 +151,9 @@ def add_rms_norm(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
+    dtype: npt.DTypeLike | None = None,
+    round_xhat: bool = False,
+    reduce: Reduce | None = None,
     out: Array | None = None,
     residual_out: Array | None = None,
     backend: str | None = None,
@@ -132,12 +171,21 @@ def add_rms_norm(
     _arguments.check_given("residual", residual)
     names = "x", "residual", "out", "residual_out"
     parameters, outs = (weight, bias, weight_offset), (out, residual_out)
-    call = _arguments.Call(names, (x, residual), parameters, outs, eps, p, axis)
-    (x, residual), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
-    h = added(x, residual)  # (..., n), rounded to the residual's dtype: what follows is about the rounded h
-    wide_h, w, b = widen(h, w, b)
-    y = forward(wide_h, w, b, k, eps, weight_offset)  # (..., n)
-    return AddNorm(*restore([rounded(y, x.dtype), h]))
+    dtype = _arguments.result_dtype(dtype)
+    call = _arguments.Call(names, (x, residual), parameters, outs, eps, p, axis, dtype)
+    (x, residual), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=reduce is None)
+    through_dtype = x.dtype if check_flag("round_xhat", round_xhat) else None
+    # h (..., n) is rounded to the residual's dtype: what follows is about the rounded h
+    if reduce is None:
+        h = added(x, residual)
+        wide_h, w, b = widen(h, w, b, dtype=dtype)
+        y = rounded(forward(wide_h, w, b, k, eps, weight_offset, through_dtype), dtype or x.dtype)  # (..., n)
+    else:
+        sharded.check_reduce(reduce, p)
+        settings = sharded.Settings(False, eps, weight_offset, dtype or x.dtype, through_dtype)
+        h = sharded.summed(x, residual)
+        y = sharded.forward(h, w, b, settings, reduce)
+    return AddNorm(*restore([y, h]))
 
 
 @np.errstate(all="ignore")
@@ -152,7 +200,8 @@ def add_rms_norm_backward(
     p: float = 1.0,
     axis: int | tuple[int, ...] = -1,
     weight_offset: float = 0.0,
-    out: Array | None = None,
+    reduce: Reduce | None = None,
+    out: GradientsOut | None = None,
     backend: str | None = None,
 ) -> RMSNormGrads:
     """Gradients of `add_rms_norm`: `rmsnorm_np.add_rms_norm_backward`, in NumPy, for real and complex arrays.
@@ -166,10 +215,17 @@ def add_rms_norm_backward(
     """
     check_backend(backend)
     _arguments.check_given("dy", dy)
-    names = "h", "dy", "dh", "out"
-    call = _arguments.Call(names, (h, dy, dh), (weight, bias, weight_offset), (out,), eps, p, axis)
-    (h, dy, dh), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
-    wide_h, wide_dy, wide_dh, w, b = widen(h, dy, dh, w, b)
-    dx, dweight, dbias = backward(wide_h, wide_dy, w, b, k, eps, weight_offset)
-    dx = dx if wide_dh is None else wide_dh + dx  # (..., n): the gradient of both summands of h
-    return RMSNormGrads(restore([rounded(dx, h.dtype)])[0], like(weight, dweight), like(bias, dbias))
+    name, dx_out, into = _arguments.gradient_out(out, weight, bias)
+    names = "h", "dy", "dh", name
+    call = _arguments.Call(names, (h, dy, dh), (weight, bias, weight_offset), (dx_out,), eps, p, axis)
+    (h, dy, dh), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=reduce is None)
+    if reduce is None:
+        wide_h, wide_dy, wide_dh, w, b = widen(h, dy, dh, w, b)
+        dx, dweight, dbias = backward(wide_h, wide_dy, w, b, k, eps, weight_offset)
+        dx = dx if wide_dh is None else wide_dh + dx  # (..., n): the gradient of both summands of h
+        dx = rounded(dx, h.dtype)
+    else:
+        sharded.check_reduce(reduce, p)
+        settings = sharded.Settings(False, eps, weight_offset)
+        dx, dweight, dbias = sharded.backward((h, dy, dh), w, b, settings, reduce)
+    return RMSNormGrads(*into(restore([dx])[0], like(weight, dweight), like(bias, dbias)))

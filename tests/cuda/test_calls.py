@@ -86,3 +86,24 @@ def test_errors():
         rn.rms_norm(to_device(np.ones((2, 4), np.int64)), backend="cuda")
     with pytest.raises(TypeError, match="out has dtype float64, expected float32"):
         rn.rms_norm(device, out=to_device(np.ones((2, 4))), backend="cuda")
+
+
+def test_out_of_all_gradients(rng):
+    x, dy = rng.standard_normal((2, 4, 6)).astype(np.float32)
+    weight, bias = rng.standard_normal((2, 6)).astype(np.float32)
+    given = tuple(map(to_device, (dy, x, weight, bias)))
+    want = rn.rms_norm_backward(*given, backend="cuda")
+    outs = tuple(to_device(np.zeros_like(a)) for a in (x, weight, bias))
+    grads = rn.rms_norm_backward(*given, out=outs, backend="cuda")
+    for got, out, exact in zip(grads, outs, want, strict=True):
+        assert got is out
+        assert to_host(got).tobytes() == to_host(exact).tobytes()
+    some = rn.rms_norm_backward(*given, out=(None, outs[1], None), backend="cuda")
+    assert some.dweight is outs[1]
+    assert to_host(some.dx).tobytes() == to_host(want.dx).tobytes()
+    with pytest.raises(ValueError, match=r"^out\[1\] \(dweight\) and out\[2\] \(dbias\) share memory"):
+        rn.rms_norm_backward(*given, out=(None, outs[1], outs[1]), backend="cuda")
+    with pytest.raises(ValueError, match=r"^out\[1\] \(dweight\) is given, expected None without a weight"):
+        rn.rms_norm_backward(*given[:2], out=(None, outs[1], None), backend="cuda")
+    with pytest.raises(ValueError, match=r"^out\[2\] \(dbias\) has shape \(4, 6\), expected bias.shape \(6,\)"):
+        rn.rms_norm_backward(*given, out=(None, None, outs[0]), backend="cuda")

@@ -18,6 +18,7 @@ from tolerances import DX_ULP, Y_ULP, dx_terms, parameter_tolerance, spacing, ul
 
 import rmsnorm_np as rn
 from rmsnorm_np import _arguments
+from rmsnorm_np.reference._common import summed
 
 FUNCTIONS = ("rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward")
 
@@ -237,9 +238,17 @@ def calls(draw, mixed=True, most=200, special=True):
         if not (both if not mixed else draw(st.booleans())):
             continue
         fit = draw(st.sampled_from(fits or [()]))
-        if seldom():
+        lead = len(fit) - len(axes)
+        if lead > 0 and draw(st.booleans()):  # what broadcasts
+            ones = draw(st.lists(st.booleans(), min_size=lead, max_size=lead))
+            fit = (*(1 if one else length for one, length in zip(ones, fit, strict=False)), *fit[lead:])
+        elif seldom():
             fit = draw(st.sampled_from([(), (1,), (*fit, 1), (1, *fit), tuple(n + 1 for n in fit), fit[:-1]]))
-            if fit not in fits:
+            if not any(
+                len(fit) == len(whole) and fit[-len(axes) :] == whole[-len(axes) :]
+                and all(a in (1, b) for a, b in zip(fit, whole, strict=True))
+                for whole in fits
+            ):  # fmt: skip
                 refuse(name, ValueError)
         arrays[name] = array(name, fit, other())
 
@@ -444,8 +453,7 @@ def assert_close(call, given, got, want):
             open_rows = (name == "float64") & np.broadcast_to(overflows, x.shape).any(axis=-1, keepdims=True)
             term_of_w = np.where(lost, factor, np.maximum(size_of_dy * size, factor * np.abs(xw)))
             for parameter, term in ((w, term_of_w), (b, size_of_dy)):
-                shared = () if parameter is None else tuple(range(x.ndim - parameter.ndim))
-                terms.append(term.sum(axis=shared))
+                terms.append(term if parameter is None else summed(term, parameter.shape))
         # LayerNorm where x is its mean: whether infinity, or 1 / sqrt(0), meets zero or an error of rounding is open.
         # And where x vanishes beside the row's largest: whether infinity meets zero or a number.
         rounding = centred * np.finfo(np.float64).eps * largest

@@ -16,7 +16,9 @@ import atheris
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:3])
 
 # not the kernels' modules: Numba compiles what it finds there
-with atheris.instrument_imports(include=["rmsnorm_np._arguments", "rmsnorm_np._backends", "rmsnorm_np.norms"]):
+with atheris.instrument_imports(
+    include=[f"rmsnorm_np.{name}" for name in ("_arguments", "_backends", "norms", "layer_norms")]
+):
     from rmsnorm_np import _backends
 
 # what is imported above has to be instrumented before these import it

@@ -26,6 +26,10 @@ class NumPyEngine:
 
     arguments = _arguments
 
+    @staticmethod
+    def new_result(x, dtype):
+        return np.empty(x.shape, dtype)
+
     def forward(self, operation, reads, parameters, out, k, eps):
         x, residual = reads
         self._check(reads, parameters, out, eps)
@@ -33,12 +37,13 @@ class NumPyEngine:
         y = self._called(operation, (self._rows(x),), parameters, k, eps)
         return self._written(self._like(y, x), out[0]), None
 
-    def backward(self, operation, reads, parameters, out, k, eps):
+    def backward(self, operation, reads, parameters, out, k, eps, totals=(None, None)):
         x, dy, dh = reads
         self._check(reads, parameters, out, eps)
         assert dh is None
         dx, *gradients = self._called(operation, (self._rows(dy), self._rows(x)), parameters, k, eps)
-        return (self._written(self._like(dx, x), out[0]),), [*map(self._gathered, gradients, parameters)]
+        sums = map(self._gathered, gradients, parameters, totals)
+        return (self._written(self._like(dx, x), out[0]),), [*map(self._written, sums, totals)]
 
     def _called(self, operation, arrays, parameters, k, eps):
         (weight, bias, offset), x = parameters, arrays[-1]
@@ -60,7 +65,7 @@ class NumPyEngine:
         x, (weight, bias, offset), given_out = reads[0], parameters, out[0]
         for array in (*reads, weight, bias, *out):
             assert array is None or (type(array) is np.ndarray and array.ndim in (2, 3) and array.flags.carray)
-            assert array is None or array.dtype in (*_arguments._native_dtypes,)
+            assert array is None or array.dtype in (*_arguments.native_dtypes,)
         for array in reads:
             assert array is None or array.shape == x.shape
         rows = x.size // x.shape[1]
@@ -86,11 +91,12 @@ class NumPyEngine:
 
     @staticmethod
     @np.errstate(all="ignore")
-    def _gathered(gradient, parameter):
+    def _gathered(gradient, parameter, total):
         if parameter is None:
             return None
+        assert total is None or (total.shape == parameter.shape and total.flags.carray)
         wide = gradient.astype(np.longdouble).reshape(len(gradient) // max(1, len(parameter)), *parameter.shape)
-        return wide.sum(axis=0).astype(parameter.dtype)
+        return wide.sum(axis=0).astype((parameter if total is None else total).dtype)
 
     @staticmethod
     def _written(result, out):
