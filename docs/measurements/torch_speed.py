@@ -95,7 +95,7 @@ def models():
 
         for name, work in (("training step", step), ("16 prompt and 16 new tokens", decode)):
             both = {"before": lambda work=work: work(before), "after": lambda work=work: work(after)}
-            show(f"{name} {dtype}, ms", turns(both, 15, 0.0), 1e3)
+            show(f"{name} {dtype}, ms", turns(both, 9, 0.0), 1e3)
 
 
 if __name__ == "__main__":
