@@ -1,8 +1,8 @@
 """Times of `rmsnorm_np.torch` beside PyTorch's own, as in docs/pytorch.md.
 
-``python docs/measurements/torch_speed.py [norms] [models]`` prints tables. Contenders take turns, and what counts is the
-median of the ratios of their turns, so that a machine that others use does less harm. torch and transformers have to be
-installed, and a C++ compiler.
+``python docs/measurements/torch_speed.py [--one-thread] [norms] [models]`` prints tables. Contenders take turns, and what
+counts is the median of the ratios of their turns. --one-thread measures CPU time instead of wall time, which a machine
+that others use disturbs less. torch and transformers have to be installed, and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import copy
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import rms_norm
 
+import rmsnorm_np as rn
 import rmsnorm_np.torch as rt
+from rmsnorm_np.cpu import describe
+
+clock = time.perf_counter
 
 
 def turns(calls, rounds=41, seconds=0.02):
@@ -24,16 +29,16 @@ def turns(calls, rounds=41, seconds=0.02):
     for name, call in calls.items():
         call()
         call()
-        start = time.perf_counter()
+        start = clock()
         call()
-        counts[name] = max(1, min(2000, int(seconds / (time.perf_counter() - start))))
+        counts[name] = max(1, min(2000, int(seconds / (clock() - start))))
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(counts[name]):
                 call()
-            times[name].append((time.perf_counter() - start) / counts[name])
+            times[name].append((clock() - start) / counts[name])
     first = times[next(iter(calls))]
     table = {}
     for name, own in times.items():
@@ -48,6 +53,10 @@ def show(title, table, unit=1e6):
         print(f"    {name:28} {middle * unit:10.1f}   x {ratio:5.2f}  ({low:.2f} to {high:.2f})", flush=True)
 
 
+def gradients(norm, x, w, dy):
+    return torch.autograd.grad(norm(x, w), (x, w), dy)
+
+
 def norms():
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((1, 768), (512, 768), (2048, 4096)):
@@ -55,16 +64,16 @@ def norms():
             x, dy = torch.randn(2, *shape, dtype=dtype)
             w = torch.rand(n, dtype=dtype)
             torch.compiler.reset()
-            compiled = torch.compile(lambda x, w, n=n: F.rms_norm(x, n, w, 1e-6), dynamic=False)
+            compiled = torch.compile(lambda x, w, n=n: rms_norm(x, n, w, 1e-6), dynamic=False)
             calls = {
-                "F.rms_norm": lambda x, w, n=n: F.rms_norm(x, n, w, 1e-6),
+                "F.rms_norm": lambda x, w, n=n: rms_norm(x, n, w, 1e-6),
                 "F.rms_norm compiled": compiled,
                 "rmsnorm_np.torch": lambda x, w, n=n: rt.rms_norm(x, n, w, 1e-6),
             }
             with torch.no_grad():
-                show(f"forward {shape} {dtype}, µs", turns({k: lambda f=f: f(x, w) for k, f in calls.items()}))
+                show(f"forward {shape} {dtype}, µs", turns({k: partial(f, x, w) for k, f in calls.items()}))
             xg, wg = x.clone().requires_grad_(), w.clone().requires_grad_()
-            both = {k: lambda f=f: torch.autograd.grad(f(xg, wg), (xg, wg), dy) for k, f in calls.items()}
+            both = {k: partial(gradients, f, xg, wg, dy) for k, f in calls.items()}
             show(f"forward and backward {shape} {dtype}, µs", turns(both))
 
 
@@ -94,18 +103,19 @@ def models():
                     out = model(input_ids=last, past_key_values=out.past_key_values, use_cache=True)
 
         for name, work in (("training step", step), ("16 prompt and 16 new tokens", decode)):
-            both = {"before": lambda work=work: work(before), "after": lambda work=work: work(after)}
+            both = {"before": partial(work, before), "after": partial(work, after)}
             show(f"{name} {dtype}, ms", turns(both, 9, 0.0), 1e3)
 
 
 if __name__ == "__main__":
+    asked = sys.argv[1:]
     torch.set_num_threads(2)
-    asked = sys.argv[1:] or ["norms", "models"]
-    for name in asked:
+    if "--one-thread" in asked:
+        asked.remove("--one-thread")
+        torch.set_num_threads(1)
+        rn.set_num_threads(1)
+        clock = time.thread_time
+    for name in asked or ["norms", "models"]:
         {"norms": norms, "models": models}[name]()
-    from rmsnorm_np.cpu import describe
-
     about = describe()
     print({key: about[key] for key in ("cpu", "threads", "threading_layer")}, "torch", torch.__version__)
-    maps = open("/proc/self/maps").read()
-    print({line.split()[-1] for line in maps.splitlines() if "gomp" in line or "tbb" in line})
