@@ -1,8 +1,8 @@
 """Times of `rmsnorm_np.torch` beside PyTorch's own, as in docs/pytorch.md.
 
-``python docs/measurements/torch_speed.py [--one-thread] [norms] [models]`` prints tables. Contenders take turns, and what
-counts is the median of the ratios of their turns. --one-thread measures CPU time instead of wall time, which a machine
-that others use disturbs less. torch and transformers have to be installed, and a C++ compiler.
+``python docs/measurements/torch_speed.py [--one-thread] [norms] [models]`` prints tables. Contenders take turns, and
+what counts is the median of the ratios of their turns. --one-thread measures CPU time instead of wall time, which a
+machine that others use disturbs less. torch and transformers have to be installed, and a C++ compiler.
 """
 
 from __future__ import annotations
