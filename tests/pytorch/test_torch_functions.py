@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -151,6 +153,15 @@ def test_errors_name_what_is_wrong():
         rt.rms_norm(x, (N,), w, -1.0)
     with pytest.raises(NotImplementedError, match="rmsnorm_np::rms_norm"):
         rt.rms_norm(x.to_sparse(), (N,))
+
+
+@pytest.mark.usefixtures("on_reference")
+def test_the_page():
+    """The code of docs/pytorch.md, from top to bottom."""
+    page = (Path(__file__).parents[2] / "docs" / "pytorch.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len(code) == 2
+    exec(compile("\n".join(code), "pytorch.md", "exec"), {})
 
 
 @pytest.mark.usefixtures("on_reference")
