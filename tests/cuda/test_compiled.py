@@ -70,7 +70,7 @@ def plan(n, x, *, backward=False, op="layer", weight=None, aligned=True, partial
     if op not in ("rms", "layer"):
         reads, writes = (kind(*[x] * len(kind._fields)) for kind in (operation.Reads, operation.Writes))
         columns = operation.Columns(*[weight] * (len(operation.Columns._fields) - 1))
-        totals = Totals(backward or None, backward and hasattr(columns, "bias") or None)
+        totals = Totals(backward or None, (backward and hasattr(columns, "bias")) or None)
     else:
         reads, writes = operation.Reads(*[x] * (1 + backward)), operation.Writes(x)
         totals = Totals(True, centred or None) if backward else Totals()

@@ -23,8 +23,10 @@ GATED_BACKWARD = {True: gated.NORM_FIRST_BACKWARD, False: gated.GATE_FIRST_BACKW
 JVP = {"rms": jvp.RMS_NORM_JVP, "layer": jvp.LAYER_NORM_JVP}
 DOUBLE = {"rms": double.RMS_NORM_DOUBLE_BACKWARD, "layer": double.LAYER_NORM_DOUBLE_BACKWARD}
 L = np.longdouble
-SIZES = [("float32", 1, None), ("float32", 7, 2), ("float32", 1000, None), ("bfloat16", 1000, 300), ("bfloat16", 7, None),
-         ("float64", 7, 3), ("float64", 1000, None), ("float16", 40, None)]  # fmt: skip
+SIZES = [
+    ("float32", 1, None), ("float32", 7, 2), ("float32", 1000, None), ("bfloat16", 7, None), ("bfloat16", 1000, 300),
+    ("float64", 7, 3), ("float64", 1000, None), ("float16", 40, None),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
