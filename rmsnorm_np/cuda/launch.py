@@ -157,7 +157,8 @@ class Plan:
         if self.split:
             return 0 if self.backward else 3
         if not self.backward:
-            return 1024 // self.block if self.work == "pair" and self.block > BLOCK else 0
+            large = self.block > BLOCK and ITEMSIZE[self.kinds.about] == 4
+            return 1024 // self.block if self.work == "pair" and large else 0
         sums = sum(1 for there in self.kinds.totals if there)
         if self.work == "single":
             return max(1, (256 if sums > 1 else 384) // self.block)
