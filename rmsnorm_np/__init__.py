@@ -23,7 +23,7 @@ from rmsnorm_np.quantized import quantized_rms_norm
 from rmsnorm_np.reference import AddNorm, DoubleGrads, GatedNormGrads, LayerNormGrads, Quantized, RMSNormGrads
 from rmsnorm_np.residual import add_layer_norm, add_layer_norm_backward, add_rms_norm, add_rms_norm_backward
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AddNorm",

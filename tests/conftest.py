@@ -23,8 +23,8 @@ collect_ignore = [
 BACKENDS = ("reference", "cpu")
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64))
 
-# `pytest` alone runs the tests that have none of these marks, and nothing of the folders in `EXTRAS`. A test that has some
-# runs if each of them is asked for.
+# `pytest` alone runs the tests that have none of these marks, and nothing of the folders in `EXTRAS`. A test that has
+# some runs if each of them is asked for.
 TIERS = {
     "engine": "every dtype and combination of arguments, threads, processes",
     "slow": "long fuzzing, leaks, memory safety",

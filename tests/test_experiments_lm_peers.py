@@ -153,5 +153,7 @@ def test_norms_are_timed_one_by_one(tmp_path):
 
 
 def test_squares_above_the_range_are_counted():
-    rows = lm_page.size_table({"first": [200.0, 300.0, 255.0, 500.0], "others": [1.0] * 4}).split("\n")[2:]
+    largest = {"first": [200.0, 300.0, 255.0, 500.0], "others": [1.0] * 4}
+    *rows, _, lost = lm_page.size_table({"largest": largest, "zeros": 3, "tokens": 5}).split("\n")[2:]
     assert rows == ["| the first | 500 | 2 of 4, the first of them number 2 |", "| all others | 1 | none |"]
+    assert lost.endswith("3 of 5.")

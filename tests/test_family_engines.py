@@ -217,9 +217,9 @@ def test_nan_and_infinity_stay_in_their_row(op, dtype, bad, rng):
                 continue
             others = np.arange(9) != place[0]
             assert result[others].tobytes() == clean[one][others].tobytes()
-            silent = np.isfinite(result[place[0]].astype(np.float64)).all()
-            # silu(-inf) is NaN, as -inf · 0 is; y does not depend on the gate of another element
-            assert not silent, f"{one} does not show {bad} of {name}"
+            if (one, name) != ("ddy", "dy"):  # which does not depend on it
+                silent = np.isfinite(result[place[0]].astype(np.float64)).all()
+                assert not silent, f"{one} does not show {bad} of {name}"
 
 
 @operations(np.float32, np.float64, BFLOAT16, first_tier=FIRST_TIER)

@@ -117,11 +117,17 @@ class Watched(lm.Separate):
 
 
 def measure_size(facts, arrays, tokens):
-    """The largest |element| of h at each of the 61 norms: of the first token, and of all others."""
+    """The largest |element| of h at each of the 61 norms, of the first token and of all others; in float16, how many
+    tokens are zeros after the last norm, if NumPy operations compute all of them.
+    """  # fmt: skip
     model = lm.build(facts, arrays, Watched)
     lm.forward(model, tokens, lm.Cache(model, len(tokens)))
     largest = np.array([norm.largest for norm in model.norms])  # (61, T)
-    return {"first": largest[:, 0].tolist(), "others": largest[:, 1:].max(axis=1).tolist()}
+    half = lm.build(facts, arrays, lm.Separate, np.float16)
+    with np.errstate(over="ignore"):
+        y = lm.forward(half, tokens, lm.Cache(half, len(tokens)))  # (T, d)
+    lost = {"zeros": int(np.sum(np.all(y == 0, axis=-1))), "tokens": len(tokens)}
+    return {"largest": {"first": largest[:, 0].tolist(), "others": largest[:, 1:].max(axis=1).tolist()}, **lost}
 
 
 def measure_agreement(facts, arrays, tokens):
@@ -191,11 +197,14 @@ def size_table(stored):
     """Where the squares of h are above float16's range."""
     limit = np.sqrt(np.finfo(np.float16).max)
     rows = []
-    for token, largest in stored.items():
+    for token, largest in stored["largest"].items():
         over = np.flatnonzero(np.array(largest) > limit)
         which = f"{len(over)} of {len(largest)}, the first of them number {over[0] + 1}" if len(over) else "none"
         rows.append(({"first": "the first", "others": "all others"}[token], f"{max(largest):,.0f}", which))
-    return table(("token", "largest element of h", "norms with a square above 65,504"), *rows)
+    lost = (
+        f"Rows of zeros after the last norm, in float16 by NumPy operations: {stored['zeros']} of {stored['tokens']}."
+    )
+    return table(("token", "largest element of h", "norms with a square above 65,504"), *rows) + f"\n\n{lost}"
 
 
 def agreement_table(stored):

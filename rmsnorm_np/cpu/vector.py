@@ -173,8 +173,8 @@ class Number:
     def exponential(self) -> Number:
         return functions.exponential(self)  # type: ignore[no-any-return]
 
-    def in_dtype(self, name: str) -> Number:
-        return functions.in_dtype(self, name)  # type: ignore[no-any-return]
+    def in_dtype(self, name: str, tail: Number | None = None) -> Number:
+        return functions.in_dtype(rounded(Pair(self, tail)), name)  # type: ignore[no-any-return]
 
     def as_single(self) -> Number:
         return self.to(Leaf("f32", self.leaf.lanes)).to(self.leaf)

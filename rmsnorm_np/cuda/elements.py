@@ -29,8 +29,8 @@ class Place(NamedTuple):
 class Size(NamedTuple):
     """The numbers of a call: rows of n elements, k of them in the RMS.
 
-    m: rows of the totals; weight_m, bias_m: of columns like weight and like bias, where row r uses row r % weight_m. chunks: how many
-    blocks share a row of the totals.
+    m: rows of the totals; weight_m, bias_m: of columns like weight and like bias, where row r uses row r % weight_m.
+    chunks: how many blocks share a row of the totals.
     """
 
     rows: Any

@@ -23,6 +23,7 @@ FORWARD_WARP_TRIPS = 8  # one warp needs no barrier: worth more vectors per thre
 FORWARD_LONG_TRIPS = 8  # 32 registers for the row; 64 KB of it in a block
 BOTH_SUMS_VECTORS = 1024  # of half types: beyond, 512 threads of 128 registers keep a third of the sums in memory
 BACKWARD_TRIPS = 4  # a vector of half floats is 4 registers of x, 4 of dy, 4 of weight, 8 of dweight, 8 of dbias
+BACKWARD_WORDS = 60  # of a thread's rows, columns and sums, for other operations than norms
 
 # Vectors of a row whose sums need the rounding error of every product. A vector's sum in plain float32 is off by half
 # an ULP or so; over as many vectors as this, a fifth of that is left.
@@ -91,13 +92,6 @@ class Kinds(NamedTuple):
     def marks(self) -> bool:
         """Whether rows may leave the range: those of float16 alone cannot, where nothing is computed but the norm."""
         return not self.operation.singles or any(name != "float16" for name in self.names)
-
-    @property
-    def several(self) -> bool:
-        """Whether a thread keeps more arrays than those of a norm: x forward; x, dy, dh and weight backward."""
-        if self.operation.share is None:
-            return not self.operation.keep and sum(1 for name in self.reads if name) > 1
-        return sum(1 for name in (*self.reads, *self.columns[:-1]) if name) > 4
 
 
 @dataclass(frozen=True)
@@ -206,15 +200,15 @@ def plan_for(n: int, kinds: Kinds, aligned: bool, capability: Capability) -> Pla
     lanes = BYTES // ITEMSIZE[kinds.about]
     vectors = -(-n // lanes)
     trips = FORWARD_TRIPS
-    fewer = 2 if kinds.several else 1
     if kinds.operation.share is None:
-        trips //= fewer
-        shape = team_shape(vectors, trips, FORWARD_WARP_TRIPS // fewer, FORWARD_LONG_TRIPS // fewer)
+        held = [kinds.about] if kinds.operation.keep else [name for name in kinds.reads if name]
+        trips, *more = (
+            max(1, most * BYTES // 4 // sum(words_of(name, lanes) for name in held))
+            for most in (FORWARD_TRIPS, FORWARD_WARP_TRIPS, FORWARD_LONG_TRIPS)
+        )
+        shape = team_shape(vectors, trips, *more)
     else:
-        # Wider arrays than x and wider sums take more registers: fewer vectors then.
-        widest = max(words_of(name, lanes) * 4 for name in kinds.reads if name)
-        trips = BACKWARD_TRIPS // fewer
-        trips = 1 if kinds.work == "double" else max(1, trips // 2) if widest > BYTES else trips
+        trips = _backward_trips(kinds, lanes)
         shape = team_shape(vectors, trips, trips, trips)
         if kinds.work == "single" and all(kinds.totals) and vectors > BOTH_SUMS_VECTORS:
             shape = None
@@ -223,6 +217,18 @@ def plan_for(n: int, kinds: Kinds, aligned: bool, capability: Capability) -> Pla
     teams = BLOCK // team if team <= WARP and not split else 1  # warps of one row meet at barriers of the whole block
     full = n % (team * trips * lanes) == 0
     return Plan(kinds, aligned, capability, split, team, teams, trips, full, kinds.work)
+
+
+def _backward_trips(kinds: Kinds, lanes: int) -> int:
+    """Vectors of a thread: wider arrays than x, wider sums and more of both take more registers."""
+    read = [words_of(name, lanes) for name in kinds.reads if name]
+    if kinds.work == "double":
+        return 1
+    if kinds.operation.singles:
+        return BACKWARD_TRIPS // 2 if max(read) * 4 > BYTES else BACKWARD_TRIPS
+    size = 2 if kinds.work == "exact" else 1
+    kept = [name for name in (*kinds.columns[:-1], *kinds.totals) if name]
+    return max(1, min(BACKWARD_TRIPS, BACKWARD_WORDS // (sum(read) + len(kept) * lanes * size)))
 
 
 def rare_plan(plan: Plan) -> Plan:

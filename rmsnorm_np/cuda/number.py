@@ -185,10 +185,8 @@ class Number:
         shifted = a * (1 / math.log(2)) + how.rounding
         k = shifted - how.rounding
         r = (-k).fma(how.low, (-k).fma(how.high, a))
-        square = r * r
-        factors = [1 / math.factorial(j) for j in range(how.terms)]
-        even, odd = (square.polynomial(factors[first::2]) for first in (2, 1))
-        value = even.fma(square, odd * r) + 1.0  # the one last: what is added to it is smaller
+        series = r.polynomial([1 / math.factorial(j) for j in range(2, how.terms)])
+        value = series.fma(r * r, r) + 1.0  # the one last: what is added to it is smaller
         words = [b.bitcast(number.value, how.word) for number in (shifted, shifted.constant(how.rounding))]
         whole, digits = b.sub(*words), how.word(how.digits)
         half = b.ashr(whole, how.word(1))

@@ -22,8 +22,8 @@ from rmsnorm_np.ops.records import given, mapped
 # Squares and products between these and their inverses lose nothing that counts.
 BOUNDS = {"single": 2.0**90, "pair": 2.0**90, "double": 2.0**300, "exact": 2.0**300}
 LEAST_NUMBER, MOST_NUMBER = 2.0**-110, 2.0**120  # of a row's numbers in float32, so that tails have their digits
-# Of what is summed over rows in float32: far from the end of the range, in any number of rows. And where it is a product
-# of two arrays, and of a row's number beside them, of each of these.
+# Of what is summed over rows in float32: far from the end of the range, in any number of rows. And where that is a
+# product of two arrays, beside a row's number, of each of the two.
 MOST_SHARE, MOST_FACTOR = 2.0**80, 2.0**26
 
 

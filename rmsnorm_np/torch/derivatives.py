@@ -43,10 +43,7 @@ def _differentiable(op: Operator, tensors: int, saved: Callable[..., Any], backw
     returns_list = not isinstance(overload._schema.returns[0].type, _C.TensorType)
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-        if (keyset & _COMPUTES).raw_repr() == _CPU:
-            results = run(*args)
-        else:
-            results = _redispatch(overload, keyset, args)
+        results = run(*args) if _is_plain(keyset) else _redispatch(overload, keyset, args)
         kept = saved(*args[:tensors], results)
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
@@ -64,10 +61,12 @@ def _differentiable(op: Operator, tensors: int, saved: Callable[..., Any], backw
         return jvp(ctx, *tangents[:tensors])
 
     methods = {"forward": forward, "backward": with_options, "jvp": without_options}
-    function = type(op.name, (_SingleLevelFunction,), {key: staticmethod(method) for key, method in methods.items()})
+    function: Any = type(
+        op.name, (_SingleLevelFunction,), {key: staticmethod(method) for key, method in methods.items()}
+    )
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if (keyset & _COMPUTES).raw_repr() == _CPU:  # no compiler, transform or mode is looking on
+        if _is_plain(keyset):
             if forward_ad._current_level < 0 and not (
                 torch.is_grad_enabled() and _C._any_requires_grad(*args[:tensors])
             ):
@@ -81,6 +80,11 @@ def _differentiable(op: Operator, tensors: int, saved: Callable[..., Any], backw
         return list(results) if returns_list else results
 
     operators.register_autograd(op, kernel)
+
+
+def _is_plain(keyset: Any) -> bool:
+    """Whether nothing comes between autograd and what runs on the CPU: no compiler, transform or mode."""
+    return (keyset & _COMPUTES).raw_repr() == _CPU  # type: ignore[no-any-return]
 
 
 def _redispatch(overload: Any, keyset: Any, args: Any) -> Any:

@@ -75,7 +75,7 @@ def rms_norm(
     tensor([[0.8485, 1.1314]])
     """
     ndim, eps = _checked(input, normalized_shape), _eps(input, eps)
-    return RMS_NORM.forward(input, weight, None, ndim, eps, weight_offset, round_xhat)  # type: ignore[no-any-return]
+    return RMS_NORM.forward(input, weight, None, ndim, eps, weight_offset, round_xhat)
 
 
 def layer_norm(
@@ -120,7 +120,7 @@ def layer_norm(
     tensor([[0., 2.]])
     """
     ndim = _checked(input, normalized_shape)
-    return LAYER_NORM.forward(input, weight, bias, ndim, eps, weight_offset, False)  # type: ignore[no-any-return]
+    return LAYER_NORM.forward(input, weight, bias, ndim, eps, weight_offset, False)
 
 
 def add_rms_norm(
@@ -238,4 +238,5 @@ def _check_dtype(name: str, tensor: Tensor) -> None:
 def _eps(input: Tensor, eps: float | None) -> float:
     if eps is not None:
         return eps
-    return torch.finfo(torch.float64 if input.dtype is torch.float64 else torch.float32).eps
+    of: float = torch.finfo(torch.float64 if input.dtype is torch.float64 else torch.float32).eps
+    return of

@@ -93,6 +93,7 @@ class Operator(NamedTuple):
     name: str
 
     def __call__(self, *args: Any) -> Any:
+        """As any PyTorch operator is called, with autograd and all else."""
         return self.overload(*args)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -49,8 +50,8 @@ class _Guess(NamedTuple):
 def replace_norms(model: torch.nn.Module) -> Replaced:
     """Replace the RMSNorm and LayerNorm modules of a model by those of this library, in place.
 
-    A module is replaced if its class has "norm" in its name and it computes, on random rows with random parameters, what
-    one of this library's modules does: RMSNorm or LayerNorm, with the weight or 1 + the weight (Gemma), with the
+    A module is replaced if its class has "norm" in its name and it computes, on random rows with random parameters,
+    what one of this library's modules does: RMSNorm or LayerNorm, with the weight or 1 + the weight (Gemma), with the
     normalised row rounded to 16 bits before the weight (Llama, Qwen, Mistral) or not. It is tried in its own dtype, in
     bfloat16, and with float32 parameters on bfloat16 rows. Everything else stays as it is.
 
@@ -114,8 +115,10 @@ def _replacement(module: torch.nn.Module) -> torch.nn.Module | str:
     if found.centred:
         new = LayerNorm(own_shape, found.eps, elementwise_affine=False, weight_offset=found.weight_offset)
     else:
-        rest = {"weight_offset": found.weight_offset, "round_xhat": found.round_xhat}
-        new = RMSNorm(own_shape, found.eps, elementwise_affine=False, **rest)
+        new = RMSNorm(
+            own_shape, found.eps, elementwise_affine=False, weight_offset=found.weight_offset,
+            round_xhat=found.round_xhat,
+        )  # fmt: skip
     new.weight, new.elementwise_affine = weight, weight is not None
     if bias is not None:
         new.bias = bias
@@ -170,7 +173,8 @@ def _confirmed(
     rows = torch.randn((2, len(_SCALES), *shape), generator=random)
     x = (rows * torch.tensor(_SCALES).reshape(-1, *(1 for _ in shape))).to(x_dtype)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it may warn of the mixture of dtypes
             y = tried(x.clone())
     except Exception:  # noqa: BLE001 (it is anybody's code, and one that fails is not a norm of such rows)
         return []

@@ -21,6 +21,9 @@ from numba.cuda.cudadrv import nvvm
 from rmsnorm_np.cuda import launch, rare, schedule
 from rmsnorm_np.cuda.kernel import linker
 from rmsnorm_np.cuda.words import STORED
+from rmsnorm_np.ops.double import LAYER_NORM_DOUBLE_BACKWARD
+from rmsnorm_np.ops.gated import GATE_FIRST, GATE_FIRST_BACKWARD, NORM_FIRST_BACKWARD
+from rmsnorm_np.ops.jvp import LAYER_NORM_JVP
 from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
 from rmsnorm_np.ops.operation import Columns, Totals
 from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
@@ -53,18 +56,26 @@ OPERATIONS = {
     ("rms", True): RMS_NORM_BACKWARD,
     ("layer", False): LAYER_NORM,
     ("layer", True): LAYER_NORM_BACKWARD,
+    ("gated", False): GATE_FIRST,
+    ("gated", True): GATE_FIRST_BACKWARD,
+    ("norm first", True): NORM_FIRST_BACKWARD,
+    ("along", False): LAYER_NORM_JVP,
+    ("along", True): LAYER_NORM_DOUBLE_BACKWARD,
 }
 
 
 def plan(n, x, *, backward=False, op="layer", weight=None, aligned=True, partial=False, capability=(9, 0)):
-    """LayerNorm holds more than RMSNorm does: weight, bias and weight_offset."""
+    """LayerNorm holds more than RMSNorm does: weight, bias and weight_offset; other operations hold all they can."""
     operation, centred, weight = OPERATIONS[op, backward], op == "layer", weight or x
-    if backward:
-        reads, columns, totals = operation.Reads(x, x), Columns(weight), Totals(True, centred or None)
+    if op not in ("rms", "layer"):
+        reads, writes = (kind(*[x] * len(kind._fields)) for kind in (operation.Reads, operation.Writes))
+        columns = operation.Columns(*[weight] * (len(operation.Columns._fields) - 1))
+        totals = Totals(backward or None, (backward and hasattr(columns, "bias")) or None)
     else:
-        reads, columns, totals = operation.Reads(x), Columns(weight, weight if centred else None), Totals()
-    columns = columns._replace(weight_offset=centred or None)
-    kinds = launch.Kinds(operation, reads, columns, operation.Writes(x), totals, partial)
+        reads, writes = operation.Reads(*[x] * (1 + backward)), operation.Writes(x)
+        totals = Totals(True, centred or None) if backward else Totals()
+        columns = Columns(weight, weight if centred and not backward else None, centred or None)
+    kinds = launch.Kinds(operation, reads, columns, writes, totals, partial)
     return launch.plan_for(n, kinds, aligned, capability)
 
 
@@ -152,6 +163,19 @@ CASES = [
     {"n": 2**18, "x": "bfloat16", "backward": True, "weight": "float32"},
     {"n": 2**18, "x": "float16", "backward": True, "weight": "float64"},
     {"n": 4096, "x": "bfloat16", "backward": True, "op": "rms", "capability": (7, 5)},  # rounds to bfloat16 itself
+    # and of other operations
+    {"n": 16384, "x": "bfloat16", "op": "gated"},
+    {"n": 8192, "x": "float32", "op": "gated"},
+    {"n": 2**18, "x": "float32", "op": "gated"},
+    {"n": 8192, "x": "float32", "op": "along"},
+    {"n": 4096, "x": "float64", "op": "along"},
+    {"n": 4096, "x": "bfloat16", "backward": True, "op": "gated"},
+    {"n": 4096, "x": "float32", "backward": True, "op": "norm first"},
+    {"n": 2048, "x": "float64", "backward": True, "op": "norm first"},
+    {"n": 2**18, "x": "bfloat16", "backward": True, "op": "gated"},
+    {"n": 4096, "x": "float32", "backward": True, "op": "along"},
+    {"n": 2048, "x": "float64", "backward": True, "op": "along", "spills": 320},
+    {"n": 2**18, "x": "float64", "backward": True, "op": "along"},
 ]
 EVERYWHERE = [*CASES[9:11], *CASES[18:19], CASES[21]]  # each kernel, on each generation of GPUs
 NEWEST = (10, 0)  # libNVVM has another, newer LLVM from here on

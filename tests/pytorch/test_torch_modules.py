@@ -71,6 +71,10 @@ def plain(xhat, weight, dtype):
     return (xhat * weight.float()).to(dtype)
 
 
+def t5(xhat, weight, dtype):
+    return weight * xhat.to(weight.dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("formula", "weight_offset", "round_xhat"), [(llama, 0.0, True), (gemma, 1.0, False), (plain, 0.0, False)]
@@ -109,7 +113,7 @@ class BrokenNorm(Norm):
     [
         (Norm(lambda xhat, weight, dtype: weight * xhat.to(dtype) + 0.001), "computes something else"),
         (Norm(lambda xhat, weight, dtype: (weight + 0.5) * xhat.to(dtype)), "computes something else"),
-        (Norm(lambda xhat, weight, dtype: weight * xhat), "with float32 parameters on bfloat16 rows"),
+        (Norm(t5), "with float32 parameters on bfloat16 rows"),
         (Norm(lambda xhat, weight, dtype: (llama(xhat, weight, dtype), xhat)), "computes something else"),
         (BrokenNorm(llama), "computes something else"),
         (WithGateNorm(llama), "it is called with x, gate"),
@@ -127,7 +131,6 @@ def test_what_is_not_known_is_kept(norm, reason):
     done = rt.replace_norms(model)
     assert model["a"] is norm
     assert done.replaced == {}
-    assert [*done.kept] == ["a"]
     assert reason in done.kept["a"]
 
 

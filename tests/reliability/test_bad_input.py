@@ -64,7 +64,8 @@ class NumPyEngine:
     def _check(reads, parameters, out, eps):
         x, (weight, bias, offset), given_out = reads[0], parameters, out[0]
         for array in (*reads, weight, bias, *out):
-            assert array is None or (type(array) is np.ndarray and array.ndim in (2, 3) and array.flags.carray)
+            assert array is None or (type(array) is np.ndarray and array.ndim in (2, 3))
+            assert array is None or (array.flags.c_contiguous and array.flags.aligned)  # it may be read-only
             assert array is None or array.dtype in (*_arguments.native_dtypes,)
         for array in reads:
             assert array is None or array.shape == x.shape
@@ -77,6 +78,7 @@ class NumPyEngine:
         assert type(eps) is type(offset) is float
         assert 0.0 <= eps < np.inf
         if given_out is not None:
+            assert given_out.flags.carray
             assert (given_out.shape, given_out.dtype) == (x.shape, x.dtype)
             for array in reads:
                 if array is not None and np.may_share_memory(given_out, array):
