@@ -14,6 +14,8 @@ import pytest
 import rmsnorm_np as rn
 from rmsnorm_np import _arguments, _broadcast
 
+pytestmark = pytest.mark.engine  # kernels of float64
+
 OPS = ("rms", "layer", "add_rms", "add_layer")
 CLOSE = {"rtol": 1e-13, "atol": 1e-13}
 

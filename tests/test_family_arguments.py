@@ -16,6 +16,8 @@ from tolerances import Y_ULP, worst_ulp
 import rmsnorm_np as rn
 from rmsnorm_np import reference
 
+pytestmark = pytest.mark.engine  # many combinations of dtypes
+
 L = np.longdouble
 NAMES = [dtype.name for dtype in DTYPES]
 FORWARD = {"rms": rn.rms_norm, "layer": rn.layer_norm, "add_rms": rn.add_rms_norm, "add_layer": rn.add_layer_norm}
@@ -65,7 +67,6 @@ def y_and_terms(xhat, weight, bias, weight_offset=0.0):
 @pytest.mark.parametrize("shape", [(5, 37), (2, 3, 8), (1, 1), (3, 1), (4,)], ids=str)
 @pytest.mark.parametrize("y_name", NAMES)
 @pytest.mark.parametrize("x_name", NAMES)
-@pytest.mark.engine
 def test_y_is_rounded_once_to_the_dtype_asked_for(op, x_name, y_name, shape, backend, rng):
     x, residual, weight, bias = arrays(rng, shape, np.dtype(x_name))
     y = call(op, x, residual, weight, bias, dtype=y_name, weight_offset=0.5, backend=backend)
@@ -171,7 +172,6 @@ def test_out_must_have_the_dtype_asked_for(op, backend):
 
 @pytest.mark.parametrize("shape", [(6, 37), (2, 3, 8), (3, 1)], ids=str)
 @pytest.mark.parametrize("y_name", [None, "float32"])
-@pytest.mark.engine
 def test_xhat_is_rounded_before_the_weight(op, y_name, shape, dtype, backend, rng):
     x, residual, weight, bias = arrays(rng, shape, dtype)
     kept = [a.copy() for a in (x, residual, weight, bias)]

@@ -10,6 +10,8 @@ import pytest
 import rmsnorm_np as rn
 from rmsnorm_np import reference
 
+pytestmark = pytest.mark.engine  # kernels of float64
+
 FUNCTIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "l2_norm")
 SHAPE = (2, 3, 5)
 
