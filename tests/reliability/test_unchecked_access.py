@@ -39,6 +39,14 @@ def test_no_call_reaches_outside_its_arrays(case):
 # ------------------------------------------------------------------------ what kernels are called with
 
 
+def kind(value):
+    """What a kernel is compiled for: it does not ask whether an array is read-only, and writes to none that it reads."""
+    if isinstance(value, tuple):
+        return tuple(map(kind, value))
+    found = numba.typeof(value)
+    return found.copy(readonly=False) if isinstance(found, numba.types.Array) else found
+
+
 class Recorder:
     """Stands for the machine code of a kernel: one combination of types, as that is all it was compiled for."""
 
@@ -46,7 +54,7 @@ class Recorder:
         self.label, self.types = label, None
 
     def __call__(self, *args):
-        found = tuple(map(numba.typeof, args))
+        found = kind(args)
         first = self.types is None
         self.types = self.types or found
         assert found == self.types, f"{self.label}: one key, two kinds of arguments"
