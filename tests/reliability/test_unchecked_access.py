@@ -40,7 +40,7 @@ def test_no_call_reaches_outside_its_arrays(case):
 
 
 def kind(value):
-    """What a kernel is compiled for: it does not ask whether an array is read-only, and writes to none that it reads."""
+    """What a kernel is compiled for: whether an array is read-only makes no difference."""
     if isinstance(value, tuple):
         return tuple(map(kind, value))
     found = numba.typeof(value)
@@ -96,6 +96,7 @@ class Recorder:
         assert marks is None or marks.shape == (rows,)
         assert rows % weight_m == rows % bias_m == 0
         self.check_arrays((*reads, *writes), n, {rows})
+        assert all(a is None or a.flags.writeable for a in writes), f"{self.label}: an array to write to is read-only"
         self.check_arrays(columns[:2], n, {weight_m, bias_m})
         if streaming and n <= blocks.SHORT_ROW:
             assert writes[0].ctypes.data % memory.LINE == 0
@@ -103,7 +104,8 @@ class Recorder:
     def check_arrays(self, arrays, n, lengths):
         for array in arrays:
             if array is not None:
-                assert array.flags.carray, f"{self.label}: an array is not contiguous, aligned and writable"
+                assert array.flags.c_contiguous, f"{self.label}: an array is not contiguous"
+                assert array.flags.aligned, f"{self.label}: an array is not aligned"
                 assert array.shape[1] == n
                 assert len(array) in lengths
 
