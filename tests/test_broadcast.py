@@ -74,7 +74,7 @@ def total(gradient, shape):
     return lead.sum(axis=tuple(i for i, length in enumerate(shape) if length == 1), keepdims=True)
 
 
-@pytest.fixture(params=OPS)
+@pytest.fixture(params=[pytest.param(op, marks=[pytest.mark.slow] * op.startswith("add")) for op in OPS])
 def op(request):
     """A norm, with a residual or without."""
     return request.param

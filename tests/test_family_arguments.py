@@ -20,12 +20,13 @@ pytestmark = pytest.mark.engine  # many combinations of dtypes
 
 L = np.longdouble
 NAMES = [dtype.name for dtype in DTYPES]
+ENGINE = [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float64"), ("float64", "float16")]
 FORWARD = {"rms": rn.rms_norm, "layer": rn.layer_norm, "add_rms": rn.add_rms_norm, "add_layer": rn.add_layer_norm}
 # what an engine's xhat may be off by, relative, before it is rounded: see `parameter_tolerance`
 XHAT = {"float16": 2.0**-21, "bfloat16": 2.0**-21, "float32": 2.0**-50, "float64": 2.0**-58}
 
 
-@pytest.fixture(params=FORWARD)
+@pytest.fixture(params=[pytest.param(op, marks=[pytest.mark.slow] * (op == "add_layer")) for op in FORWARD])
 def op(request):
     """A forward function."""
     return request.param
@@ -65,8 +66,14 @@ def y_and_terms(xhat, weight, bias, weight_offset=0.0):
 
 
 @pytest.mark.parametrize("shape", [(5, 37), (2, 3, 8), (1, 1), (3, 1), (4,)], ids=str)
-@pytest.mark.parametrize("y_name", NAMES)
-@pytest.mark.parametrize("x_name", NAMES)
+@pytest.mark.parametrize(
+    ("x_name", "y_name"),
+    [
+        pytest.param(x, y, marks=[pytest.mark.slow] * ((x, y) not in ENGINE))  # each pair compiles eight kernels
+        for x in NAMES
+        for y in NAMES
+    ],
+)
 def test_y_is_rounded_once_to_the_dtype_asked_for(op, x_name, y_name, shape, backend, rng):
     x, residual, weight, bias = arrays(rng, shape, np.dtype(x_name))
     y = call(op, x, residual, weight, bias, dtype=y_name, weight_offset=0.5, backend=backend)
@@ -171,7 +178,7 @@ def test_out_must_have_the_dtype_asked_for(op, backend):
 
 
 @pytest.mark.parametrize("shape", [(6, 37), (2, 3, 8), (3, 1)], ids=str)
-@pytest.mark.parametrize("y_name", [None, "float32"])
+@pytest.mark.parametrize("y_name", [None, pytest.param("float32", marks=pytest.mark.slow)])
 def test_xhat_is_rounded_before_the_weight(op, y_name, shape, dtype, backend, rng):
     x, residual, weight, bias = arrays(rng, shape, dtype)
     kept = [a.copy() for a in (x, residual, weight, bias)]

@@ -16,7 +16,7 @@ FUNCTIONS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "l2_nor
 SHAPE = (2, 3, 5)
 
 
-@pytest.fixture(params=FUNCTIONS)
+@pytest.fixture(params=[pytest.param(op, marks=[pytest.mark.slow] * op.startswith("add")) for op in FUNCTIONS])
 def op(request):
     """The name of a function with a gradient."""
     return request.param
