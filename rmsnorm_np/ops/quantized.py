@@ -99,7 +99,8 @@ def quantized(value: Any, to: Format) -> Any:
     least = constant(2.0**to.exponent, value)
     # what is added is so large that the sum has the format's last digit, and is taken away again
     shift = either(exceeds(power, least), power, least) * (1.5 * 2.0 ** (52 - to.bits))
-    return (value + shift) - shift
+    found = (value + shift) - shift
+    return either(exceeds(abs(found), constant(0.0, value)), found, value * 0.0)  # a zero has the sign of the value
 
 
 @cache

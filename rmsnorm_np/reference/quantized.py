@@ -31,7 +31,7 @@ def quantize(y: Any, scale: Any, to: Format) -> Any:
     _, exponent = np.frexp(v)  # (..., n): 2**(exponent - 1) <= |v| < 2**exponent
     unit = np.ldexp(y.dtype.type(1.0), np.maximum(exponent - 1, to.exponent) - to.bits)  # (..., n)
     q = np.clip(np.rint(v / unit) * unit, to.lowest, to.highest)  # (..., n)
-    return q if to.has_nan else np.where(np.isnan(q), 0.0, q)  # (..., n)
+    return np.where(np.isnan(q), np.nan if to.has_nan else 0.0, q)  # (..., n): a NaN without a sign
 
 
 @np.errstate(all="ignore")
