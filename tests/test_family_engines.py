@@ -473,7 +473,9 @@ def test_quantised_rows_at_the_ends_of_the_range_and_none(name, dtype, rng):
             got = rn.quantized_rms_norm(x, weight, shift, dtype=name, eps=1e-300, **options)
             want = rn.reference.quantized_rms_norm(x, weight, shift, dtype=name, eps=1e-300, **options)
             # where float64 is rounded in the last place, q is the neighbour at most once in 2**45 elements
-            assert got.q.tobytes() == want.q.tobytes()
+            assert np.array_equal(got.q.astype(float), want.q.astype(float), equal_nan=True)
+            if dtype != np.float64:  # pairs have no sign of zero
+                assert got.q.tobytes() == want.q.tobytes()
             assert worst_ulp(got.scale, want.scale) <= 1
             for row in range(9):
                 alone = rn.quantized_rms_norm(x[row : row + 1], weight, shift, dtype=name, eps=1e-300, **options)
