@@ -125,6 +125,8 @@ def run(
     wanted = _arguments.result_dtype(dtype)
     reads, columns, out, k, eps, restore = arguments.engine_arguments(call, wanted, 0)
     if type(columns) is not tuple:
+        if columns is None:
+            raise ValueError(arguments.NO_ORDER)
         engine, columns = _in_parts(engine, columns)
     if check_flag("round_xhat", round_xhat):
         operation = ops.rounding_xhat(operation, reads[0].dtype.name)
@@ -159,10 +161,6 @@ def quantize(
     check_apart("out", wanted, "residual_out", call[3][1])
     q = engine.new_result(x, dtype)
     scales = np.empty(len(x)) if given is None else np.ravel(np.broadcast_to(given, per_row)).astype(np.float64)
-    if type(parameters) is not tuple:  # a row of the parameters for each row of x
-        lead = tuple(length for length in per_row if length != 1)
-        weight, bias, offset, _ = parameters
-        parameters = _broadcast.every_row(weight, lead), _broadcast.every_row(bias, lead), offset
     operation = quantized_rms_norm(dtype.name, given is not None, scale_dtype == np.float32)
     if type(parameters) is not tuple:
         engine, parameters = _in_parts(engine, parameters)

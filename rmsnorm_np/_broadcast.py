@@ -48,13 +48,6 @@ def _flat(a: Any, lead: Shape | None) -> Any:
     return None if a is None else a.reshape(*(lead or (-1,)), a.shape[-1])
 
 
-def every_row(a: Any, lead: Shape) -> Any:
-    """A parameter of a `Spread` with a row for each row of x, whose axes longer than one have these lengths."""
-    if a is None:
-        return None
-    return np.ascontiguousarray(np.broadcast_to(a, (*lead, a.shape[-1]))).reshape(-1, a.shape[-1])
-
-
 def axes_cut(leads: list[Shape | None]) -> int:
     """How many of the first axes have to be taken apart so that engines know what is left. leads: the axes of weight
     and bias before the normalised ones, 1 or as long as that of x, which is longer than one.

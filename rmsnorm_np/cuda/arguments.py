@@ -14,6 +14,8 @@ from rmsnorm_np.cuda import arrays
 from rmsnorm_np.cuda.arrays import Seen
 from rmsnorm_np.cuda.copies import copy
 
+NO_ORDER = "weight and bias broadcast along different axes, expected that on CUDA one has all axes of the other"
+
 
 class Geometry(NamedTuple):
     """Rows in an array of some shape."""
@@ -38,7 +40,7 @@ def _geometry(shape: tuple[int, ...], axis: Any, p: Any) -> Geometry:
 _remembered_geometry = lru_cache(maxsize=1024)(_geometry)
 
 
-def engine_arguments(call: tuple[Any, ...], dtype: Any = None) -> tuple[Any, ...]:
+def engine_arguments(call: tuple[Any, ...], dtype: Any = None, _: int = 0) -> tuple[Any, ...]:
     """As `_arguments.engine_arguments`, for device arrays; all errors but that of the dtype are those of the host.
 
     The arrays of the result are `Seen`. For each result that there is, there is an array to write to. All is None if
@@ -75,13 +77,7 @@ def engine_arguments(call: tuple[Any, ...], dtype: Any = None) -> tuple[Any, ...
         moved, trailing = tuple(shape[i] for i in order), order == tuple(range(len(shape)))
 
     def rows_of(array: Seen, lead: int) -> Seen:
-        if not arrays.is_contiguous(array):
-            made = arrays.seen("", arrays.empty(array.shape, array.dtype, stream))
-            copy(array, made, arrays.capability_here(), stream)
-            array = made
-        itemsize = array.dtype.itemsize
-        # not `_replace`, which takes four times as long
-        return Seen(array.address, (lead, n), (n * itemsize, itemsize), array.dtype, array.stream, False, array.owner)
+        return _rows(array, (lead, n), stream)
 
     def permuted(array: Seen) -> Seen:
         return array._replace(shape=moved, strides=tuple(array.strides[i] for i in order))
@@ -128,6 +124,30 @@ def engine_arguments(call: tuple[Any, ...], dtype: Any = None) -> tuple[Any, ...
         return answers
 
     return read_rows, (weights, biases, weight_offset), tuple(ready), k, eps, restore
+
+
+def _rows(array: Seen, shape: tuple[int, int], stream: int) -> Seen:
+    """The array as contiguous rows of this shape."""
+    if not arrays.is_contiguous(array):
+        made = arrays.seen("", arrays.empty(array.shape, array.dtype, stream))
+        copy(array, made, arrays.capability_here(), stream)
+        array = made
+    n, itemsize = shape[1], array.dtype.itemsize
+    # not `_replace`, which takes four times as long
+    return Seen(array.address, shape, (n * itemsize, itemsize), array.dtype, array.stream, False, array.owner)
+
+
+def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared: Seen | None) -> Seen | None:
+    """As `_arguments.column`, for device arrays."""
+    if value is None:
+        return None
+    if prepared is None:
+        raise ValueError(f"{name} is given, expected None without a {parameter_name}")
+    array, like = arrays.seen(name, value), arrays.seen(parameter_name, parameter)
+    _shapes.check_same_shape(name, array.shape, parameter_name, like.shape)
+    if math.prod(array.shape) != math.prod(prepared.shape):  # the parameter has been spread
+        raise ValueError(NO_ORDER)
+    return _rows(array, prepared.shape, arrays.stream_for((array,)))  # type: ignore[arg-type]
 
 
 def gradient_out(out: Any, weight: Any, bias: Any) -> Any:
