@@ -127,7 +127,7 @@ def backward(
     likes = columns[0], columns[1] if operation.Columns is Columns else None
     if totals is None:
         totals = tuple(None if a is None else memory.empty(a.shape, a.dtype) for a in likes)
-    dweight, dbias = totals
+    totals = dweight, dbias = tuple(totals)  # the code takes nothing else
     if rows == 0:
         for total in totals:
             if total is not None:
