@@ -88,6 +88,7 @@ def test_the_activations_that_come_with_the_package():
     assert np.abs(layers[2].x).max() > 256  # the square of which is beyond float16: what the data is here to show
 
 
+@pytest.mark.engine
 def test_check_prints_json_and_nothing_else(small, capsys):
     assert cli.main(["check", "--json"]) == 0
     out, err = capsys.readouterr()

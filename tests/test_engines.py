@@ -192,8 +192,9 @@ def test_rows_at_the_ends_of_the_range(op, kind, scale, dy_scale, eps, n, backen
         (5e5, 1e-33, 1.0),  # and small: subnormal
     ],
 )
-@pytest.mark.parametrize("n", [48, pytest.param(70001, marks=pytest.mark.engine)])
+@pytest.mark.parametrize("n", [48, 70001])
 @pytest.mark.parametrize("op", ["rms", "layer"])
+@pytest.mark.engine
 def test_gradients_where_float32_is_not_enough(op, n, scale, dy_scale, weight_scale, rng):
     """Gradients of bfloat16 are computed in float32 but for such rows, beside ordinary ones and alone."""
     dtype = np.dtype(ml_dtypes.bfloat16)
@@ -214,6 +215,7 @@ def test_small_terms_of_dweight_beside_large_x(op, rng):
     assert_exact(op, x, weight.astype(np.float32), bias.astype(np.float32), dy, 0.0, "cpu")
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("op", ["rms", "layer"])
 def test_results_of_halves_where_float32_is_not_enough(op):
     """xhat is subnormal and weight large; xhat · weight overflows, and bias brings it back; a NaN beside large dy."""
@@ -247,6 +249,7 @@ def test_an_offset_beyond_float32(rng):
     assert np.isfinite(dx).all()
 
 
+@pytest.mark.engine
 def test_a_large_weight_of_one_head_changes_no_bit_of_another(rng):
     x, dy = rng.standard_normal((2, 400, 2, 64)).astype(np.float16)
     weight = np.ones((2, 64), np.float16)
@@ -256,6 +259,7 @@ def test_a_large_weight_of_one_head_changes_no_bit_of_another(rng):
     assert same(one, two)
 
 
+@pytest.mark.engine
 def test_a_large_weight_of_one_head_counts_for_its_rows():
     """Alone, such a weight has a row computed in float64, as xhat is subnormal in float32."""
     row = [2.0**44, -(2.0**44)] + [1.5 * 2.0**-120] * 6
@@ -266,6 +270,7 @@ def test_a_large_weight_of_one_head_counts_for_its_rows():
     assert same([y], [rn.rms_norm(x[:, 1].copy(), weight[1], eps=0.0)])
 
 
+@pytest.mark.engine
 def test_a_row_out_of_range_beside_a_residual_of_another_type(rng):
     """The row is computed once more from h, whose type is not y's."""
     residual = (rng.standard_normal((3, 40)) * [[1], [1e-20], [1]]).astype(ml_dtypes.bfloat16)

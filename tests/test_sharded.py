@@ -280,6 +280,7 @@ def test_with_other_arguments(norm, backend, rng):
     assert np.array_equal(np.concatenate(outs, axis=-1), got[0])
 
 
+@pytest.mark.engine
 def test_along_another_axis(rng):
     x, dy, weight = rng.standard_normal((6, 4)), rng.standard_normal((6, 4)), rng.uniform(0.5, 1.5, 6)
     cuts = (0, 2, 6)

@@ -12,8 +12,8 @@ from rmsnorm_np.cpu import llvm
 from rmsnorm_np.cpu.llvm import DOUBLE, FLOAT, I8, I32, I64, constant
 from rmsnorm_np.cpu.shapes import Leaf
 
-_LOG2_HIGH = float.fromhex("0x1.62e42fefa0000p-1")  # ln 2: times an integer below 2**11 it is exact
-_LOG2_LOW = float.fromhex("0x1.cf79abc9e3b39p-40")
+_LN2_HIGH = float.fromhex("0x1.62e42fefa0000p-1")  # ln 2: times an integer below 2**11 it is exact
+_LN2_LOW = float.fromhex("0x1.cf79abc9e3b39p-40")
 _ROUNDING = 1.5 * 2.0**52  # added and taken away, it leaves the nearest integer; in between that is in the last bits
 _LEAST = -746.0  # exp of this and less is zero
 # the bits of a float32 that a number of the format has behind the exponent, the difference of the biases of the
@@ -29,7 +29,7 @@ def exponential(a: Any) -> Any:
     a = a.at_most(_LEAST).either(a.constant(_LEAST), a)  # NaN stays
     shifted = a * (1 / math.log(2)) + _ROUNDING
     k = shifted - _ROUNDING
-    r = (-k).fma(_LOG2_LOW, (-k).fma(_LOG2_HIGH, a))
+    r = (-k).fma(_LN2_LOW, (-k).fma(_LN2_HIGH, a))
     square = r * r
     even, odd = (_polynomial(square, [1 / math.factorial(j) for j in range(first, _TERMS, 2)]) for first in (2, 1))
     value = even.multiply_add(square, odd * r) + 1.0  # the one last: what is added to it is smaller

@@ -12,8 +12,9 @@ leave      outputs of an element
 share      what an element adds to the sums over rows: dweight, dbias
 =========  =============================================================================================
 
-`rms` and `layer` are the norms; `l2`, `gated`, `jvp`, `double` and `rounding` are made from them. `primitives` is what
-the formulas call, `records` is for engines, which take such records apart. Start with `operation`, then `rms`.
+`rms` and `layer` are the norms; `l2`, `gated`, `jvp`, `double`, `quantized` and `rounding` are made from them.
+`primitives` and `activations` are what the formulas call, `records` is for engines, which take such records apart.
+Start with `operation`, then `rms`.
 """
 
 from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
