@@ -107,8 +107,9 @@ def beyond_the_range(x):
     x[...] = rows.reshape(x.shape[0], x.shape[2], -1).swapaxes(1, 2)
 
 
-@pytest.mark.parametrize("dtype", [d if d == "float32" else pytest.param(d, marks=pytest.mark.engine) for d in DTYPES])
-@pytest.mark.parametrize("op", ["rms_norm", pytest.param("layer_norm", marks=pytest.mark.engine)])
+@pytest.mark.engine
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
 def test_bits_of_rows_out_of_range(op, dtype, rng):
     for shape in [(2, 64, 64), (3, 17, 7), (2, 70, 133)]:
         options = {"weight": random(rng, shape[1], dtype), "bias": random(rng, shape[1], dtype)}

@@ -105,17 +105,20 @@ def test_check_prints_json_and_nothing_else(small, capsys):
         assert {gradient["verdict"] for gradient in layer["gradients"]} == {"right"}
 
 
+@pytest.mark.engine
 def test_check_steps_are_counted(small):
     steps = []
     checks.check(steps.append)
     assert len(steps) == checks.count_steps()
 
 
+@pytest.mark.engine
 def test_a_wrong_gradient_fails_the_check(small, wrong_backward, capsys):
     assert cli.main(["check"]) == 1
     assert "FAILED: first, last" in capsys.readouterr().out
 
 
+@pytest.mark.engine
 def test_a_wrong_gradient_is_found_twice(small, wrong_backward):
     for layer in checks.check(ignore):
         assert {error.norm for error in layer.errors if not error.passed} == {"RMSNorm", "pRMSNorm"}
