@@ -172,6 +172,7 @@ def test_large_results_past_the_cache(rng):
             assert_same(rn.rms_norm_backward(x, x, axis=1).dx, rn.rms_norm_backward(last(x), last(x)).dx)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("axis", [1, (1, 2), 0, (0, 1)])
 def test_axes_that_stand_together_are_one(axis, rng):
     x, dy = random(rng, (4, 5, 6, 7), "float32"), random(rng, (4, 5, 6, 7), "float32")
@@ -206,6 +207,7 @@ def test_which_arrays_an_engine_takes_apart():
     )
 
 
+@pytest.mark.engine
 def test_no_array_is_copied(rng):
     x, dy, out = (random(rng, (8, 64, 2048), "float32") for _ in range(3))
     weight = random(rng, 64, "float32")

@@ -168,6 +168,7 @@ def drawn(render, *data, width):
     return out.getvalue()
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("width", [80, 100])
 def test_tables_fit_the_screen(small, width):
     slow = timing.Ratio(99.4, 98.7, 99.9)

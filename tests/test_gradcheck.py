@@ -100,6 +100,7 @@ def test_reference_gradient_of_per_head_weights():
     assert report.ok, report
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize(("norm", "options"), [("rms_norm", {}), ("rms_norm", {"p": 0.3}), ("layer_norm", {})])
 def test_a_backend_s_own_pair_passes_through_its_real_outputs(norm, options, dtype, backend):
