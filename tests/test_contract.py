@@ -233,6 +233,7 @@ def test_partial_rms_takes_the_leading_elements_in_the_order_of_x(axis, backend,
 # Numbers
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("kind", ["f2", "f4", ">f4", "f8", ">f8", "g", "bfloat16", "i8", "u1"])
 def test_a_0d_array_is_a_number(op, kind, backend, rng):
     """As np.load returns it."""
