@@ -720,6 +720,7 @@ def test_the_second_process_is_ended(monkeypatch):
     assert started[0].returncode != 0  # killed; it would end with 0 when its input is closed
 
 
+@pytest.mark.engine
 def test_the_second_process_compiles_what_this_one_checks_last(small, monkeypatch):
     started = []
 
