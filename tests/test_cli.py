@@ -245,6 +245,7 @@ def test_ratio_compares_rounds_not_medians():
     assert timing.ratio(slower, faster) == timing.Ratio(3.0, 2.0, 4.0)
 
 
+@pytest.mark.engine
 def test_times_are_measured_for_each_norm_and_place(small, monkeypatch):
     results = {}
 

@@ -127,9 +127,8 @@ def given(kind, *shape):
 
 
 @np.errstate(all="ignore")  # nothing is computed here, and unset memory holds any numbers
-@pytest.mark.parametrize(
-    "x_dtype", [pytest.param(d, marks=[pytest.mark.engine] * (d != np.float32)) for d in DTYPES], ids=str
-)
+@pytest.mark.engine
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("recorders")
 def test_a_key_stands_for_one_combination_of_types(x_dtype):
     """A kernel that was compiled for 4-byte weights and is called with 2-byte ones reads what lies behind them."""
