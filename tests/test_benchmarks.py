@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ def _load(name, path):
 
 
 gate = _load("benchmark_gate", SUITE / "gate.py")
+history = _load("benchmark_history", SUITE / "history.py")
 common = _load("benchmark_common", SUITE / "benchmarks" / "common.py")
 
 
@@ -269,3 +271,32 @@ def test_the_reason_to_skip_survives_the_cache():
         common.skip_without(common.outcome(measure))
     assert common.outcome(lambda: {"x": 1.0}) == {"x": 1.0}
     common.skip_without({"x": 1.0})
+
+
+def test_commits_of_note_are_hashes():
+    hashes = history.commits((SUITE / "commits.txt").read_text(encoding="utf-8"))
+    assert len(set(hashes)) == len(hashes) >= 12
+    assert all(len(name) == 10 and set(name) <= set("0123456789abcdef") for name in hashes)
+
+
+def test_history_loads_nothing_from_the_net(tmp_path):
+    """Of every library that asv's page names there is a copy."""
+    asv = pytest.importorskip("asv", reason="asv is not installed")
+    shutil.copy(Path(asv.__file__).parent / "www" / "index.html", tmp_path)
+    history.without_net(tmp_path / "index.html")
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"""<(script|link|img)[^>]*["']https?:""", page)
+    loaded = re.findall(r"""<(?:script|link)[^>]*(?:src|href)=["'](\S+?)["']""", page)
+    assert {"jquery.flot.js", "bootstrap.min.css", "md5.min.js"} <= set(loaded)
+    assert all(
+        (tmp_path / name).exists() or (Path(asv.__file__).parent / "www" / name).exists()
+        for name in loaded
+        if not name.endswith(".xml")
+    )
+
+
+def test_history_needs_a_copy_of_each_library(tmp_path):
+    page = tmp_path / "index.html"
+    page.write_text('<script src="https://example.org/other.min.js" integrity="sha256-x"></script>')
+    with pytest.raises(FileNotFoundError, match=r"no other\.min\.js, which this version of asv loads from https://exa"):
+        history.without_net(page)
