@@ -15,6 +15,7 @@ from tolerances import (
     BEFORE_ROUNDING,
     DERIVATIVE_ULP,
     DX_ULP,
+    GATE_BEFORE_ROUNDING,
     GATED_ULP,
     LONGDOUBLE_IS_WIDER,
     SCALE_ULP,
@@ -343,7 +344,7 @@ def test_xhat_is_rounded_once_and_so_is_y(op, dtype, rng):
         y = call_forward(op, g, round_xhat=True)
         xhat, s = xhat_of(op, g)
         # silu is in u, and in rstd (`after`), or a factor of y
-        loose = 10 * 2.0**-53 if op.startswith("gated") else 0.0
+        loose = GATE_BEFORE_ROUNDING[dtype.name] if op.startswith("gated") else 0.0
         candidates = []
         for way in (-1, 1):
             near = (xhat * (1 + way * (BEFORE_ROUNDING[dtype.name] / 16 + loose))).astype(dtype).astype(L)

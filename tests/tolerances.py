@@ -50,6 +50,9 @@ SCALE_ULP = {"float16": 0.51, "bfloat16": 0.51, "float32": 0.51, "float64": 1.08
 # How far the quotient y / scale, or xhat, that is rounded next may be off, relative, by the type it is computed in: a
 # few roundings in float64; of pairs, one.
 BEFORE_ROUNDING = {"float16": 2.0**-48, "bfloat16": 2.0**-48, "float32": 2.0**-48, "float64": 2.0**-52}
+# With a gate so much more: on its way to float64 silu, and the rstd of x · silu; for all others the exponential and the
+# reciprocal are as short as that allows, to 2**-45 and 2**-46 each.
+GATE_BEFORE_ROUNDING = {"float16": 2.0**-43, "bfloat16": 2.0**-43, "float32": 2.0**-43, "float64": 10 * 2.0**-53}
 
 # The complex step takes no difference: what is left is float64's rounding, of some ten operations and a sum of a few
 # hundred terms, relative to the norm of the gradient.

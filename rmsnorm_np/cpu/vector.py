@@ -167,11 +167,17 @@ class Number:
     def root(self) -> Number:
         return self._call("sqrt")
 
+    def with_sign(self, other: Number) -> Number:
+        return self._call("copysign", other)
+
     def power_below(self) -> Number:
         return functions.power_below(self)  # type: ignore[no-any-return]
 
-    def exponential(self) -> Number:
-        return functions.exponential(self)  # type: ignore[no-any-return]
+    def exponential(self, short: bool) -> Number:
+        return (functions.short_exponential if short else functions.exponential)(self)  # type: ignore[no-any-return]
+
+    def short_reciprocal(self) -> Number:
+        return functions.short_reciprocal(self)  # type: ignore[no-any-return]
 
     def in_dtype(self, name: str, tail: Number | None = None) -> Number:
         return functions.in_dtype(rounded(Pair(self, tail)), name)  # type: ignore[no-any-return]

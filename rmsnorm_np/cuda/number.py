@@ -137,6 +137,10 @@ class Number:
             self.builder, self.builder.asm(signature, text.format(self.kind), constraints, values, side_effect=False)
         )
 
+    def with_sign(self, other: Number) -> Number:
+        """Its magnitude with the sign of another number of the same type."""
+        return other.asm("copysign.{} $0, $1, $2;", self)
+
     def product(self, other: Any) -> Number:
         """Rounded: not fused with what is added to it."""
         a, b = self.both(other)
@@ -178,8 +182,8 @@ class Number:
         better = rest.fma(rest, rest).fma(start, start)
         return better.is_number().either(better, start)
 
-    def exponential(self) -> Number:
-        """exp(it), to an ULP or so, for numbers up to zero."""
+    def exponential(self, short: bool = False) -> Number:
+        """exp(it), to an ULP or so, for numbers up to zero; short or not."""
         b, how = self.builder, EXPONENTIALS[self.kind]
         a = self.compared("<=", how.least).either(self.constant(how.least), self)  # NaN stays
         shifted = a * (1 / math.log(2)) + how.rounding

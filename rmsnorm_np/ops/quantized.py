@@ -21,11 +21,12 @@ from rmsnorm_np.ops.primitives import (
     either,
     exceeds,
     largest_magnitude,
-    over,
+    over_known,
     power_below,
     rounded,
     scaled_and_shifted,
     times,
+    with_sign,
 )
 
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: a row of zeros has this scale
@@ -64,6 +65,7 @@ class Largest(NamedTuple):
 class Numbers(NamedTuple):
     rstd: Any
     scale: Any
+    inverse: Any  # 1 / scale
 
 
 def normed(h: Any, m: Any, c: Columns) -> Any:
@@ -87,7 +89,7 @@ def extent_of_one(s: rms.Squares, n: Any, k: Any, settings: Any, m: None) -> Ext
 
 
 def given_scale(s: rms.Squares, n: Any, k: Any, settings: Any, m: None) -> Numbers:
-    return Numbers(*rms.rstd(s, n, k, settings[0], m), settings[1])
+    return Numbers(*rms.rstd(s, n, k, settings[0], m), settings[1], 1.0 / settings[1])
 
 
 def quantized(value: Any, to: Format) -> Any:
@@ -95,12 +97,16 @@ def quantized(value: Any, to: Format) -> Any:
     for bound, beyond in ((to.highest, exceeds(value, constant(to.highest, value))),
                           (to.lowest, exceeds(constant(to.lowest, value), value))):  # fmt: skip
         value = either(beyond, constant(bound, value), value)
-    power = power_below(value)
     least = constant(2.0**to.exponent, value)
+    if -to.lowest <= 2.0**to.exponent:  # the same distance everywhere
+        unit = least
+    else:
+        power = power_below(value)
+        unit = either(exceeds(power, least), power, least)
     # what is added is so large that the sum has the format's last digit, and is taken away again
-    shift = either(exceeds(power, least), power, least) * (1.5 * 2.0 ** (52 - to.bits))
+    shift = unit * (1.5 * 2.0 ** (52 - to.bits))
     found = (value + shift) - shift
-    return either(exceeds(abs(found), constant(0.0, value)), found, value * 0.0)  # a zero has the sign of the value
+    return with_sign(found, value) if to.has_nan else found  # int8 has one zero
 
 
 @cache
@@ -113,10 +119,11 @@ def quantized_rms_norm(name: str, given: bool, single: bool) -> Operation:
         y = either(exceeds(y, bound), bound, y) / to.largest
         smallest = constant(SMALLEST_SCALE, y)
         y = either(exceeds(smallest, y), smallest, y)
-        return Numbers(m.rstd, as_single(y) if single else y)
+        y = as_single(y) if single else y
+        return Numbers(m.rstd, y, 1.0 / y)
 
     def q(h: Any, m: Numbers, c: Columns, inside: Any) -> Writes:
-        return Writes(quantized(rounded(over(normed(h, m, c), m.scale)), to))
+        return Writes(quantized(rounded(over_known(normed(h, m, c), m.scale, m.inverse)), to))
 
     add = rms.RMS_NORM.stages[0].add
     stages: tuple[Stage, ...] = (Stage(rms.Squares, add, given_scale, True),)
