@@ -252,8 +252,17 @@ def test_a_0d_array_is_a_number(op, kind, backend, rng):
 # Dtypes
 
 
-@pytest.mark.engine
-@pytest.mark.parametrize("other", DTYPES, ids=lambda dtype: dtype.name)
+def _pairs():
+    """(dtype, other): each as each of the two, once with another one; for a release all others, with kernels of their
+    own.
+    """
+    for i, dtype in enumerate(DTYPES):
+        for j, other in enumerate(DTYPES):
+            marks = [pytest.mark.engine, *[pytest.mark.slow] * ((j - i) % len(DTYPES) > 1)]
+            yield pytest.param(dtype, other, marks=marks, id=f"{dtype.name}-{other.name}")
+
+
+@pytest.mark.parametrize(("dtype", "other"), list(_pairs()))
 def test_each_result_has_the_dtype_of_its_argument(op, dtype, other, backend, rng):
     """An element read as the wrong type is off by far more than the few ULP of the largest element allowed here."""
     x = rng.normal(size=(3, 8)).astype(dtype)
@@ -486,11 +495,13 @@ def test_out_takes_the_result_in_any_layout(op, layout, axis, dtype, backend, rn
         pytest.skip("ml_dtypes has no byte-swapped bfloat16")
     dy, x = (rng.normal(size=(3, 4, 6)).astype(dtype) for _ in range(2))
     out = OUTS[layout](np.full_like(x, 7))
-    assert FORWARD[op](x, axis=axis, out=out, backend=backend) is out
-    assert np.array_equal(out, FORWARD[op](x, axis=axis, backend=backend))
-    grads = BACKWARD[op](dy, x, axis=axis, out=out, backend=backend)
+    # with both parameters, as most calls of the other tests: the kernels are the same
+    weight = bias = np.full([x.shape[i] for i in np.atleast_1d(axis)], 0.5, dtype)
+    assert FORWARD[op](x, weight, bias, axis=axis, out=out, backend=backend) is out
+    assert np.array_equal(out, FORWARD[op](x, weight, bias, axis=axis, backend=backend))
+    grads = BACKWARD[op](dy, x, weight, bias, axis=axis, out=out, backend=backend)
     assert grads.dx is out
-    assert np.array_equal(out, BACKWARD[op](dy, x, axis=axis, backend=backend).dx)
+    assert np.array_equal(out, BACKWARD[op](dy, x, weight, bias, axis=axis, backend=backend).dx)
 
 
 def test_out_may_be_a_part_of_a_larger_array(op, backend, rng):

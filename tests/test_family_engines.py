@@ -285,9 +285,16 @@ Y_DTYPES = [(np.float32, BFLOAT16), (BFLOAT16, np.float32), (np.float64, np.floa
 FORWARD = ["rms_norm", "layer_norm", "l2_norm", "gated_rms_norm", "gated_rms_norm after"]
 
 
-@pytest.mark.engine
-@pytest.mark.parametrize(("x_dtype", "y_dtype"), Y_DTYPES, ids=lambda dtype: np.dtype(dtype).name)
-@pytest.mark.parametrize("op", FORWARD)
+def _with_y_dtypes():
+    """(op, dtype of x, dtype of y): all of them of one operation; for a release, of all."""
+    for op in FORWARD:
+        for x_dtype, y_dtype in Y_DTYPES:
+            marks = [pytest.mark.engine, *[pytest.mark.slow] * (np.float64 in (x_dtype, y_dtype) and op != "l2_norm")]
+            names = np.dtype(x_dtype).name, np.dtype(y_dtype).name
+            yield pytest.param(op, x_dtype, y_dtype, marks=marks, id="-".join((op, *names)))
+
+
+@pytest.mark.parametrize(("op", "x_dtype", "y_dtype"), list(_with_y_dtypes()))
 def test_y_in_another_dtype(op, x_dtype, y_dtype, rng):
     """At the borders of the kernels; `test_family_arguments` has each pair of dtypes."""
     x_dtype, y_dtype = np.dtype(x_dtype), np.dtype(y_dtype)
