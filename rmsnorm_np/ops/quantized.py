@@ -21,6 +21,7 @@ from rmsnorm_np.ops.primitives import (
     either,
     exceeds,
     largest_magnitude,
+    over,
     over_known,
     power_below,
     rounded,
@@ -89,7 +90,7 @@ def extent_of_one(s: rms.Squares, n: Any, k: Any, settings: Any, m: None) -> Ext
 
 
 def given_scale(s: rms.Squares, n: Any, k: Any, settings: Any, m: None) -> Numbers:
-    return Numbers(*rms.rstd(s, n, k, settings[0], m), settings[1], 1.0 / settings[1])
+    return Numbers(*rms.rstd(s, n, k, settings[0], m), settings[1], over(constant(1.0, settings[1]), settings[1]))
 
 
 def quantized(value: Any, to: Format) -> Any:
@@ -120,7 +121,7 @@ def quantized_rms_norm(name: str, given: bool, single: bool) -> Operation:
         smallest = constant(SMALLEST_SCALE, y)
         y = either(exceeds(smallest, y), smallest, y)
         y = as_single(y) if single else y
-        return Numbers(m.rstd, y, 1.0 / y)
+        return Numbers(m.rstd, y, over(constant(1.0, y), y))
 
     def q(h: Any, m: Numbers, c: Columns, inside: Any) -> Writes:
         return Writes(quantized(rounded(over_known(normed(h, m, c), m.scale, m.inverse)), to))
