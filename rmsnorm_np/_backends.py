@@ -150,9 +150,22 @@ def quantize(
     engine: Any, call: tuple[Any, ...], dtype: Any, scale: Any, bound: float, out: Any
 ) -> tuple[Any, Any, Any]:
     """(q, scale, h) of a call as in `forward`, whose first output is q, of this dtype, in `out` if that is given."""
+
+    def operation_of(given: bool, scale_dtype: Any) -> Operation:
+        return quantized_rms_norm(dtype.name, given, scale_dtype == np.float32)
+
+    if hasattr(engine, "quantized"):
+        names, arrays, columns, (_, h), *numbers = call
+        found: tuple[Any, Any, Any] = engine.quantized(
+            operation_of, (names, arrays, columns, (out, h), *numbers), dtype, scale, bound
+        )
+        return found
     if not hasattr(engine, "quantize"):
         name = engine.__name__.rpartition(".")[2]
-        raise ValueError(f"x is an array for {name!r}, expected an ndarray: quantized_rms_norm runs on 'cpu' alone")
+        raise ValueError(
+            f"x is an array for {name!r}, expected an ndarray or a device array: quantized_rms_norm runs on 'cpu' "
+            "and 'cuda'"
+        )
     reads, parameters, (_, h), k, eps, restore = engine.arguments.engine_arguments(call, None, 0)
     axis, shape = call[-1], np.shape(call[1][0])
     x, per_row, scale_dtype = reads[0], _formats.scale_shape(shape, axis), _formats.scale_dtype(reads[0].dtype)
@@ -161,7 +174,7 @@ def quantize(
     check_apart("out", wanted, "residual_out", call[3][1])
     q = engine.new_result(x, dtype)
     scales = np.empty(len(x)) if given is None else np.ravel(np.broadcast_to(given, per_row)).astype(np.float64)
-    operation = quantized_rms_norm(dtype.name, given is not None, scale_dtype == np.float32)
+    operation = operation_of(given is not None, scale_dtype)
     if type(parameters) is not tuple:
         engine, parameters = _in_parts(engine, parameters)
     results = engine.quantize(operation, reads, parameters, (q, h), k, (eps, scales, bound))

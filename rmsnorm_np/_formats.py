@@ -51,14 +51,19 @@ def check_scale(scale: Any, shape: Shape, dtype: np.dtype[Any]) -> Array | None:
         return None
     a = as_array("scale", scale)
     native_dtype("scale", a.dtype)
-    if not _broadcasts(a.shape, shape):
-        raise ValueError(f"scale has shape {a.shape}, expected one that broadcasts to {shape}, one number per row")
+    check_scale_shape(a.shape, shape)
     with np.errstate(all="ignore"):
         a = a.astype(dtype)
     wrong = a[~((a > 0.0) & (a < math.inf))]
     if wrong.size:
         raise ValueError(f"scale has the value {wrong[0]} in {dtype}, expected finite numbers > 0")
     return a
+
+
+def check_scale_shape(shape: Shape, to: Shape) -> None:
+    """Demand one that broadcasts to that of one number per row."""
+    if not _broadcasts(shape, to):
+        raise ValueError(f"scale has shape {shape}, expected one that broadcasts to {to}, one number per row")
 
 
 def _broadcasts(shape: Shape, to: Shape) -> bool:

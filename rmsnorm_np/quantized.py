@@ -40,14 +40,16 @@ def quantized_rms_norm(
         That of q, by name or as a dtype; the float8 dtypes are those of ``ml_dtypes``.
     scale : float or array_like, optional
         What y is divided by: a positive number, or an array of them of a shape that broadcasts to that of the scale
-        below. By default each row's own, by which its largest magnitude becomes the largest number of `dtype`.
+        below. By default each row's own, by which its largest magnitude becomes the largest number of `dtype`. With
+        device arrays: a number, or a device array, whose values are taken as they are, without a check.
     scale_ub : float, optional
         The largest magnitude that a row's own scale is made for: larger elements saturate, so that a single outlier
         does not take the digits of all others. Positive; not with a given `scale`.
     residual : array_like, optional
         The residual stream, added to x as in `add_rms_norm`. Shape of x; any of the dtypes of x, whatever that of x.
     out : ndarray, optional
-        Where q is written: exactly the shape of x and of `dtype`, writable, any layout.
+        Where q is written: exactly the shape of x and of `dtype`, writable, any layout. A device array for a float8 may
+        also be one of uint8, for its bytes: ``__cuda_array_interface__`` has no name for float8.
     residual_out : ndarray, optional
         Where h is written: exactly the shape and dtype of h, writable, any layout. It may be residual or x. Only with
         a `residual`.

@@ -16,9 +16,10 @@ from numba import cuda
 
 from rmsnorm_np.cuda import arguments, arrays, launch, rare, schedule
 from rmsnorm_np.cuda.arrays import to_device, use_stream
-from rmsnorm_np.cuda.elements import Size
+from rmsnorm_np.cuda.elements import RowScales, Size
 from rmsnorm_np.cuda.launch import Kinds, Plan
 from rmsnorm_np.cuda.row import Program
+from rmsnorm_np.cuda.scales import scales_of
 from rmsnorm_np.cuda.team import width_of
 from rmsnorm_np.cuda.words import BYTES
 from rmsnorm_np.ops.operation import Operation, Totals
@@ -33,29 +34,32 @@ __all__ = [
     "backward",
     "describe",
     "forward",
+    "quantized",
     "run",
     "to_device",
     "use_stream",
 ]
 
 
-def run(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Totals]:
+def run(
+    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float, scales: RowScales | None = None
+) -> tuple[Any, Totals]:
     """(writes, totals) of an operation on device arrays. Records may be plain tuples.
 
     reads: a record of (rows, n), `Seen`. columns: a record of (m, n), those like weight with one m, those like bias
     with another, or None; last the weight offset. out: a record of arrays to write to, None for those to be made:
     output j has the dtype of array j, and is written where there is one. k: elements in the RMS. totals: the gradients
-    by weight and bias, of the operations that have them.
+    by weight and bias, of the operations that have them. scales: of operations whose rows have them.
     """
     reads, columns, out = operation.Reads(*reads), operation.Columns(*columns), operation.Writes(*out)
     rows, n = reads[0].shape
-    stream = arrays.stream_for((*reads, *columns[:-1], *out))
+    stream = arrays.stream_for((*reads, *columns[:-1], *out, *(scales or ())[1:]))
     for field, target, like in zip(out._fields, out, reads, strict=False):
         if target is None and like is not None:
             out = out._replace(**{field: arrays.seen("", arrays.empty((rows, n), like.dtype, stream))})
     sums, tasks = Totals(reads[0].address, reads[0].address), 0
     if rows > 0:
-        sums, tasks = _launched(*_planned(operation, reads, columns, out, k, eps), stream)
+        sums, tasks = _launched(*_planned(operation, reads, columns, out, k, eps, scales), scales, stream)
     totals = given(
         _like_totals(operation, columns), lambda like, partial: _total(like, partial, tasks, n, stream), sums
     )
@@ -80,7 +84,7 @@ def _total(parameter: Seen, partial: int, tasks: int, n: int, stream: int) -> An
 
 
 def _planned(
-    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float
+    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float, scales: RowScales | None
 ) -> tuple[Plan, Size, list[int]]:
     """The plan of a call, from its shape and dtypes; its numbers; the addresses of its arrays."""
     rows, n = reads[0].shape
@@ -93,7 +97,7 @@ def _planned(
     addresses = [0 if a is None else a.address for record in records for a in record]
     # whether every vector begins at a multiple of its size
     aligned = n % (BYTES // (kept or reads[0]).dtype.itemsize) == 0 and all(a % BYTES == 0 for a in addresses)
-    dtypes = tuple(tuple(None if a is None else a.dtype for a in record) for record in records)
+    dtypes = tuple(tuple(None if a is None else a.dtype for a in record) for record in (*records, (scales or ())[1:]))
     sums = tuple(a is not None for a in _like_totals(operation, columns))
     plan = _plan_for(operation, dtypes, sums, offset != 0.0, k < n, n, aligned, arrays.capability_here())
     chunks = _chunks(plan, rows // m, m, n) if backward else min(rows, launch.RARE_BLOCKS)
@@ -111,7 +115,7 @@ def _rows_of_columns(columns: Any) -> tuple[int, int]:
     return weight_m, bias_m
 
 
-def _launched(plan: Plan, size: Size, addresses: list[int], stream: int) -> tuple[Any, int]:
+def _launched(plan: Plan, size: Size, addresses: list[int], scales: RowScales | None, stream: int) -> tuple[Any, int]:
     """Launches the kernels of a call: the addresses of the partial sums, and how many rows of them there are."""
     tasks = size.chunks * size.m
     pieces, widths = (-(-size.n // plan.length), _widths(plan)) if plan.split else (1, ())
@@ -120,7 +124,8 @@ def _launched(plan: Plan, size: Size, addresses: list[int], stream: int) -> tupl
     marks, *rest = arrays.scratch(tuple(wanted), stream)
     kept, sums = rest[: len(widths)], Totals(*rest[len(widths) :])
     totals = [address if there else 0 for address, there in zip(sums, plan.kinds.totals, strict=True)]
-    common = [*addresses, *totals, marks, *size]  # in the order of `Arrays`
+    of_rows = scales and (scales.number, *(0 if a is None else a.address for a in scales[1:]))
+    common = [*addresses, *totals, *(of_rows or ()), marks, *size]  # in the order of `Arrays`
     for s in range(len(widths)):
         schedule.pieces_kernel(plan, s)(size.rows * pieces, stream, *common, *kept)
     blocks = tasks if plan.backward else -(-size.rows // plan.teams)
@@ -147,10 +152,13 @@ def _plan_for(
     aligned: bool,
     capability: Capability,
 ) -> Plan:
-    reads, columns, writes = (tuple(None if dtype is None else dtype.name for dtype in record) for record in dtypes)
+    reads, columns, writes, scales = (
+        tuple(None if dtype is None else dtype.name for dtype in record) for record in dtypes
+    )
     kinds = Kinds(
         operation, operation.Reads(*reads), operation.Columns(*columns[:-1], offset or None), operation.Writes(*writes),
         Totals(*(there or None for there in sums)), first_k,
+        RowScales(True, *scales) if scales else None,
     )  # fmt: skip
     return launch.plan_for(n, kinds, aligned, capability)
 
@@ -169,6 +177,18 @@ def _chunks(plan: Plan, groups: int, m: int, n: int) -> int:
 def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> Any:
     """The outputs of `run`."""
     return run(operation, reads, columns, out, k, eps)[0]
+
+
+def quantized(operation_of: Any, call: tuple[Any, ...], dtype: Any, scale: Any, bound: float) -> tuple[Any, Any, Any]:
+    """(q, the scales of the rows, h) of a call as `_backends.quantize` takes it, whose first output is to hold q.
+
+    operation_of: ``operation_of(whether the scale is given, its dtype)``.
+    """
+    reads, columns, out, k, eps, restore = arguments.engine_arguments(call, dtype)
+    operation, scales, finish = scales_of(operation_of, call, (*reads, *columns[:-1]), out, scale, bound)
+    run(operation, reads, columns, out, k, eps, scales)
+    q, h = restore(None)
+    return q, finish(), h
 
 
 def backward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Any]:

@@ -50,7 +50,11 @@ def engine_arguments(call: tuple[Any, ...], dtype: Any = None, _: int = 0) -> tu
     reads = tuple(None if a is None else arrays.seen(name, a) for name, a in zip(names, given, strict=False))
     weights, biases = (None if a is None else arrays.seen(name, a) for name, a in (("weight", weight), ("bias", bias)))
     out_names = names[len(given) :]
-    targets = [None if a is None else arrays.seen(name, a) for name, a in zip(out_names, out, strict=True)]
+    eight_bits = dtype if dtype is not None and dtype.itemsize == 1 else None  # of the first output
+    targets = [
+        None if a is None else arrays.seen(name, a, None if j else eight_bits)
+        for j, (name, a) in enumerate(zip(out_names, out, strict=True))
+    ]
     source: Any = reads[0]
     stream = arrays.stream_for((*reads, weights, biases, *targets))
     shape = source.shape
@@ -59,28 +63,22 @@ def engine_arguments(call: tuple[Any, ...], dtype: Any = None, _: int = 0) -> tu
     eps = _numbers.check_eps(eps)
     weight_offset = _numbers.check_weight_offset(weight_offset, weight is not None)
 
-    leads: Any = tuple(
-        None if a is None else _shapes.parameter_lead(name, a.shape, shape, axes)
-        for name, a in (("weight", weights), ("bias", biases))
-    )
+    leads: Any = _leads(weights, biases, shape, axes)
     if any(leads):
-        over, normalised = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
-        lead_order: Any = _broadcast.rows_order(leads, over)
-        if lead_order is None:
+        lead_order, lead = _order_for(leads, shape[: len(shape) - len(axes)])
+        if lead is not None:
             if "dy" in names:
                 return (None,) * 6
-            lead = np.broadcast_shapes(*leads)
-            weights, biases = (_spread(a, (*lead, *normalised)) for a in (weights, biases))
+            weights, biases = (spread(a, (*lead, *shape[len(shape) - len(axes) :])) for a in (weights, biases))
             leads = lead, lead
-            lead_order = _broadcast.rows_order(leads, over)
         order = (*lead_order, *axes)
         moved, trailing = tuple(shape[i] for i in order), order == tuple(range(len(shape)))
 
     def rows_of(array: Seen, lead: int) -> Seen:
-        return _rows(array, (lead, n), stream)
+        return rows_in(array, (lead, n), stream)
 
     def permuted(array: Seen) -> Seen:
-        return array._replace(shape=moved, strides=tuple(array.strides[i] for i in order))
+        return in_order(array, order)
 
     def read(name: str, array: Seen | None) -> Seen | None:
         if array is None:
@@ -97,6 +95,7 @@ def engine_arguments(call: tuple[Any, ...], dtype: Any = None, _: int = 0) -> tu
     copies: list[tuple[Seen, Seen]] = []  # what is copied there first
     for name, target, wanted, like in zip(out_names, targets, out, read_rows, strict=False):
         result, answer = None, wanted
+        eight = eight_bits if not ready else None
         result_dtype = like and like.dtype
         if dtype is not None and not ready:
             result_dtype = dtype
@@ -106,12 +105,12 @@ def engine_arguments(call: tuple[Any, ...], dtype: Any = None, _: int = 0) -> tu
                 result = rows_of(target, rows)
         if result is None and like is not None:
             made = arrays.empty(moved, result_dtype, stream)
-            result = rows_of(arrays.seen("", made), rows)
+            result = rows_of(arrays.seen("", made, eight), rows)
             if trailing and wanted is None:
                 answer = made
             else:
                 answer = arrays.empty(shape, result_dtype, stream) if wanted is None else wanted
-                copies.append((arrays.seen("", made), permuted(arrays.seen(name, answer))))
+                copies.append((arrays.seen("", made, eight), permuted(arrays.seen(name, answer, eight))))
         ready.append(result)
         answers.append(answer)
     given_targets = [target for target in targets if target is not None]
@@ -126,7 +125,41 @@ def engine_arguments(call: tuple[Any, ...], dtype: Any = None, _: int = 0) -> tu
     return read_rows, (weights, biases, weight_offset), tuple(ready), k, eps, restore
 
 
-def _rows(array: Seen, shape: tuple[int, int], stream: int) -> Seen:
+def _leads(weights: Seen | None, biases: Seen | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> Any:
+    """The axes of weight and of bias before those of a row."""
+    return tuple(
+        None if a is None else _shapes.parameter_lead(name, a.shape, shape, axes)
+        for name, a in (("weight", weights), ("bias", biases))
+    )
+
+
+def _order_for(leads: Any, over: tuple[int, ...]) -> Any:
+    """(The order of the axes of the rows that suits weight and bias, what both have to be spread to first or None)."""
+    order = _broadcast.rows_order(leads, over)
+    if order is not None:
+        return order, None
+    lead = np.broadcast_shapes(*leads)
+    return _broadcast.rows_order((lead, lead), over), lead
+
+
+def order_of_rows(call: tuple[Any, ...]) -> tuple[int, ...]:
+    """The axes of x beside those of a row, in the order in which `engine_arguments` has the rows of this call."""
+    _, (x, _), (weight, bias, _), _, _, p, axis = call
+    shape = arrays.seen("x", x).shape
+    weights, biases = (None if a is None else arrays.seen(name, a) for name, a in (("weight", weight), ("bias", bias)))
+    geometry = _geometry(shape, axis, p)
+    leads, count = _leads(weights, biases, shape, geometry.axes), len(shape) - len(geometry.axes)
+    order: tuple[int, ...] = _order_for(leads, shape[:count])[0] if any(leads) else geometry.order[:count]
+    return order
+
+
+def in_order(array: Seen, axes: tuple[int, ...]) -> Seen:
+    """The array with these axes, in this order; others are of length 1."""
+    shape, strides = (tuple(of_axes[i] for i in axes) for of_axes in (array.shape, array.strides))
+    return array._replace(shape=shape, strides=strides)
+
+
+def rows_in(array: Seen, shape: tuple[int, int], stream: int) -> Seen:
     """The array as contiguous rows of this shape."""
     if not arrays.is_contiguous(array):
         made = arrays.seen("", arrays.empty(array.shape, array.dtype, stream))
@@ -147,7 +180,7 @@ def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared:
     _shapes.check_same_shape(name, array.shape, parameter_name, like.shape)
     if math.prod(array.shape) != math.prod(prepared.shape):  # the parameter has been spread
         raise ValueError(NO_ORDER)
-    return _rows(array, prepared.shape, arrays.stream_for((array,)))  # type: ignore[arg-type]
+    return rows_in(array, prepared.shape, arrays.stream_for((array,)))  # type: ignore[arg-type]
 
 
 def gradient_out(out: Any, weight: Any, bias: Any) -> Any:
@@ -185,7 +218,7 @@ def _is_direct(target: Seen, trailing: bool, reads: tuple[Any, ...], parameters:
     return trailing and arrays.is_contiguous(target) and not any(arrays.overlaps(target, a) for a in others)
 
 
-def _spread(array: Any, shape: tuple[int, ...]) -> Seen:
+def spread(array: Any, shape: tuple[int, ...]) -> Seen:
     """The array as one of this shape, which it broadcasts to."""
     missing = len(shape) - len(array.shape)
     own = zip(array.shape, array.strides, shape[missing:], strict=True)

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numba import cuda
 
-from rmsnorm_np.cuda.words import STORED
+from rmsnorm_np.cuda.words import EIGHT_BITS, STORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,10 +79,16 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _DTYPES = {np.dtype(name): np.dtype(name) for name in STORED if name != "bfloat16"} | {_BFLOAT16: _BFLOAT16}
 # The interface has no name for bfloat16; libraries pass it as two bytes.
 _TYPESTRS = {dtype.str: dtype for dtype in _DTYPES if dtype != _BFLOAT16} | {"<V2": _BFLOAT16, "|V2": _BFLOAT16}
+# What an array to write 8 bits to may be of. The interface has no name for float8 either: ml_dtypes has some, and other
+# libraries pass the bytes.
+_ANY_BYTE = "<V1", "|V1", "<f1", "|f1", "|u1", "uint8"
+_BYTES = {"int8": ("|i1", "int8"), **{name: (*_ANY_BYTE, name) for name in EIGHT_BITS if name != "int8"}}
 
 
-def seen(name: str, value: Any) -> Seen:
+def seen(name: str, value: Any, eight_bits: np.dtype[Any] | None = None) -> Seen:
     """What `value` is, by its ``__cuda_array_interface__``; `name` is for errors.
+
+    eight_bits: a dtype that the array may have, too; of a float8, the bytes of an array of uint8 are taken for it.
 
     Raises
     ------
@@ -90,9 +96,9 @@ def seen(name: str, value: Any) -> Seen:
         If the value is no device array, or of a dtype that the engine does not know.
     """
     if getattr(value, "__cuda_ndarray__", False):  # Numba's own, past the interface: that takes 5 times as long
-        dtype = _DTYPES.get(value.dtype)
+        dtype = _DTYPES.get(value.dtype) or _as_bytes(value.dtype.name, eight_bits)
         if dtype is None:
-            raise _wrong_dtype(name, value.dtype)
+            raise _wrong_dtype(name, value.dtype, eight_bits)
         address = value.device_ctypes_pointer.value or 0
         return Seen(address, value.shape, value.strides, dtype, int(value.stream), False, value)
     interface = getattr(value, "__cuda_array_interface__", None)
@@ -106,9 +112,9 @@ def seen(name: str, value: Any) -> Seen:
             f"{name} is a host array ({type(value).__name__}), expected a device array like x, "
             "such as numba.cuda.to_device(...)"
         )
-    dtype = _TYPESTRS.get(interface["typestr"])
+    dtype = _TYPESTRS.get(interface["typestr"]) or _as_bytes(interface["typestr"], eight_bits)
     if dtype is None:
-        raise _wrong_dtype(name, np.dtype(interface["typestr"]))
+        raise _wrong_dtype(name, np.dtype(interface["typestr"]), eight_bits)
     if interface.get("mask") is not None:
         raise TypeError(f"{name} has a mask, expected a device array without one")
     shape, strides, (address, read_only) = tuple(interface["shape"]), interface.get("strides"), interface["data"]
@@ -119,7 +125,14 @@ def seen(name: str, value: Any) -> Seen:
 _DLPACK_CUDA = 2
 
 
-def _wrong_dtype(name: str, dtype: Any) -> TypeError:
+def _as_bytes(found: str, eight_bits: np.dtype[Any] | None) -> np.dtype[Any] | None:
+    """The dtype of 8 bits that is wanted, if an array of what was found may be of it."""
+    return eight_bits if eight_bits is not None and found in _BYTES[eight_bits.name] else None
+
+
+def _wrong_dtype(name: str, dtype: Any, eight_bits: np.dtype[Any] | None) -> TypeError:
+    if eight_bits is not None:
+        return TypeError(f"{name} has dtype {dtype}, expected {eight_bits}, the dtype of the result")
     return TypeError(f"{name} has dtype {dtype}, expected float16, bfloat16, float32 or float64 on a device")
 
 

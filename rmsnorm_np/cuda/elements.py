@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from numba.cuda import types
+
 from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.number import LONG, Condition, Number, exponent, opaque, power_in_two
 from rmsnorm_np.cuda.tracing import step
@@ -47,12 +49,23 @@ class Size(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """Pointers to all arrays of a call. totals: partial sums, of float64."""
+    """Pointers to all arrays of a call. totals: partial sums, of float64. scales: `RowScales`, or () without them."""
 
     reads: Any
     columns: Any
     writes: Any
     totals: Any
+    scales: Any
+
+
+class RowScales(NamedTuple):
+    """The scales of rows: `number`, that of all or a bound of their own; or those that are given, one for each row; and
+    where they are written.
+    """
+
+    number: Any
+    given: Any
+    found: Any
 
 
 class Scales(NamedTuple):
@@ -180,6 +193,26 @@ class Elements:
         exponents = (b.mul(exponent(b, scale), LONG(-by)) for scale, by in ((scales.x, x), (scales.dy, dy)))
         one, other = power_in_two(b, b.add(*exponents))
         return a * one * other
+
+    # ---------------------------------------------------------------------------------------- the scale of a row
+
+    def given_scale(self) -> Any:
+        """given(arrays, row): the scale that a row has been given, rounded to the dtype that they are written in."""
+
+        def body(b: Any, arrays: Arrays, row: Any) -> Number:
+            scale = self.one(b, arrays.scales.given, self.kinds.scales.given, row).to("f64")
+            return scale if self.kinds.scales.found == "float64" else scale.as_single()
+
+        return step(body, types.float64)
+
+    def give_scale(self) -> Any:
+        """give(arrays, row, m): writes that of the row's numbers."""
+
+        def body(b: Any, arrays: Arrays, row: Any, m: Any) -> None:
+            name = self.kinds.scales.found
+            store(b, arrays.scales.found, row, name, encoded(b, [m[0].scale], name, False), ALONE)
+
+        return step(body)
 
     # --------------------------------------------------------------------------------------------------- reading
 

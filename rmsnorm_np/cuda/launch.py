@@ -46,6 +46,7 @@ class Kinds(NamedTuple):
     """What a call computes: an operation, and the dtypes of its arrays, None for one that is absent.
 
     columns.weight_offset: whether there is one. totals: whether. first_k: fewer than n elements are in the RMS.
+    scales: `elements.RowScales`, None where rows have none.
     """
 
     operation: Operation
@@ -54,6 +55,7 @@ class Kinds(NamedTuple):
     writes: Any
     totals: Totals
     first_k: bool = False
+    scales: Any = None
 
     @property
     def about(self) -> str:
@@ -79,18 +81,23 @@ class Kinds(NamedTuple):
         ======  ============================  ===========================================================
 
         What is written counts, and what the rows are about. "pair" is also for 16-bit floats of operations for which
-        float32 is not enough (`Operation.singles`).
+        float32 is not enough (`Operation.singles`). Rows with a scale are "double" in place of both: pairs of float32
+        have too few digits to round to the nearest number of 8 bits, and to the nearest scale.
         """
         results = (self.about, *self.writes)
         if "float64" in results:
             return "exact"
-        if "float64" in self.names:
+        if "float64" in self.names or self.scales:
             return "double"
         return "pair" if "float32" in results or not self.operation.singles else "single"
 
     @property
     def marks(self) -> bool:
-        """Whether rows may leave the range: those of float16 alone cannot, where nothing is computed but the norm."""
+        """Whether rows may leave the range: those of float16 alone cannot, where nothing is computed but the norm; and
+        none of 16 or 32 bits that is computed in float64.
+        """
+        if self.scales and "float64" not in self.names:
+            return False
         return not self.operation.singles or any(name != "float16" for name in self.names)
 
 

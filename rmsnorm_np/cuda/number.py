@@ -14,7 +14,7 @@ from llvmlite import ir
 from rmsnorm_np.ops.primitives import Pair, rounded
 
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
-BIT, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+BIT, BYTE, SHORT, WORD, LONG = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 KINDS = {FLOAT: "f32", DOUBLE: "f64", WORD: "u32"}
 LLVM = {kind: llvm for llvm, kind in KINDS.items()}
 LETTERS = {"f32": "f", "f64": "d"}  # of registers, in inline PTX
@@ -66,14 +66,16 @@ class Number:
     """A number, and the builder that writes code about it.
 
     single: a float64 that a float32 can hold. inverse: 1 / it, rounded, where something is to be divided by it.
+    any_size: it may be so small or large that a division by it takes the long way, and has no inverse.
     """
 
-    __slots__ = ("builder", "inverse", "single", "value")
+    __slots__ = ("any_size", "builder", "inverse", "single", "value")
     narrow = True  # a square is added in one step
     renormalised = True  # a pair is, before it is divided: its head may have cancelled
 
     def __init__(self, builder: Any, value: Any, single: bool = False, inverse: Number | None = None) -> None:
         self.builder, self.value, self.single, self.inverse = builder, value, single, inverse
+        self.any_size = False
 
     @property
     def kind(self) -> str:
@@ -116,6 +118,8 @@ class Number:
         a, b = self.both(other)
         if isinstance(b.value, ir.Constant) and b.value.constant == 1.0:
             return a
+        if getattr(other, "any_size", False):
+            return a.asm("div.rn.{} $0, $1, $2;", b)
         # a division as processors have it is a call, and takes registers for it
         inverse = getattr(other, "inverse", None) or b.reciprocal()
         quotient = a.product(inverse)
@@ -205,6 +209,12 @@ class Number:
         for factor in reversed(factors[:-1]):
             value = value.fma(self, factor)
         return value
+
+    def power_below(self) -> Number:
+        """Of a float64, the largest power of two that is at most |it|; zero for what is subnormal."""
+        b = self.builder
+        bits = b.and_(b.bitcast(self.value, LONG), LONG(0x7FF0_0000_0000_0000))
+        return Number(b, b.bitcast(bits, DOUBLE))
 
     def in_dtype(self, name: str, tail: Number | None = None) -> Number:
         """It + tail, rounded once to what this dtype can hold, in its own type."""

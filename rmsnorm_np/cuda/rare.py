@@ -21,7 +21,7 @@ from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.number import DOUBLE, LONG, Condition, Number, exponent, mantissa, power
 from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.schedule import arguments_of
-from rmsnorm_np.cuda.team import adder_of, agreed, inlined, numbers_finder
+from rmsnorm_np.cuda.team import adder_of, agreed, inlined, numbers_finder, scale_giver, settings_of
 from rmsnorm_np.cuda.tracing import step, zeros
 from rmsnorm_np.ops.operation import scale
 from rmsnorm_np.ops.primitives import either
@@ -168,14 +168,14 @@ def vector_reader(program: Program) -> Any:
 def rare_adder(program: Program, s: int) -> Any:
     """add((row, scales), m, None, size, arrays): stage s's sums over this thread's vectors of a row."""
     read, add, length = vector_reader(program), program.add(s), program.plan.length
-    nothing, plus = adder_of(program.sums[s])
+    nothing, plus = adder_of(program, s)
 
     @inlined
     def adder(row: Any, m: Any, place: Any, size: Any, arrays: Any) -> Any:
         sums = nothing(())
         for begin in range(0, size.n, length):
             place, words = read(row[0], begin, size, arrays)
-            sums = plus((sums, add((words, m, place, size, row[1]))))
+            sums = plus((sums, add((words, m, place, size, arrays, row[1]))))
         return sums
 
     return adder
@@ -188,6 +188,7 @@ def row_runner(program: Program) -> Any:
     read, write, find_scales = vector_reader(program), program.write(), scales_finder(program)
     read_totals, write_totals = program.read_totals(), program.write_totals()
     find = numbers_finder(program, [rare_adder(program, s) for s in range(len(program.op.stages))])
+    settings, give_scale = settings_of(program), scale_giver(program)
     scales_in, eps_in = step(lambda b, found: found[0], SCALES[0]), step(lambda b, found: found[1], types.float64)
 
     @inlined
@@ -198,7 +199,9 @@ def row_runner(program: Program) -> Any:
         else:
             found = find_scales(place, size, arrays)
             scales, eps = scales_in((found,)), eps_in((found,))
-        m = find((place, scales), None, size, arrays, eps)
+        m = find((place, scales), None, size, arrays, settings(eps, arrays, row))
+        if cuda.threadIdx.x == 0:
+            give_scale(arrays, row, m)
         for begin in range(0, size.n, length):
             here, words = read(place, begin, size, arrays)
             there = Place(task * size.n + begin, here.lane, here.stop, 0, 0, size.k)

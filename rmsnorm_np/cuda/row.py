@@ -16,7 +16,7 @@ from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.number import DOUBLE, WORD, Condition, Number
 from rmsnorm_np.cuda.tracing import step, tried, zero
 from rmsnorm_np.cuda.words import element, encoded, load, store
-from rmsnorm_np.ops.primitives import Pair, either, is_pair, plus, rounded
+from rmsnorm_np.ops.primitives import Pair, either, is_pair, largest_magnitude, plus, rounded
 from rmsnorm_np.ops.records import given, mapped
 
 # Squares and products between these and their inverses lose nothing that counts.
@@ -35,7 +35,12 @@ class Program(Elements):
         last = len(self.op.stages) - 1
         one = Pair("f64", "f64") if plan.work == "exact" else "f64"
         self.sums = [  # no guards: `_mark` looks at the row's numbers and shares themselves
-            stage.Sums(*(None if name in stage.Sums._field_defaults else one for name in stage.Sums._fields))
+            stage.Sums(
+                *(
+                    None if name in stage.Sums._field_defaults else "f64" if stage.largest else one
+                    for name in stage.Sums._fields
+                )
+            )
             for stage in self.op.stages
         ]
         # how the elements of a stage are summed: sums before the last need every digit, as a mean far from zero does
@@ -48,16 +53,23 @@ class Program(Elements):
         for s in range(last + 1):
             before = self.numbers[-1] if s else None
             size = Size(*["u32"] * 3, *["f64"] * 4, *["u32"] * 4)
-            self.numbers.append(tried(lambda b, *a, s=s: self.finish(b, s, *a), self.sums[s], size, before, "f64"))
+            eps = ("f64", "f64", "f64") if self.op.scales else "f64"
+            self.numbers.append(tried(lambda b, *a, s=s: self.finish(b, s, *a), self.sums[s], size, before, eps))
 
     # ----------------------------------------------------------------------------------------------- sums, numbers
 
+    def join(self, s: int) -> Any:
+        """join(builder, one, other): two records of the sums of stage s as one."""
+        join = largest_magnitude if self.op.stages[s].largest else plus
+        return lambda b, one, other: given(one, join, other)
+
     def add(self, s: int) -> Any:
-        """add(row, m, place, size, scales): the sums of stage s over what this thread has of the row."""
+        """add(row, m, place, size, arrays, scales): the sums of stage s over what this thread has of the row."""
         plan, stage, how, shape = self.plan, self.op.stages[s], self.how[s], self.sums[s]
         last = s == len(self.op.stages) - 1
         part_kind = {"wide": "f64", "plain": self.kind, "pair": Pair(self.kind, self.kind)}[how]
-        part_shape = given(shape, lambda _: part_kind)
+        part_shape = shape if stage.largest else given(shape, lambda _: part_kind)
+        weighed = plan.backward or stage.largest  # largest magnitudes are those of an output
         # sums over rows in float32: a row that could make one of them infinite has to be marked
         reach = last and any(self.kinds.totals) and self.kind == "f32" and plan.marks
         factors = [field for field in self.op.Reads._fields[1:] if field != "dh"]
@@ -70,18 +82,22 @@ class Program(Elements):
                 there = inside if there is None else there & inside if inside is not None else there
             return new if there is None else given(new, lambda a, z: either(there, a, z), old)
 
-        def body(b: Any, row: Any, m: Any, place: Place, size: Size, scales: Any) -> Any:
+        def body(b: Any, row: Any, m: Any, place: Place, size: Size, arrays: Arrays, scales: Any) -> Any:
             found, largest = zero(b, shape), None
             # elements that are not there are zeros, but with numbers of a stage before their terms need not be
             masked = (m is not None or scales is not None) and not plan.full
             m = m[0] if m is not None else None
             for v in self.vectors(b, place, anew=True):
                 vector = self.vector_of(self.held, row[0], v.t)
-                columns = self.vector_of(self.columns, row[1], v.t) if plan.backward else None
+                columns = None
+                if plan.backward:
+                    columns = self.vector_of(self.columns, row[1], v.t)
+                elif weighed:
+                    columns = self.load_columns(b, arrays, v, place)
                 before = part = found if part_shape == shape else zero(b, part_shape)
                 for e, there in enumerate(v.there.conditions):
                     read = self.scaled(b, self.numbers_of(b, vector, e, how, again), scales)
-                    c = self.columns_of(b, columns, e, size.offset, how) if plan.backward else None
+                    c = self.columns_of(b, columns, e, size.offset, how) if weighed else None
                     for a in read[1:] if reach else ():
                         size_of = None if a is None else abs(a.head if is_pair(a) else a)
                         largest = largest if a is None else size_of if largest is None else largest.maximum(size_of)
@@ -99,8 +115,8 @@ class Program(Elements):
 
         return step(body, shape)
 
-    def finish(self, b: Any, s: int, sums: Any, size: Size, m: Any, eps: Number) -> Any:
-        """(The numbers of stage s as elements take them, a mark), see `_mark`."""
+    def finish(self, b: Any, s: int, sums: Any, size: Size, m: Any, eps: Any) -> Any:
+        """(The numbers of stage s as elements take them, a mark), see `_mark`. eps: or what takes its place."""
         n, k = (
             Number(b, b.sitofp(count, DOUBLE), inverse=inverse)
             for count, inverse in ((size.n, size.inverse_n), (size.k, size.inverse_k))
@@ -171,6 +187,8 @@ class Program(Elements):
         def body(b: Any, row: Any, arrays: Arrays, place: Place, size: Size, m: Any, added: Any, scales: Any) -> Any:
             total = given(self.added, lambda _, a: list(a), added)
             m = m[0]
+            if op.scales == "in" and plan.work == "exact":
+                m.scale.any_size = True
             heads = given(m, lambda a: a.head if is_pair(a) else a)  # sums over rows have digits enough without tails
             for v in self.vectors(b, place, anew=True):
                 vector = self.vector_of(self.held, row[0], v.t)

@@ -9,14 +9,13 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from rmsnorm_np.cuda.elements import Arrays, Place, Size
+from rmsnorm_np.cuda.elements import Arrays, Place, RowScales, Size
 from rmsnorm_np.cuda.kernel import Capability, Kernel, array_of
 from rmsnorm_np.cuda.launch import ROUNDS_TO_BFLOAT16, WARP, Plan
 from rmsnorm_np.cuda.number import LONG
 from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.team import (
     WARP_LEVELS,
-    added,
     adder_of,
     inlined,
     levels_of,
@@ -25,6 +24,8 @@ from rmsnorm_np.cuda.team import (
     picker,
     put,
     put_value,
+    scale_giver,
+    settings_of,
     total_of,
     width_of,
 )
@@ -45,7 +46,10 @@ def arguments_of(plan: Plan) -> tuple[Any, ...]:
     record = lambda names, kind_of: types.NamedTuple([kind_of(name) for name in names], type(names))  # noqa: E731
     columns = kinds.columns._replace(weight_offset=None)
     totals = record(kinds.totals, lambda there: FLOAT64S if there else types.none)
-    parts = [record(kinds.reads, stored), record(columns, stored), record(kinds.writes, stored), totals]
+    scales = types.Tuple(())
+    if kinds.scales:
+        scales = types.NamedTuple([types.float64, stored(kinds.scales.given), stored(kinds.scales.found)], RowScales)
+    parts = [record(kinds.reads, stored), record(columns, stored), record(kinds.writes, stored), totals, scales]
     kept = types.UniTuple(array_of(4), len(kinds.operation.stages) if plan.split and not plan.rare else 0)
     return types.NamedTuple(parts, Arrays), array_of(1), SIZE, kept
 
@@ -72,8 +76,8 @@ def adder(program: Program, s: int) -> Any:
     """
     if not program.plan.split:
         add = program.add(s)
-        return inlined(lambda row, m, place, size, arrays: add((row[1], m, place, size, None)))
-    pick, (nothing, plus) = picker(program.sums[s]), adder_of(program.sums[s])
+        return inlined(lambda row, m, place, size, arrays: add((row[1], m, place, size, arrays, None)))
+    pick, (nothing, plus) = picker(program.sums[s]), adder_of(program, s)
     block, length = program.plan.block, program.plan.length
 
     @inlined
@@ -95,15 +99,19 @@ def row_runner(program: Program) -> Any:
     plan = program.plan
     read, write, find_mark = program.read(not plan.split), program.write(), mark_finder(program)
     find = numbers_finder(program, [adder(program, s) for s in range(len(program.op.stages))])
+    settings, give_scale = settings_of(program), scale_giver(program)
     teams, marks_rows = plan.teams, plan.marks
 
     @inlined
     def run(row: Any, place: Any, columns: Any, sums: Any, arrays: Any, marks: Any, size: Any, kept: Any) -> Any:
         words = (read((arrays, place)), columns)
-        m = find((row, words, kept), place, size, arrays, size.eps)
+        m = find((row, words, kept), place, size, arrays, settings(size.eps, arrays, row))
         mark = find_mark(m, arrays, place)
-        if marks_rows and place.lane == 0 and place.stop > 0 and place.start == row * size.n:
-            marks[row] = mark
+        if place.lane == 0 and place.stop > 0 and place.start == row * size.n:
+            if marks_rows:
+                marks[row] = mark
+            if mark == 0:
+                give_scale(arrays, row, m)
         if mark == 0 and (teams == 1 or place.stop > 0):
             sums = write((words, arrays, place, size, m, sums, None))
         return sums
@@ -171,7 +179,8 @@ def pieces_kernel(plan: Plan, s: int) -> Kernel:
     program, backward = Program(plan), plan.backward
     read, read_columns, add = program.read(s == 0), program.read_columns(), program.add(s)
     find = numbers_finder(program, [adder(program, earlier) for earlier in range(s)])
-    total, piece_of = total_of(plan.team, program.sums[s], added), piece_finder(plan)
+    total, piece_of = total_of(plan.team, program.sums[s], program.join(s)), piece_finder(plan)
+    settings = settings_of(program)
 
     def piece_sums(arrays: Any, marks: Any, size: Any, kept: Any) -> None:
         lane, block = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
@@ -179,8 +188,8 @@ def pieces_kernel(plan: Plan, s: int) -> Kernel:
         weight, bias = row % size.weight_m * size.n + begin, row % size.bias_m * size.n + begin
         place = Place(row * size.n + begin, lane, length, weight, bias, size.k - begin)
         words = (read((arrays, place)), read_columns((arrays, place)) if backward else None)
-        m = find((row, words, kept), place, size, arrays, size.eps)
-        sums = total(add((words, m, place, size, None)))
+        m = find((row, words, kept), place, size, arrays, settings(size.eps, arrays, row))
+        sums = total(add((words, m, place, size, arrays, None)))
         if lane == 0:
             put_value((kept[s], block, sums))
 

@@ -18,8 +18,7 @@ from rmsnorm_np.cuda.number import LONG, WORD, Number, called, shuffle
 from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.tracing import step, zeros
 from rmsnorm_np.cuda.words import where
-from rmsnorm_np.ops.primitives import plus
-from rmsnorm_np.ops.records import given, leaves, mapped
+from rmsnorm_np.ops.records import leaves, mapped
 
 WARP_LEVELS = 5
 ALL_LANES = 0xFFFFFFFF
@@ -113,14 +112,9 @@ def total_of(team: int, shape: Any, join: Join) -> Any:
     return total
 
 
-def added(b: Any, one: Any, other: Any) -> Any:
-    """Two records of sums as one."""
-    return given(one, plus, other)
-
-
-def adder_of(shape: Any) -> tuple[Any, Any]:
-    """Steps for a sum of records of sums: nothing(), and plus(a, b)."""
-    return zeros(shape), step(added, shape)
+def adder_of(program: Program, s: int) -> tuple[Any, Any]:
+    """Steps to join the sums of stage s: nothing(), and plus(a, b)."""
+    return zeros(program.sums[s]), step(program.join(s), program.sums[s])
 
 
 def agreed(team: int, join: Join, shape: Any, finish: Callable[..., Any], result: Any) -> Any:
@@ -149,12 +143,15 @@ def agreed(team: int, join: Join, shape: Any, finish: Callable[..., Any], result
 
 
 def numbers_finder(program: Program, adders: list[Any]) -> Any:
-    """find(row, place, size, arrays, eps): a row's numbers and its mark, from the sums of each stage by its adder."""
+    """find(row, place, size, arrays, eps): a row's numbers and its mark, from the sums of each stage by its adder.
+
+    eps: what `settings_of` gives.
+    """
     if not adders:
         return inlined(lambda row, place, size, arrays, eps: None)
     s, add = len(adders) - 1, adders[-1]
     finish = lambda b, sums, more: program.finish(b, s, sums, *more)  # noqa: E731
-    agree = agreed(program.plan.team, added, program.sums[s], finish, program.numbers[s])
+    agree = agreed(program.plan.team, program.join(s), program.sums[s], finish, program.numbers[s])
     if s == 0:
         return inlined(
             lambda row, place, size, arrays, eps: agree(add(row, None, place, size, arrays), (size, None, eps))
@@ -167,6 +164,24 @@ def numbers_finder(program: Program, adders: list[Any]) -> Any:
         return agree(add(row, m, place, size, arrays), (size, m, eps))
 
     return find
+
+
+def settings_of(program: Program) -> Any:
+    """settings(eps, arrays, row): what the formulas take as eps, where rows have scales: eps, the scale, its bound."""
+    if program.op.scales is None:
+        return inlined(lambda eps, arrays, row: eps)
+    if program.kinds.scales.given is None:
+        return inlined(lambda eps, arrays, row: (eps, arrays.scales.number, arrays.scales.number))
+    given_scale = program.given_scale()
+    return inlined(lambda eps, arrays, row: (eps, given_scale((arrays, row)), arrays.scales.number))
+
+
+def scale_giver(program: Program) -> Any:
+    """give(arrays, row, m): writes the scale of a row, where rows have scales. For one thread of a row to call."""
+    if program.op.scales is None:
+        return inlined(lambda arrays, row, m: None)
+    give_scale = program.give_scale()
+    return inlined(lambda arrays, row, m: give_scale((arrays, row, m)))
 
 
 def mark_finder(program: Program) -> Any:

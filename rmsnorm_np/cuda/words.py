@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 
-from rmsnorm_np.cuda.number import FLOAT, HALF, LONG, SHORT, WORD, Number, opaque, round_upper_half
+from rmsnorm_np.cuda.number import BYTE, FLOAT, HALF, LONG, SHORT, WORD, Number, opaque, round_upper_half
 from rmsnorm_np.ops.primitives import rounded
 
 BYTES = 16  # of one access, the widest there is on every GPU
 _GLOBAL = 1  # LLVM's number for the address space of device memory
 
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+# Only written. How many bits of a float32 behind the exponent the format has, the difference of the biases of the
+# exponents, and the bits of NaN; int8 has no exponent.
+EIGHT_BITS = {"int8": None, "float8_e4m3fn": (3, 120, 0x7F), "float8_e5m2": (2, 112, 0x7E)}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, **dict.fromkeys(EIGHT_BITS, 1)}
 STORED = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
 
 
@@ -60,7 +63,7 @@ def _accesses(name: str, there: There) -> tuple[int, Any, list[tuple[Any, list[i
     """Bytes and type of one access, and for each condition the elements at which its accesses begin."""
     count, size = len(there.conditions) if there.together else 1, ITEMSIZE[name]
     width = min(BYTES, count * size)
-    kind = SHORT if width == 2 else ir.VectorType(WORD, width // 4)
+    kind = {1: BYTE, 2: SHORT}.get(width) or ir.VectorType(WORD, width // 4)
     parts = range(0, len(there.conditions), count)
     return width, kind, [(there.conditions[e], list(range(e, e + count, width // size))) for e in parts]
 
@@ -79,14 +82,15 @@ def load(b: Any, pointer: Any, index: Any, name: str, there: There) -> list[Any]
     if width > 2:
         return [b.extract_element(value, WORD(j)) for value in found for j in range(width // 4)]
     halves = [b.zext(value, WORD) for value in found]
-    return _pairs(b, halves)
+    return _packed(b, halves, 16)
 
 
 def store(b: Any, pointer: Any, index: Any, name: str, words: list[Any], there: There) -> None:
     """The words of a vector to pointer[index] and on; of what is not there, nothing."""
     width, kind, parts = _accesses(name, there)
-    if width == 2:
-        values = [_half(b, words[e // 2], e) for e in range(len(there.conditions))]
+    if width < 4:
+        count = len(there.conditions) * ITEMSIZE[name] // width
+        values = [_part(b, words[j * width // 4], j, kind) for j in range(count)]
     else:
         values = [_vector(b, kind, words[j : j + width // 4]) for j in range(0, len(words), width // 4)]
     for condition, elements in parts:
@@ -107,17 +111,22 @@ def _vector(b: Any, kind: Any, words: list[Any]) -> Any:
     return value
 
 
-def _half(b: Any, word: Any, e: int) -> Any:
-    """The 16 bits of element e in its word."""
-    return b.trunc(b.lshr(word, WORD(16)) if e % 2 else word, SHORT)
+def _part(b: Any, word: Any, e: int, kind: Any) -> Any:
+    """Element e of an array of this type, in its word."""
+    first = e * kind.width % 32
+    return b.trunc(b.lshr(word, WORD(first)) if first else word, kind)
 
 
-def _pairs(b: Any, halves: list[Any]) -> list[Any]:
-    """Words of 16 bits each as full words, two to one; the last may be alone."""
-    return [
-        halves[j] if j + 1 == len(halves) else b.or_(halves[j], b.shl(halves[j + 1], WORD(16)))
-        for j in range(0, len(halves), 2)
-    ]
+def _packed(b: Any, parts: list[Any], bits: int) -> list[Any]:
+    """Words of so many bits each as full words; the last may be filled in part."""
+    words: list[Any] = []
+    for j, part in enumerate(parts):
+        first = j * bits % 32
+        if first:
+            words[-1] = b.or_(words[-1], b.shl(part, WORD(first)))
+        else:
+            words.append(part)
+    return words
 
 
 def element(b: Any, words: list[Any], e: int, name: str, again: bool = False) -> Number:
@@ -134,7 +143,7 @@ def element(b: Any, words: list[Any], e: int, name: str, again: bool = False) ->
     (word,) = parts
     if name == "bfloat16":
         return Number.of_words(b, [b.and_(word, WORD(0xFFFF0000)) if e % 2 else b.shl(word, WORD(16))])
-    return Number(b, b.fpext(b.bitcast(_half(b, word, e), HALF), FLOAT))
+    return Number(b, b.fpext(b.bitcast(_part(b, word, e, SHORT), HALF), FLOAT))
 
 
 def encoded(b: Any, numbers: list[Any], name: str, native_bfloat16: bool) -> list[Any]:
@@ -143,6 +152,8 @@ def encoded(b: Any, numbers: list[Any], name: str, native_bfloat16: bool) -> lis
     plain = [rounded(number).to(kind) for number in numbers]
     if ITEMSIZE[name] > 2:
         return [word for number in plain for word in number.words()]
+    if name in EIGHT_BITS:
+        return _packed(b, [_eight_bits(b, a, name) for a in plain], 8)
     if name == "float16":
         halves = [b.zext(b.bitcast(b.fptrunc(a.value, HALF), SHORT), WORD) for a in plain]
     elif native_bfloat16:
@@ -151,7 +162,19 @@ def encoded(b: Any, numbers: list[Any], name: str, native_bfloat16: bool) -> lis
         halves = [b.zext(b.asm(convert, instruction, "=h,f", [a.value], side_effect=False), WORD) for a in plain]
     else:
         halves = [_rounded_to_bfloat16(b, a) for a in plain]
-    return _pairs(b, halves)
+    return _packed(b, halves, 16)
+
+
+def _eight_bits(b: Any, number: Number, name: str) -> Any:
+    """The bits of a float32 that is a number of the format, or NaN, which is zero where there is none."""
+    layout, is_number = EIGHT_BITS[name], number.is_number()
+    if layout is None:
+        return b.and_(b.fptosi(is_number.either(number, 0.0).value, WORD), WORD(0xFF))
+    digits, bias, nan = layout
+    sign = b.and_(b.lshr(*number.words(), WORD(24)), WORD(0x80))
+    # so much less that the exponent's bits are those of the format, subnormal where it is there
+    bits = b.lshr(*(number * 2.0**-bias).words(), WORD(23 - digits))
+    return b.select(is_number.value, b.or_(b.and_(bits, WORD(0x7F)), sign), WORD(nan))
 
 
 def _rounded_to_bfloat16(b: Any, number: Number) -> Any:

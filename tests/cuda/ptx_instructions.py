@@ -48,6 +48,11 @@ def fused(x, y, z):
     return np.where(np.isfinite(exact), exact, x * y + z)
 
 
+def flushed(x):
+    """Zero in place of what is subnormal, as instructions with .ftz take and give it."""
+    return np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(x.dtype.type(0), x), x)
+
+
 def _halves(a):
     """Two numbers of 27 bits, whose sum is a, in longdouble."""
     head = (a.view(np.uint64) & ~np.uint64(2**27 - 1)).view(np.float64).astype(np.longdouble)
@@ -165,12 +170,12 @@ class Instructions:
         return np.sign(x) * np.sign(y) * (np.abs(x) // np.abs(y))
 
     def do_rsqrt(self, *a):
-        """To 20 bits or so, as on a GPU."""
-        self._apply(*a, lambda x: (1 / np.sqrt(x)) * (1 + 2.0**-21))
+        """To 20 bits or so, as on a GPU; with .ftz, as all are."""
+        self._apply(*a, lambda x: (1 / np.sqrt(flushed(x))) * (1 + 2.0**-21))
 
     def do_rcp(self, *a):
-        """To 20 bits or so, as on a GPU."""
-        self._apply(*a, lambda x: (1 / x) * (1 + 2.0**-21) if x.dtype == np.float64 else 1 / x)
+        """To 20 bits or so, as on a GPU; with .ftz, as all are."""
+        self._apply(*a, lambda x: flushed((1 / flushed(x)) * (1 + 2.0**-21 * (x.dtype == np.float64))))
 
     def do_shl(self, name, operands, active):
         self._shift(name, operands, active, np.left_shift)

@@ -19,6 +19,7 @@ from numba.cuda import dispatcher
 from numba.cuda.cudadrv import nvvm
 
 from rmsnorm_np.cuda import launch, rare, schedule
+from rmsnorm_np.cuda.elements import RowScales
 from rmsnorm_np.cuda.kernel import linker
 from rmsnorm_np.cuda.words import STORED
 from rmsnorm_np.ops.double import LAYER_NORM_DOUBLE_BACKWARD
@@ -26,6 +27,7 @@ from rmsnorm_np.ops.gated import GATE_FIRST, GATE_FIRST_BACKWARD, NORM_FIRST_BAC
 from rmsnorm_np.ops.jvp import LAYER_NORM_JVP
 from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
 from rmsnorm_np.ops.operation import Columns, Totals
+from rmsnorm_np.ops.quantized import quantized_rms_norm
 from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
 
 CAPABILITIES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
@@ -61,6 +63,7 @@ OPERATIONS = {
     ("norm first", True): NORM_FIRST_BACKWARD,
     ("along", False): LAYER_NORM_JVP,
     ("along", True): LAYER_NORM_DOUBLE_BACKWARD,
+    ("8 bits", False): quantized_rms_norm("float8_e4m3fn", given=False, single=True),
 }
 
 
@@ -71,11 +74,14 @@ def plan(n, x, *, backward=False, op="layer", weight=None, aligned=True, partial
         reads, writes = (kind(*[x] * len(kind._fields)) for kind in (operation.Reads, operation.Writes))
         columns = operation.Columns(*[weight] * (len(operation.Columns._fields) - 1))
         totals = Totals(backward or None, (backward and hasattr(columns, "bias")) or None)
+        if operation.scales:
+            writes = writes._replace(q="float8_e4m3fn")
     else:
         reads, writes = operation.Reads(*[x] * (1 + backward)), operation.Writes(x)
         totals = Totals(True, centred or None) if backward else Totals()
         columns = Columns(weight, weight if centred and not backward else None, centred or None)
-    kinds = launch.Kinds(operation, reads, columns, writes, totals, partial)
+    scales = RowScales(True, None, "float32") if operation.scales else None
+    kinds = launch.Kinds(operation, reads, columns, writes, totals, partial, scales)
     return launch.plan_for(n, kinds, aligned, capability)
 
 
@@ -85,13 +91,14 @@ def plan_of(case, **changes):
 
 
 def kernels_of(p):
-    """(kernel, whether it reads rows, whether it writes them) of each launch that a plan takes, but that for rare
-    rows.
+    """(kernel, whether it reads rows, whether it writes them as wide) of each launch that a plan takes, but that for
+    rare rows.
     """
     if not p.split:
         return [(schedule.rows_kernel(p), True, True)]
-    pieces = [(schedule.pieces_kernel(p, s), True, False) for s in range(len(p.kinds.operation.stages))]
-    return [*pieces, (schedule.rows_kernel(p), True, True)]
+    scaled = p.kinds.scales is not None  # h is written with the first sums then, and q is narrow
+    pieces = [(schedule.pieces_kernel(p, s), True, scaled and s == 0) for s in range(len(p.kinds.operation.stages))]
+    return [*pieces, (schedule.rows_kernel(p), True, not scaled)]
 
 
 def machine_codes(kernel, capabilities):
@@ -169,6 +176,11 @@ CASES = [
     {"n": 2**18, "x": "float32", "op": "gated"},
     {"n": 8192, "x": "float32", "op": "along"},
     {"n": 4096, "x": "float64", "op": "along"},
+    {"n": 16384, "x": "float32", "op": "8 bits"},
+    {"n": 32768, "x": "bfloat16", "op": "8 bits"},
+    {"n": 8192, "x": "float64", "op": "8 bits"},
+    {"n": 2**18, "x": "float32", "op": "8 bits"},
+    {"n": 2**18, "x": "float64", "op": "8 bits"},
     {"n": 4096, "x": "bfloat16", "backward": True, "op": "gated"},
     {"n": 4096, "x": "float32", "backward": True, "op": "norm first"},
     {"n": 2048, "x": "float64", "backward": True, "op": "norm first"},
