@@ -126,6 +126,9 @@ class Instructions:
     def do_abs(self, *a):
         self._apply(*a, np.abs)
 
+    def do_copysign(self, *a):
+        self._apply(*a, lambda sign, size: np.copysign(size, sign))
+
     def do_max(self, name, operands, active):
         self._apply(name, operands, active, np.fmax if ".f" in name else np.maximum)
 
