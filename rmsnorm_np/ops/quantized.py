@@ -66,7 +66,7 @@ class Largest(NamedTuple):
 class Numbers(NamedTuple):
     rstd: Any
     scale: Any
-    inverse: Any  # 1 / scale
+    inverse: Any = None  # 1 / scale, of a float32: that of any other is in float64's range
 
 
 def normed(h: Any, m: Any, c: Columns) -> Any:
@@ -87,10 +87,6 @@ def extent_of_two(s: Largest, n: Any, k: Any, settings: Any, m: rms.Rstd) -> Ext
 
 def extent_of_one(s: rms.Squares, n: Any, k: Any, settings: Any, m: None) -> Extent:
     return rms.extent(s, n, k, settings[0], m)
-
-
-def given_scale(s: rms.Squares, n: Any, k: Any, settings: Any, m: None) -> Numbers:
-    return Numbers(*rms.rstd(s, n, k, settings[0], m), settings[1], over(constant(1.0, settings[1]), settings[1]))
 
 
 def quantized(value: Any, to: Format) -> Any:
@@ -115,16 +111,22 @@ def quantized_rms_norm(name: str, given: bool, single: bool) -> Operation:
     """The operation for the format of this name. given: whether the scale is; single: whether it is a float32."""
     to = FORMATS[name]
 
+    def numbers(rstd: Any, scale: Any) -> Numbers:
+        return Numbers(rstd, scale, over(constant(1.0, scale), scale) if single else None)
+
+    def given_scale(s: rms.Squares, n: Any, k: Any, settings: Any, m: None) -> Numbers:
+        return numbers(rms.rstd(s, n, k, settings[0], m).rstd, settings[1])
+
     def own_scale(s: Largest, n: Any, k: Any, settings: Any, m: rms.Rstd) -> Numbers:
         y, bound = rounded(s.y), settings[2]
         y = either(exceeds(y, bound), bound, y) / to.largest
         smallest = constant(SMALLEST_SCALE, y)
         y = either(exceeds(smallest, y), smallest, y)
-        y = as_single(y) if single else y
-        return Numbers(m.rstd, y, over(constant(1.0, y), y))
+        return numbers(m.rstd, as_single(y) if single else y)
 
     def q(h: Any, m: Numbers, c: Columns, inside: Any) -> Writes:
-        return Writes(quantized(rounded(over_known(normed(h, m, c), m.scale, m.inverse)), to))
+        y = normed(h, m, c)
+        return Writes(quantized(rounded(over_known(y, m.scale, m.inverse) if single else over(y, m.scale)), to))
 
     add = rms.RMS_NORM.stages[0].add
     stages: tuple[Stage, ...] = (Stage(rms.Squares, add, given_scale, True),)
