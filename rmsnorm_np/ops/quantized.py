@@ -66,7 +66,7 @@ class Largest(NamedTuple):
 class Numbers(NamedTuple):
     rstd: Any
     scale: Any
-    inverse: Any = None  # 1 / scale, of a float32: that of any other is in float64's range
+    inverse: Any = None  # 1 / scale, where that is a float32: a float64 has room for it
 
 
 def normed(h: Any, m: Any, c: Columns) -> Any:
