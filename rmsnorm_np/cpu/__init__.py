@@ -122,18 +122,23 @@ def backward(
     rows, n = (x.shape[0] * x.shape[2] if x.ndim == 3 else len(x)), x.shape[1]
     for j, a in enumerate(out):
         if a is None:
-            made = memory.empty(x.shape, reads[j].dtype, *(b for b in (*reads, *out) if b is not None))
-            out = *out[:j], made, *out[j + 1 :]
-    likes = columns[0], columns[1] if operation.Columns is Columns else None
+            out = *out[:j], memory.empty(x.shape, reads[j].dtype, *reads, *out), *out[j + 1 :]
+    like_weight, like_bias = likes = columns[0], columns[1] if operation.Columns is Columns else None
     if totals is None:
-        totals = tuple(None if a is None else memory.empty(a.shape, a.dtype) for a in likes)
-    totals = dweight, dbias = tuple(totals)  # the code takes nothing else
+        dweight = None if like_weight is None else memory.empty(like_weight.shape, like_weight.dtype)
+        dbias = None if like_bias is None else memory.empty(like_bias.shape, like_bias.dtype)
+    else:
+        dweight, dbias = totals
+    totals = dweight, dbias
     if rows == 0:
         for total in totals:
             if total is not None:
                 total[...] = 0
         return out, totals
-    m = max(1 if a is None else len(a) for a in columns[:-1])
+    m = 1
+    for a in columns[:-1]:
+        if a is not None and len(a) > m:
+            m = len(a)
     long = n > long_rows.LONG_ROW
     way = kernel.APART if x.ndim == 3 else kernel.LONG_ROWS if long else kernel.ROWS
     partials: tuple[Any, Any] = _NO_TOTALS
@@ -146,8 +151,9 @@ def backward(
         room = chunks * m * n + LINE // 8  # the kernel begins at the first cache line
         partials = None if dweight is None else np.empty(room), None if dbias is None else np.empty(room)
     own = (columns[0], None, offset) if operation.unused else columns  # but the bias, which is like its sum
+    # no dtypes of out: they are those of what is read
     key = (
-        operation.name, *(a is None or a.dtype for a in (*reads, *own[:-1], *out, *sums)), k == n, offset != 0.0, way,
+        operation.name, *[a if a is None else a.dtype for a in (*reads, *own[:-1], *sums)], k == n, offset != 0.0, way,
         type(eps), wide,
     )  # fmt: skip
     entry = kernel.entries.get(key)
