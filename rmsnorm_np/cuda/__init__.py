@@ -3,7 +3,8 @@
 Here a call gets its memory, its plan and its grid. Read on in `launch` (how work is cut), `schedule` (the kernels: who
 takes which row), `row` (the program for one row), `team` (sums over threads), `rare` (rows out of range). Below:
 `tracing` (how formulas become code), `number` (a number in a register), `words` (what a thread moves), `kernel` (what
-is launched), `arguments`, `copies` and `arrays` (what a caller has).
+is launched), `arguments`, `copies` and `arrays` (what a caller has), `scales` (of rows in 8 bits) and `reduced` (rows
+that are cut over workers).
 """
 
 from __future__ import annotations
