@@ -11,6 +11,7 @@ from rmsnorm_np import _arguments, _broadcast, _formats, ops, reference
 from rmsnorm_np._numbers import check_flag
 from rmsnorm_np._overlap import check_apart
 from rmsnorm_np.ops.quantized import quantized_rms_norm
+from rmsnorm_np.reference.sharded import check_reduce
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -67,10 +68,11 @@ def select(x: Any, backend: str | None) -> ModuleType:
     return _load(backend) if engine is None else engine
 
 
-def for_reduce(engine: Any) -> ModuleType:
+def for_reduce(engine: Any, reduce: Any, p: Any = 1.0) -> Any:
     """The engine for rows that are cut over workers: on the host, NumPy."""
-    if engine is _engines.get("cuda"):
-        raise ValueError("backend 'cuda' takes no reduce, expected None for device arrays")
+    if hasattr(engine, "Reducing"):
+        check_reduce(reduce, p)
+        return engine.Reducing(reduce)
     if engine is _engines.get("dask"):
         raise ValueError("reduce is given, expected None where x is a dask array: its chunks may cut the rows")
     return reference

@@ -88,7 +88,7 @@ def layer_norm(
     """
     engine = _backends.select(x, backend)
     if reduce is not None:
-        engine = _backends.for_reduce(engine)
+        engine = _backends.for_reduce(engine, reduce)
     if engine is reference:
         return reference.layer_norm(
             x,
@@ -165,7 +165,7 @@ def layer_norm_backward(
     _arguments.check_given("dy", dy)
     engine = _backends.select(x, backend)
     if reduce is not None:
-        engine = _backends.for_reduce(engine)
+        engine = _backends.for_reduce(engine, reduce)
     if engine is reference:
         return reference.layer_norm_backward(
             dy, x, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, reduce=reduce, out=out

@@ -73,7 +73,8 @@ def rms_norm(
         number, and so have the parameters. It is called once, with a new float64 array (rows, q): what these elements
         add up to, their number in one of the columns. It returns the sum of that over all workers, as an allreduce
         does: float64, of the same shape. All workers call with the same dtypes and number of rows, also none. Requires
-        ``p=1``. On the CPU, NumPy computes, a few rows at a time; device arrays are an error.
+        ``p=1``. On the CPU, NumPy computes, a few rows at a time. Where x is a device array, so are what it is called
+        with and what it returns.
     out : ndarray, optional
         Where y is written: exactly the shape and dtype of y, writable, any layout. It may be x itself, and may
         overlap any argument in any other way as well.
@@ -94,12 +95,12 @@ def rms_norm(
         None, a tensor that requires grad, or on a device other than the CPU (see `backend` for "cuda");
         if `out` is no ndarray or has another dtype than y; if `axis` is no int; if `eps`, `p` or `weight_offset` is no
         number; if `dtype` is none of the four, or `round_xhat` no bool; if x does not lie where `backend` computes; if
-        `reduce` is not callable or returns no array of float64.
+        `reduce` is not callable or returns no array of float64, on the device for device arrays.
     ValueError
         If x has no axis, or no element along `axis`; if `axis` is out of range, empty or names an axis twice; if the
         shape of `weight`, `bias` or `out` does not fit; if `eps`, `p` or `weight_offset` is out of range, or
         `weight_offset` has no weight to be added to; if `out` is read-only; if no backend has that name; with `reduce`,
-        if p is not 1, x is a device array, or `reduce` returns another shape than it was given.
+        if p is not 1 or `reduce` returns another shape than it was given.
     ImportError
         If what the backend needs is not installed.
 
@@ -155,7 +156,7 @@ def rms_norm(
     """
     engine = _backends.select(x, backend)
     if reduce is not None:
-        engine = _backends.for_reduce(engine)
+        engine = _backends.for_reduce(engine, reduce, p)
     if engine is reference:
         return reference.rms_norm(
             x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, dtype=dtype, round_xhat=round_xhat,
@@ -249,7 +250,7 @@ def rms_norm_backward(
     _arguments.check_given("dy", dy)
     engine = _backends.select(x, backend)
     if reduce is not None:
-        engine = _backends.for_reduce(engine)
+        engine = _backends.for_reduce(engine, reduce, p)
     if engine is reference:
         return reference.rms_norm_backward(
             dy, x, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, reduce=reduce, out=out

@@ -92,7 +92,7 @@ def add_rms_norm(
     """
     engine = _backends.select(x, backend)
     if reduce is not None:
-        engine = _backends.for_reduce(engine)
+        engine = _backends.for_reduce(engine, reduce, p)
     if engine is reference:
         return reference.add_rms_norm(
             x, residual, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, dtype=dtype,
@@ -167,7 +167,7 @@ def add_rms_norm_backward(
     """
     engine = _backends.select(h, backend)
     if reduce is not None:
-        engine = _backends.for_reduce(engine)
+        engine = _backends.for_reduce(engine, reduce, p)
     if engine is reference:
         return reference.add_rms_norm_backward(
             dy, dh, h, weight, bias, eps=eps, p=p, axis=axis, weight_offset=weight_offset, reduce=reduce, out=out
@@ -247,7 +247,7 @@ def add_layer_norm(
     """
     engine = _backends.select(x, backend)
     if reduce is not None:
-        engine = _backends.for_reduce(engine)
+        engine = _backends.for_reduce(engine, reduce)
     if engine is reference:
         return reference.add_layer_norm(
             x, residual, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, dtype=dtype,
@@ -321,7 +321,7 @@ def add_layer_norm_backward(
     """
     engine = _backends.select(h, backend)
     if reduce is not None:
-        engine = _backends.for_reduce(engine)
+        engine = _backends.for_reduce(engine, reduce)
     if engine is reference:
         return reference.add_layer_norm_backward(
             dy, dh, h, weight, bias, eps=eps, axis=axis, weight_offset=weight_offset, reduce=reduce, out=out

@@ -372,15 +372,31 @@ def test_a_part_of_each_row_is_not_known_to_a_worker(norm, backend):
         call()
 
 
-def test_a_device_array_takes_no_reduce(norm, monkeypatch):
+def test_a_device_array_has_an_engine_of_its_own(norm, monkeypatch):
+    """It is made for the callable, once that has been looked at; see `cuda/test_reduce.py`."""
+
     class DeviceArray:
         __cuda_array_interface__ = None
 
-    monkeypatch.setitem(_backends._engines, "cuda", object())
+    class Engine:
+        def Reducing(self, reduce):  # noqa: N802 (as the engine has it)
+            raise NotImplementedError(reduce)
+
+    monkeypatch.setitem(_backends._engines, "cuda", Engine())
     a = {name: DeviceArray() for name in ("x", "residual", "dy", "dh")} | {"weight": None, "bias": None}
     for function in (forward, backward):
-        with pytest.raises(ValueError, match=r"^backend 'cuda' takes no reduce, expected None for device arrays$"):
-            function(norm, a, reduce=lambda a: a)
+        with pytest.raises(NotImplementedError, match=r"^sum$"):
+            function(norm, a, reduce=NamedSum())
+        with pytest.raises(TypeError, match=r"^reduce is 1, expected a callable or None$"):
+            function(norm, a, reduce=1)
+
+
+class NamedSum:
+    def __call__(self, a):
+        return a
+
+    def __str__(self):
+        return "sum"
 
 
 def test_complex_arrays_have_no_float64_sums():

@@ -3,13 +3,15 @@
 Here a call gets its memory, its plan and its grid. Read on in `launch` (how work is cut), `schedule` (the kernels: who
 takes which row), `row` (the program for one row), `team` (sums over threads), `rare` (rows out of range). Below:
 `tracing` (how formulas become code), `number` (a number in a register), `words` (what a thread moves), `kernel` (what
-is launched), `arguments`, `copies` and `arrays` (what a caller has).
+is launched), `arguments`, `copies` and `arrays` (what a caller has), `scales` (of rows in 8 bits) and `reduced` (rows
+that are cut over workers).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numba_cuda  # without it Numba has an older numba.cuda of its own, which will not do
 from numba import cuda
@@ -18,6 +20,7 @@ from rmsnorm_np.cuda import arguments, arrays, launch, rare, schedule
 from rmsnorm_np.cuda.arrays import to_device, use_stream
 from rmsnorm_np.cuda.elements import RowScales, Size
 from rmsnorm_np.cuda.launch import Kinds, Plan
+from rmsnorm_np.cuda.reduced import sums_of_all
 from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.scales import scales_of
 from rmsnorm_np.cuda.team import width_of
@@ -26,10 +29,13 @@ from rmsnorm_np.ops.operation import Operation, Totals
 from rmsnorm_np.ops.records import given
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rmsnorm_np.cuda.arrays import Seen
     from rmsnorm_np.cuda.kernel import Capability
 
 __all__ = [
+    "Reducing",
     "arguments",
     "backward",
     "describe",
@@ -42,14 +48,16 @@ __all__ = [
 
 
 def run(
-    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float, scales: RowScales | None = None
-) -> tuple[Any, Totals]:
+    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float, scales: RowScales | None = None,
+    reduce: Any = None,
+) -> tuple[Any, Totals]:  # fmt: skip
     """(writes, totals) of an operation on device arrays. Records may be plain tuples.
 
     reads: a record of (rows, n), `Seen`. columns: a record of (m, n), those like weight with one m, those like bias
     with another, or None; last the weight offset. out: a record of arrays to write to, None for those to be made:
     output j has the dtype of array j, and is written where there is one. k: elements in the RMS. totals: the gradients
-    by weight and bias, of the operations that have them. scales: of operations whose rows have them.
+    by weight and bias, of the operations that have them. scales: of operations whose rows have them. reduce:
+    where rows are cut over workers, see `reduced`.
     """
     reads, columns, out = operation.Reads(*reads), operation.Columns(*columns), operation.Writes(*out)
     rows, n = reads[0].shape
@@ -58,8 +66,11 @@ def run(
         if target is None and like is not None:
             out = out._replace(**{field: arrays.seen("", arrays.empty((rows, n), like.dtype, stream))})
     sums, tasks = Totals(reads[0].address, reads[0].address), 0
-    if rows > 0:
-        sums, tasks = _launched(*_planned(operation, reads, columns, out, k, eps, scales), scales, stream)
+    if rows > 0 or reduce is not None:
+        planned = _planned(operation, reads, columns, out, k, eps, scales, reduce is not None)
+        kept = None if reduce is None else sums_of_all(*planned, stream, reduce)
+        if rows > 0:
+            sums, tasks = _launched(*planned, scales, kept, stream)
     totals = given(
         _like_totals(operation, columns), lambda like, partial: _total(like, partial, tasks, n, stream), sums
     )
@@ -84,7 +95,14 @@ def _total(parameter: Seen, partial: int, tasks: int, n: int, stream: int) -> An
 
 
 def _planned(
-    operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float, scales: RowScales | None
+    operation: Operation,
+    reads: Any,
+    columns: Any,
+    out: Any,
+    k: int,
+    eps: float,
+    scales: RowScales | None,
+    reduced: bool,
 ) -> tuple[Plan, Size, list[int]]:
     """The plan of a call, from its shape and dtypes; its numbers; the addresses of its arrays."""
     rows, n = reads[0].shape
@@ -99,7 +117,8 @@ def _planned(
     aligned = n % (BYTES // (kept or reads[0]).dtype.itemsize) == 0 and all(a % BYTES == 0 for a in addresses)
     dtypes = tuple(tuple(None if a is None else a.dtype for a in record) for record in (*records, (scales or ())[1:]))
     sums = tuple(a is not None for a in _like_totals(operation, columns))
-    plan = _plan_for(operation, dtypes, sums, offset != 0.0, k < n, n, aligned, arrays.capability_here())
+    flags = offset != 0.0, k < n, reduced
+    plan = _plan_for(operation, dtypes, sums, flags, n, aligned, arrays.capability_here())
     chunks = _chunks(plan, rows // m, m, n) if backward else min(rows, launch.RARE_BLOCKS)
     return plan, Size(rows, n, k, 1.0 / n, 1.0 / k, eps, offset, weight_m, bias_m, m, chunks), addresses
 
@@ -115,10 +134,13 @@ def _rows_of_columns(columns: Any) -> tuple[int, int]:
     return weight_m, bias_m
 
 
-def _launched(plan: Plan, size: Size, addresses: list[int], scales: RowScales | None, stream: int) -> tuple[Any, int]:
+def _launched(
+    plan: Plan, size: Size, addresses: list[int], scales: RowScales | None, reduced: list[Seen] | None, stream: int
+) -> tuple[Any, int]:
     """Launches the kernels of a call: the addresses of the partial sums, and how many rows of them there are."""
     tasks = size.chunks * size.m
-    pieces, widths = (-(-size.n // plan.length), _widths(plan)) if plan.split else (1, ())
+    pieces = -(-size.n // plan.length) if plan.split else 1
+    widths = _widths(plan) if plan.split and reduced is None else ()
     wanted = [size.rows, *(size.rows * pieces * width * 4 for width in widths)]
     wanted += [tasks * size.n * 8 if there else 0 for there in plan.kinds.totals]
     marks, *rest = arrays.scratch(tuple(wanted), stream)
@@ -128,6 +150,8 @@ def _launched(plan: Plan, size: Size, addresses: list[int], scales: RowScales | 
     common = [*addresses, *totals, *(of_rows or ()), marks, *size]  # in the order of `Arrays`
     for s in range(len(widths)):
         schedule.pieces_kernel(plan, s)(size.rows * pieces, stream, *common, *kept)
+    if reduced is not None:
+        kept = [a.address for a in reduced]
     blocks = tasks if plan.backward else -(-size.rows // plan.teams)
     schedule.rows_kernel(plan)(blocks * pieces, stream, *common, *kept)
     if plan.marks:
@@ -146,19 +170,19 @@ def _plan_for(
     operation: Operation,
     dtypes: Any,
     sums: Any,
-    offset: bool,
-    first_k: bool,
+    flags: tuple[bool, bool, bool],
     n: int,
     aligned: bool,
     capability: Capability,
 ) -> Plan:
+    offset, first_k, reduced = flags
     reads, columns, writes, scales = (
         tuple(None if dtype is None else dtype.name for dtype in record) for record in dtypes
     )
     kinds = Kinds(
         operation, operation.Reads(*reads), operation.Columns(*columns[:-1], offset or None), operation.Writes(*writes),
         Totals(*(there or None for there in sums)), first_k,
-        RowScales(True, *scales) if scales else None,
+        RowScales(True, *scales) if scales else None, reduced,
     )  # fmt: skip
     return launch.plan_for(n, kinds, aligned, capability)
 
@@ -179,6 +203,24 @@ def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, ep
     return run(operation, reads, columns, out, k, eps)[0]
 
 
+class Reducing(NamedTuple):
+    """An engine for rows that are cut over workers: `reduce` sums what their parts add up to, see `reduced`."""
+
+    reduce: Callable[[Any], Any]
+    arguments: ModuleType = arguments
+
+    def forward(self, operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> Any:
+        """As of the engine."""
+        return run(operation, reads, columns, out, k, eps, reduce=self.reduce)[0]
+
+    def backward(
+        self, operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float
+    ) -> tuple[Any, list[Any]]:
+        """As of the engine."""
+        writes, totals = run(operation, reads, columns, out, k, eps, reduce=self.reduce)
+        return writes, _like_parameters(operation, totals, columns)
+
+
 def quantized(operation_of: Any, call: tuple[Any, ...], dtype: Any, scale: Any, bound: float) -> tuple[Any, Any, Any]:
     """(q, the scales of the rows, h) of a call as `_backends.quantize` takes it, whose first output is to hold q.
 
@@ -194,8 +236,12 @@ def quantized(operation_of: Any, call: tuple[Any, ...], dtype: Any, scale: Any, 
 def backward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: float) -> tuple[Any, Any]:
     """The outputs and totals of `run`; the totals in the shapes of the parameters."""
     writes, totals = run(operation, reads, columns, out, k, eps)
+    return writes, _like_parameters(operation, totals, columns)
+
+
+def _like_parameters(operation: Operation, totals: Totals, columns: Any) -> list[Any]:
     likes = _like_totals(operation, operation.Columns(*columns))
-    return writes, [arrays.shaped_like(total, like) for total, like in zip(totals, likes, strict=True)]
+    return [arrays.shaped_like(total, like) for total, like in zip(totals, likes, strict=True)]
 
 
 def describe() -> dict[str, Any]:

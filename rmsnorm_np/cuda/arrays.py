@@ -64,11 +64,16 @@ def stream_for(arrays: tuple[Seen | None, ...]) -> int:
             return 0
         chosen = addresses[0]
     for address in dict.fromkeys(addresses):
-        if address != chosen:
-            event = cuda.event(timing=False)
-            event.record(_numba_stream(address))
-            event.wait(_numba_stream(chosen))
+        wait_for(address, chosen)
     return chosen
+
+
+def wait_for(address: int, stream: int) -> None:
+    """Lets a stream wait, on the device, for what another one has been given to do."""
+    if address != stream:
+        event = cuda.event(timing=False)
+        event.record(_numba_stream(address))
+        event.wait(_numba_stream(stream))
 
 
 def _numba_stream(address: int) -> Any:

@@ -46,7 +46,7 @@ class Kinds(NamedTuple):
     """What a call computes: an operation, and the dtypes of its arrays, None for one that is absent.
 
     columns.weight_offset: whether there is one. totals: whether. first_k: fewer than n elements are in the RMS.
-    scales: `elements.RowScales`, None where rows have none.
+    scales: `elements.RowScales`, None where rows have none. reduced: what sums come to is told from outside.
     """
 
     operation: Operation
@@ -56,6 +56,7 @@ class Kinds(NamedTuple):
     totals: Totals
     first_k: bool = False
     scales: Any = None
+    reduced: bool = False
 
     @property
     def about(self) -> str:
@@ -82,21 +83,22 @@ class Kinds(NamedTuple):
 
         What is written counts, and what the rows are about. "pair" is also for 16-bit floats of operations for which
         float32 is not enough (`Operation.singles`). Rows with a scale are "double" in place of both: pairs of float32
-        have too few digits to round to the nearest number of 8 bits, and to the nearest scale.
+        have too few digits to round to the nearest number of 8 bits, and to the nearest scale. So are those whose sums
+        are reduced: no row of them can be run once more, as it is not known what sums others have of it.
         """
         results = (self.about, *self.writes)
         if "float64" in results:
             return "exact"
-        if "float64" in self.names or self.scales:
+        if "float64" in self.names or self.scales or self.reduced:
             return "double"
         return "pair" if "float32" in results or not self.operation.singles else "single"
 
     @property
     def marks(self) -> bool:
         """Whether rows may leave the range: those of float16 alone cannot, where nothing is computed but the norm; and
-        none of 16 or 32 bits that is computed in float64.
+        none of 16 or 32 bits that is computed in float64. Those whose sums are reduced stay what they are.
         """
-        if self.scales and "float64" not in self.names:
+        if self.reduced or (self.scales and "float64" not in self.names):
             return False
         return not self.operation.singles or any(name != "float16" for name in self.names)
 
@@ -125,6 +127,11 @@ class Plan:
     def marks(self) -> bool:
         """Whether rows may leave the range."""
         return self.kinds.marks
+
+    @property
+    def reduced(self) -> bool:
+        """Whether pieces leave their sums, and a row is computed from what these come to elsewhere."""
+        return self.kinds.reduced
 
     @property
     def native_bfloat16(self) -> bool:
@@ -220,8 +227,9 @@ def plan_for(n: int, kinds: Kinds, aligned: bool, capability: Capability) -> Pla
         shape = team_shape(vectors, trips, trips, trips)
         if kinds.work == "single" and all(kinds.totals) and vectors > BOTH_SUMS_VECTORS:
             shape = None
-    split = shape is None
+    split = shape is None or kinds.reduced
     team, trips = (PIECE_TEAM, trips) if shape is None else shape
+    team = max(team, WARP) if split else team  # sums of pieces are those of whole warps
     teams = BLOCK // team if team <= WARP and not split else 1  # warps of one row meet at barriers of the whole block
     full = n % (team * trips * lanes) == 0
     return Plan(kinds, aligned, capability, split, team, teams, trips, full, kinds.work)

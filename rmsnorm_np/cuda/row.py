@@ -16,11 +16,12 @@ from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.number import DOUBLE, WORD, Condition, Number
 from rmsnorm_np.cuda.tracing import step, tried, zero
 from rmsnorm_np.cuda.words import element, encoded, load, store
-from rmsnorm_np.ops.primitives import Pair, either, is_pair, largest_magnitude, plus, rounded
+from rmsnorm_np.ops.primitives import Pair, either, is_pair, largest_magnitude, normalised, plus, rounded
 from rmsnorm_np.ops.records import given, mapped
 
 # Squares and products between these and their inverses lose nothing that counts.
 BOUNDS = {"single": 2.0**90, "pair": 2.0**90, "double": 2.0**300, "exact": 2.0**300}
+REDUCED_BOUND = 2.0**900  # as far as pairs have tails: there is no other way to compute such a row
 LEAST_NUMBER, MOST_NUMBER = 2.0**-110, 2.0**120  # of a row's numbers in float32, so that tails have their digits
 # Of what is summed over rows in float32: far from the end of the range, in any number of rows. And where that is a
 # product of two arrays, beside a row's number, of each of the two.
@@ -49,12 +50,14 @@ class Program(Elements):
             longer.get(plan.work) or ("wide" if s < last else "pair" if plan.short else "plain")
             for s in range(last + 1)
         ]
+        # what the numbers are found from: the sums, and where these are reduced the number of elements before them
+        self.joined = [("f64", sums) if plan.reduced else sums for sums in self.sums]
         self.numbers: list[Any] = []
         for s in range(last + 1):
             before = self.numbers[-1] if s else None
             size = Size(*["u32"] * 3, *["f64"] * 4, *["u32"] * 4)
             eps = ("f64", "f64", "f64") if self.op.scales else "f64"
-            self.numbers.append(tried(lambda b, *a, s=s: self.finish(b, s, *a), self.sums[s], size, before, eps))
+            self.numbers.append(tried(lambda b, *a, s=s: self.finish(b, s, *a), self.joined[s], size, before, eps))
 
     # ----------------------------------------------------------------------------------------------- sums, numbers
 
@@ -121,12 +124,20 @@ class Program(Elements):
             Number(b, b.sitofp(count, DOUBLE), inverse=inverse)
             for count, inverse in ((size.n, size.inverse_n), (size.k, size.inverse_k))
         )
+        if self.plan.reduced:
+            n, sums = sums
+            k, sums = n, given(sums, normalised)
         before = None if m is None else given(m[0], self._widened)
         found = self.op.stages[s].numbers(sums, n, k, eps, before)
         numbers = given(found, self._narrowed)
-        if s < len(self.op.stages) - 1 or not self.plan.marks or self.plan.rare:
+        unknown = self.plan.reduced and self.plan.work == "exact"
+        if s < len(self.op.stages) - 1 or not (self.plan.marks or unknown) or self.plan.rare:
             return numbers, WORD(0)
-        return numbers, self._mark(b, self.op.extent(sums, n, k, eps, before), found, numbers)
+        mark = self._mark(b, self.op.extent(sums, n, k, eps, before), found, numbers)
+        if unknown:  # NaN, and not the zeros that rows of infinite squares become
+            known = Condition(b, b.icmp_signed("<", mark, WORD(2)))
+            return mapped(lambda a: known.either(a, a.constant(float("nan"))), numbers), WORD(0)
+        return numbers, mark
 
     def _widened(self, a: Any) -> Any:
         if self.kind == "f64":
@@ -145,7 +156,7 @@ class Program(Elements):
 
     def _mark(self, b: Any, extent: Any, wide: Any, narrow: Any) -> Any:
         """0 for a row in range, 1 for one that is if it is trivial, 2 for one that is not."""
-        bound = BOUNDS[self.plan.work]
+        bound = REDUCED_BOUND if self.plan.reduced else BOUNDS[self.plan.work]
         large = [abs(a).compared("<=", bound) for a in (*extent.within, *extent.nontrivial, *extent.below)]
         fine = [*large, *(abs(a).compared(">=", 1 / bound) for a in extent.within)]
         if self.kind == "f32":

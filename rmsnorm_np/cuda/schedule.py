@@ -77,17 +77,26 @@ def adder(program: Program, s: int) -> Any:
     if not program.plan.split:
         add = program.add(s)
         return inlined(lambda row, m, place, size, arrays: add((row[1], m, place, size, arrays, None)))
+    if program.plan.reduced:
+        pick = picker(program.joined[s])
+        return inlined(lambda row, m, place, size, arrays: pick((row[2][s], row[0], None)))
+    add_pieces = pieces_adder(program, s)
+    return inlined(lambda row, m, place, size, arrays: add_pieces(row[2][s], row[0], size.n))
+
+
+def pieces_adder(program: Program, s: int) -> Any:
+    """add(kept, row, n): this thread's part of the sums of stage s over what the pieces of a row have left."""
     pick, (nothing, plus) = picker(program.sums[s]), adder_of(program, s)
     block, length = program.plan.block, program.plan.length
 
     @inlined
-    def add_pieces(row: Any, m: Any, place: Any, size: Any, arrays: Any) -> Any:
-        sums, pieces = nothing(()), (size.n + length - 1) // length
+    def add(kept: Any, row: Any, n: Any) -> Any:
+        sums, pieces = nothing(()), (n + length - 1) // length
         for piece in range(cuda.threadIdx.x, pieces, block):
-            sums = plus((sums, pick((row[2][s], row[0] * pieces + piece, None))))
+            sums = plus((sums, pick((kept, row * pieces + piece, None))))
         return sums
 
-    return add_pieces
+    return add
 
 
 def row_runner(program: Program) -> Any:

@@ -151,7 +151,8 @@ def numbers_finder(program: Program, adders: list[Any]) -> Any:
         return inlined(lambda row, place, size, arrays, eps: None)
     s, add = len(adders) - 1, adders[-1]
     finish = lambda b, sums, more: program.finish(b, s, sums, *more)  # noqa: E731
-    agree = agreed(program.plan.team, program.join(s), program.sums[s], finish, program.numbers[s])
+    team = 1 if program.plan.reduced else program.plan.team  # each thread is given all there is
+    agree = agreed(team, program.join(s), program.joined[s], finish, program.numbers[s])
     if s == 0:
         return inlined(
             lambda row, place, size, arrays, eps: agree(add(row, None, place, size, arrays), (size, None, eps))

@@ -97,6 +97,8 @@ def to_device(host):
     """A copy there; its bits travel, for Numba knows no bfloat16."""
     if EXECUTED:
         return device.array(host)
+    if host.dtype.name.startswith("float8"):
+        return arrays.viewed(cuda.to_device(host.view(np.uint8)), host.shape, host.strides, host.dtype)
     return cuda.to_device(host) if host.dtype.name not in STORED else arrays.to_device(host)
 
 
@@ -105,7 +107,7 @@ def to_host(array):
         return None
     if EXECUTED:
         return np.array(array.host)
-    bits = np.dtype(STORED[array.dtype.name])
+    bits = np.dtype(STORED.get(array.dtype.name, np.uint8))
     return arrays.viewed(array, array.shape, array.strides, bits).copy_to_host().view(array.dtype)
 
 
