@@ -73,8 +73,35 @@ def call(op, g, module=rn, **options):
     return result._asdict() if isinstance(result, tuple) else {"y": result}
 
 
+def bound_of(op, name, dtype):
+    """The largest error of a result, in ULP of its largest term."""
+    if op in tolerances.GATED_ULP and dtype == np.float64:
+        return tolerances.GATED_ULP[op][name]
+    if "jvp" in op or "double" in op:
+        return tolerances.DERIVATIVE_ULP[dtype.name]
+    return (tolerances.Y_ULP if name == "y" else tolerances.DX_ULP)[dtype.name]
+
+
 def k_of(op, n, p):
     return math.ceil(n * p * (1 - 2.0**-50)) if op in HAVE_P else n
+
+
+def ties(name, largest, scale=None):
+    """(y, scale, q): y, float64, has the largest element that is given; the others are half-way between two numbers of
+    the format, times the scale, a float32: by default the one that the largest element makes.
+    """
+    if name == "int8":
+        numbers = np.arange(-127.0, 128.0)
+    else:
+        codes = np.arange(256, dtype=np.uint8).view(np.dtype(name)).astype(np.float64)
+        numbers = np.sort(codes[np.isfinite(codes)])
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    if scale is None:
+        scale = largest / np.float32(numbers[-1])
+    scale = np.float64(np.float32(scale))
+    quotients = np.append(middle, min(largest / scale, numbers[-1]))
+    q = np.rint(quotients) if name == "int8" else quotients.astype(np.float32).astype(name).astype(np.float64)
+    return np.append(middle * scale, np.float64(largest)), scale, q
 
 
 class Exact(NamedTuple):
