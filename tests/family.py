@@ -114,7 +114,7 @@ class Exact(NamedTuple):
 
 
 def exact(op, g, eps=1e-6, p=1.0, weight_offset=0.0):
-    """Of rows (rows, n) and parameters that have a row for each of them."""
+    """Of rows (rows, n) and parameters that have a row for each of them. op: of `ARGUMENTS`, or a norm itself."""
     zero = np.zeros_like(g.x, dtype=L)
     x, gate, dy, v, weight, bias, weight_dot, bias_dot = (zero if a is None else a.astype(L) for a in g)
     W = zero + 1 if g.weight is None else weight + L(weight_offset)
@@ -131,8 +131,10 @@ def exact(op, g, eps=1e-6, p=1.0, weight_offset=0.0):
     if op.startswith("layer"):
         x, v = centred(centred(x)), centred(centred(v))  # the first mean was rounded
     rstd = 1 / np.sqrt((x[:, :k] ** 2).sum(axis=1, keepdims=True) / divisor + L(eps))
-    if op.startswith("l2"):
-        return Exact({"y": _norm(x, rstd, W, bias)}, {}) if op == "l2_norm" else _backward(x, rstd, dy, W, k, divisor)
+    if op in ("l2_norm", "rms_norm", "layer_norm"):
+        return Exact({"y": _norm(x, rstd, W, bias)}, {})
+    if op in ("l2_norm_backward", "rms_norm_backward", "layer_norm_backward"):
+        return _backward(x, rstd, dy, W, k, divisor, op.startswith("layer"))
     mean_of = centred if op.startswith("layer") else lambda a: a
     sums, sizes = (
         [f(a).sum(axis=1, keepdims=True) / k for a in ((v * x)[:, :k], dy * W * x, v * dy * W, weight_dot * dy * x)]
@@ -161,11 +163,12 @@ def _norm(u, rstd, W, bias):
     return u * rstd * W + bias, _largest(u * rstd * W, bias)
 
 
-def _backward(u, rstd, du, W, k, divisor):
+def _backward(u, rstd, du, W, k, divisor, centred=False):
     xhat, g = u * rstd, du * W
     c = (g * xhat).sum(axis=1, keepdims=True) / divisor
-    dx = rstd * (g - np.where(np.arange(u.shape[1]) < k, xhat * c, 0))
-    terms = tolerances.dx_terms(g, xhat, rstd, divisor, centred=False)
+    mean = g.mean(axis=1, keepdims=True) if centred else 0
+    dx = rstd * (g - mean - np.where(np.arange(u.shape[1]) < k, xhat * c, 0))
+    terms = tolerances.dx_terms(g, xhat, rstd, divisor, centred=centred)
     return Exact({"dx": (dx, terms)}, {"dweight": (du * xhat, np.abs(du * xhat)), "dbias": (du, np.abs(du))})
 
 

@@ -390,9 +390,9 @@ def calls(draw, mixed=True, most=200, special=True, functions=tuple(NORMS), one_
             a = arrays.get(one)
             if a and a.place is not None and a.kind != "list" and a.place.dtype.newbyteorder("=") == result:
                 ways += [one, f"across {one}"] + ["view of x", "reversed x"] * (one == "x")
-        for one in ("weight", *signature.along):
+        for one in ("weight", *signature.along, *places):
             if one in arrays and arrays[one].place is not None:
-                ways.append(f"across {one}")
+                ways += [f"across {one}"] * (1 + 4 * (one in places))
         out = out_of(draw, draw(st.sampled_from(ways)), arena, arrays, shape, result, lambda e, n=name: refuse(n, e))
         if isinstance(out, Same):
             options[name] = out

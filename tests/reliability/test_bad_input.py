@@ -13,9 +13,10 @@ import sys
 
 import numpy as np
 import pytest
-from calls import FAMILY, PLACES, assert_close, assert_close_family, calls
+from calls import FAMILY, PLACES, SIGNATURES, assert_close, assert_close_family, calls
 from hypothesis import HealthCheck, given, settings
 
+import rmsnorm_np as rn
 from rmsnorm_np import _arguments, _backends, reference
 
 seen = collections.Counter()  # how many calls there were, and what became of them
@@ -210,6 +211,43 @@ def test_more_calls(call):
 @given(call=calls())
 def test_many_calls(call):
     check(call)
+
+
+OPTIONS = {
+    "eps": 0.5,
+    "p": 0.4,
+    "axis": 1,
+    "weight_offset": 0.5,
+    "norm_before_gate": False,
+    "dtype": "float8_e5m2",
+    "scale": 0.05,
+    "scale_ub": 1.0,
+}
+
+
+@pytest.mark.usefixtures("numpy_engine")
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_every_option_reaches_the_engine(name, rng):
+    """And changes the result to that of the reference."""
+    parameters = inspect.signature(getattr(rn, name)).parameters
+    like_x = "x", *SIGNATURES[name].rows, *SIGNATURES[name].maybe
+    arrays = {one: rng.standard_normal((3, 6, 6)) for one in like_x}
+    arrays |= {one: rng.standard_normal(6) for one in ("weight", "bias", *SIGNATURES[name].along)}
+    plain = results_of(name, arrays)
+    for option, value in OPTIONS.items():
+        if option not in parameters or (option == "dtype" and "scale" not in parameters):
+            continue
+        got, want = (results_of(name, arrays | {option: value}, backend) for backend in ("cpu", "reference"))
+        for a, exact in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, exact, rtol=1e-12, atol=1e-13)
+        assert any(not np.array_equal(a, before) for a, before in zip(got, plain, strict=True)), option
+
+
+def results_of(name, arguments, backend="cpu"):
+    """Those that are arrays; 8 bits as float64."""
+    result = getattr(rn, name)(**arguments, backend=backend)
+    results = result if isinstance(result, tuple) else (result,)
+    return [a if a.dtype == np.float64 else a.astype(np.float64) for a in results if a is not None]
 
 
 @pytest.mark.usefixtures("numpy_engine")
