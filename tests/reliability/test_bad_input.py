@@ -259,7 +259,7 @@ def test_any_call_of_the_family(call):
 
 @pytest.mark.engine
 @pytest.mark.usefixtures("numpy_engine")
-@settings(quiet, max_examples=1500)
+@settings(quiet, max_examples=1000)
 @given(call=calls(functions=tuple(FAMILY)))
 def test_more_calls_of_the_family(call):
     check(call)
@@ -274,7 +274,7 @@ def test_many_calls_of_the_family(call):
 
 
 @pytest.mark.engine
-@settings(quiet, max_examples=300)
+@settings(quiet, max_examples=200)
 @given(call=calls(mixed=False, functions=tuple(FAMILY), one_kernel=True))
 def test_any_call_of_the_family_on_the_compiled_engine(call):
     """With the kernels that `test_family_engines` compiles for exact results."""
