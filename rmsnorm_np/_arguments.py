@@ -142,7 +142,7 @@ def prepare(call: Call, complex_too: bool = False, apart: int | None = None) -> 
         if value is None:
             return None
         a = as_array(name, value)
-        check_same_shape(name, a.shape, x_name, shape)
+        check_same_shape(name, a.shape, x_name, shape, call.names)
         return contiguous(a.transpose(order), native_dtype(name, a.dtype, complex_too)).reshape(form)
 
     def parameter_of(name: str, value: Any) -> tuple[Array | None, Shape | None]:
@@ -255,10 +255,14 @@ def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], fi
     )
 
 
-def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared: Array | None) -> Array | None:
+def column(
+    name: str, value: Any, parameter_name: str, parameter: Any, prepared: Array | None, out: Any = (),
+    complex_too: bool = False,
+) -> Array | None:  # fmt: skip
     """What goes along with a weight or bias, such as its tangent: of exactly its shape, in the form it has `prepared`.
 
-    name, parameter_name: of this and of the parameter, in error messages. value, parameter: both as given.
+    name, parameter_name: of this and of the parameter, in error messages. value, parameter: both as given. out: arrays
+    that an engine writes to while it reads this one: a copy, if they share memory.
     """
     if value is None:
         return None
@@ -266,7 +270,8 @@ def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared:
         raise ValueError(f"{name} is given, expected None without a {parameter_name}")
     a = as_array(name, value)
     check_same_shape(name, a.shape, parameter_name, np.shape(parameter))
-    return contiguous(a, native_dtype(name, a.dtype, complex_too=True)).reshape(prepared.shape)
+    a = contiguous(a, native_dtype(name, a.dtype, complex_too)).reshape(prepared.shape)
+    return a.copy() if any(y is not None and np.may_share_memory(a, y) for y in out) else a
 
 
 def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:

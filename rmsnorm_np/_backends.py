@@ -135,7 +135,7 @@ def run(
     weight, bias, offset = columns
     if directions is not None:
         like = ("weight", call[2][0], weight), ("bias", call[2][1], bias)
-        along = (arguments.column(*given, *parameter) for given, parameter in zip(directions, like, strict=True))
+        along = (arguments.column(*given, *parameter, out) for given, parameter in zip(directions, like, strict=True))
         columns = weight, *along, offset
     if out[0] is None and wanted is not None and wanted != reads[0].dtype:
         out = engine.new_result(reads[0], wanted), *out[1:]

@@ -39,11 +39,22 @@ def _axes_of(lengths: Shape, x_shape: Shape) -> Shape | None:
     return axes
 
 
-def same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape) -> str:
-    """The message for an array that has another shape than x."""
+# the order of the arguments, by the arrays like x that a function has; the first that fits
+_ORDERS = (
+    (("gate", "dy"), "dy, x, gate, weight, bias"),
+    (("gate",), "x, gate, weight, bias"),
+    (("x_dot",), "x, weight, bias, x_dot, weight_dot, bias_dot"),
+    (("ddx",), "ddx, ddweight, ddbias, dy, x, weight, bias"),
+    (("h",), "dy, dh, h, weight, bias"),
+    (("dy",), "dy, x, weight, bias"),
+)
+
+
+def same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape, names: tuple[str, ...]) -> str:
+    """The message for an array that has another shape than x. names: of x and of all that have its shape."""
     message = f"{name} has shape {shape}, expected {x_name}.shape {x_shape}"
-    if name == "dy" and len(shape) != len(x_shape):  # one of the two is probably the weight
-        order = "dy, x, weight, bias" if x_name == "x" else "dy, dh, h, weight, bias"
+    if len(shape) != len(x_shape) and name in ("dy", "gate", "x_dot", "ddx"):  # one of the two is probably the weight
+        order = next(order for some, order in _ORDERS if all(one in names for one in some))
         message += f"; the arguments are {order}, in this order"
     return message
 

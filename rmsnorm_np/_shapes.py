@@ -61,10 +61,10 @@ def parameter_lead(name: str, shape: Shape, x_shape: Shape, axes: Shape) -> Shap
     return lead
 
 
-def check_same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape) -> None:
-    """Demand exactly the shape of x."""
+def check_same_shape(name: str, shape: Shape, x_name: str, x_shape: Shape, names: tuple[str, ...] = ()) -> None:
+    """Demand exactly the shape of x. names: of x and of all arguments that must have its shape, for the message."""
     if shape != x_shape:
-        raise ValueError(_hints.same_shape(name, shape, x_name, x_shape))
+        raise ValueError(_hints.same_shape(name, shape, x_name, x_shape, names))
 
 
 def engine_form(shape: Shape, axes: Shape) -> Shape | None:

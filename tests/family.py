@@ -73,8 +73,35 @@ def call(op, g, module=rn, **options):
     return result._asdict() if isinstance(result, tuple) else {"y": result}
 
 
+def bound_of(op, name, dtype):
+    """The largest error of a result, in ULP of its largest term."""
+    if op in tolerances.GATED_ULP and dtype == np.float64:
+        return tolerances.GATED_ULP[op][name]
+    if "jvp" in op or "double" in op:
+        return tolerances.DERIVATIVE_ULP[dtype.name]
+    return (tolerances.Y_ULP if name == "y" else tolerances.DX_ULP)[dtype.name]
+
+
 def k_of(op, n, p):
     return math.ceil(n * p * (1 - 2.0**-50)) if op in HAVE_P else n
+
+
+def ties(name, largest, scale=None):
+    """(y, scale, q): y, float64, has the largest element that is given; the others are half-way between two numbers of
+    the format, times the scale, a float32: by default the one that the largest element makes.
+    """
+    if name == "int8":
+        numbers = np.arange(-127.0, 128.0)
+    else:
+        codes = np.arange(256, dtype=np.uint8).view(np.dtype(name)).astype(np.float64)
+        numbers = np.sort(codes[np.isfinite(codes)])
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    if scale is None:
+        scale = largest / np.float32(numbers[-1])
+    scale = np.float64(np.float32(scale))
+    quotients = np.append(middle, min(largest / scale, numbers[-1]))
+    q = np.rint(quotients) if name == "int8" else quotients.astype(np.float32).astype(name).astype(np.float64)
+    return np.append(middle * scale, np.float64(largest)), scale, q
 
 
 class Exact(NamedTuple):
@@ -87,7 +114,7 @@ class Exact(NamedTuple):
 
 
 def exact(op, g, eps=1e-6, p=1.0, weight_offset=0.0):
-    """Of rows (rows, n) and parameters that have a row for each of them."""
+    """Of rows (rows, n) and parameters that have a row for each of them. op: of `ARGUMENTS`, or a norm itself."""
     zero = np.zeros_like(g.x, dtype=L)
     x, gate, dy, v, weight, bias, weight_dot, bias_dot = (zero if a is None else a.astype(L) for a in g)
     W = zero + 1 if g.weight is None else weight + L(weight_offset)
@@ -104,8 +131,10 @@ def exact(op, g, eps=1e-6, p=1.0, weight_offset=0.0):
     if op.startswith("layer"):
         x, v = centred(centred(x)), centred(centred(v))  # the first mean was rounded
     rstd = 1 / np.sqrt((x[:, :k] ** 2).sum(axis=1, keepdims=True) / divisor + L(eps))
-    if op.startswith("l2"):
-        return Exact({"y": _norm(x, rstd, W, bias)}, {}) if op == "l2_norm" else _backward(x, rstd, dy, W, k, divisor)
+    if op in ("l2_norm", "rms_norm", "layer_norm"):
+        return Exact({"y": _norm(x, rstd, W, bias)}, {})
+    if op in ("l2_norm_backward", "rms_norm_backward", "layer_norm_backward"):
+        return _backward(x, rstd, dy, W, k, divisor, op.startswith("layer"))
     mean_of = centred if op.startswith("layer") else lambda a: a
     sums, sizes = (
         [f(a).sum(axis=1, keepdims=True) / k for a in ((v * x)[:, :k], dy * W * x, v * dy * W, weight_dot * dy * x)]
@@ -134,11 +163,12 @@ def _norm(u, rstd, W, bias):
     return u * rstd * W + bias, _largest(u * rstd * W, bias)
 
 
-def _backward(u, rstd, du, W, k, divisor):
+def _backward(u, rstd, du, W, k, divisor, centred=False):
     xhat, g = u * rstd, du * W
     c = (g * xhat).sum(axis=1, keepdims=True) / divisor
-    dx = rstd * (g - np.where(np.arange(u.shape[1]) < k, xhat * c, 0))
-    terms = tolerances.dx_terms(g, xhat, rstd, divisor, centred=False)
+    mean = g.mean(axis=1, keepdims=True) if centred else 0
+    dx = rstd * (g - mean - np.where(np.arange(u.shape[1]) < k, xhat * c, 0))
+    terms = tolerances.dx_terms(g, xhat, rstd, divisor, centred=centred)
     return Exact({"dx": (dx, terms)}, {"dweight": (du * xhat, np.abs(du * xhat)), "dbias": (du, np.abs(du))})
 
 

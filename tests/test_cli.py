@@ -24,8 +24,10 @@ from rmsnorm_np.cli import (
     bench,
     cases,
     checks,
+    compositions,
     console,
     device,
+    family,
     info,
     inputs,
     limit,
@@ -506,6 +508,106 @@ def test_bench_of_norms_that_add(monkeypatch, capsys):
         forward = case["direction"] == "forward"
         assert ours["bandwidth"] == (4 if forward else 8) * 2 * 40 * 4
         assert not forward or max(ours["ulp"], into["ulp"]) <= 0.5
+
+
+# what is read and written of each, in arrays of x's size: x and y, then dy, x, dx; and so on
+MOVED = {
+    "l2_norm": (2, 5),
+    "gated_rms_norm": (3, 8),
+    "quantized_rms_norm": (1.25,),
+    "rms_norm_jvp": (3,),
+    "rms_norm_double_backward": (10,),
+    "layer_norm_jvp": (3,),
+    "layer_norm_double_backward": (10,),
+}
+
+
+def test_bench_of_the_functions_beside_the_norms(monkeypatch, capsys):
+    monkeypatch.setattr(family, "interleave", lambda calls, **options: {name: timing.Timing((1.0,)) for name in calls})
+    arguments = ["bench", "--json", "--shapes", "2x40", "--backend", "reference", "--peers", "--norms", *cli.FAMILY]
+    assert cli.main(arguments) == 0
+    measured = iter(json.loads(capsys.readouterr().out)["cases"])
+    for op in cli.FAMILY:
+        for moved, (direction, steps) in zip(MOVED[op], family.FAMILY[op].ways, strict=True):
+            case = next(measured)
+            assert (case["norm"], case["direction"]) == (family.FAMILY[op].label, direction)
+            assert [entry["contender"] for entry in case["entries"]] == ["rmsnorm_np", "rmsnorm_np, out=", "limit"]
+            ours, into, lowest = case["entries"]
+            assert ours["bandwidth"] == moved * 2 * 40 * 4
+            assert lowest["ulp"] is None
+            if steps > 1 or op == "quantized_rms_norm":
+                assert ours["ulp"] is into["ulp"] is None
+            else:
+                assert max(ours["ulp"], into["ulp"]) <= 0.5
+    assert next(measured, None) is None
+
+
+def test_the_names_of_the_functions_beside_the_norms():
+    """Which --help knows without the engine."""
+    assert tuple(family.FAMILY) == cli.FAMILY
+
+
+def test_bench_on_a_gpu_refuses_functions_beside_the_norms(monkeypatch, refused):
+    monkeypatch.setattr(device, "missing", lambda: None)
+    message = "argument --norms: l2_norm is timed on the CPU alone"
+    assert message in refused("--backend", "cuda", "--norms", "rms_norm", "l2_norm")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("op", cli.FAMILY)
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own
+def test_compositions_compute_what_we_do(op, dtype, monkeypatch, rng):
+    pytest.importorskip("torch", reason="PyTorch comes with the extra `torch`, not with `test`")
+    monkeypatch.setattr(compositions, "which", lambda name: None)  # to compile them takes minutes
+    dtype = inputs.dtype_named(dtype)
+    x, dy = (rng.standard_normal((3, 40)).astype(dtype) for _ in range(2))
+    arrays = family.arrays_of(x, rng.uniform(0.5, 1.5, 40).astype(dtype), dy)
+    tolerance = 64 * float(np.spacing(np.ones((), dtype)))
+    for direction, steps in family.FAMILY[op].ways:
+        (call,) = compositions.torch_calls(op, direction, arrays, 1e-6, 1).values()
+        found = call()
+        wanted = family.run(family.FAMILY[op].steps[steps - 1], family.as_float64(arrays), 1e-6, "reference")
+        wanted = [a for a in wanted if a is not None]
+        for got, want in zip(found if isinstance(found, tuple) else (found,), wanted, strict=True):
+            got, want = peers.as_numpy(got), want.astype(np.float64)
+            atol = 1 if op == "quantized_rms_norm" and want.shape == x.shape else tolerance * np.abs(want).max()
+            np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_check_of_the_functions_beside_the_norms(as_json, monkeypatch, capsys):
+    """On the engine that is the reference all is right, and a wrong gradient is found."""
+    pieces = [replace(a, x=a.x[:3, :40].copy(), weight=a.weight[:40].copy()) for a in inputs.activations()[1:3]]
+    monkeypatch.setattr(family, "activations", lambda: pieces)
+    plain = family.run
+    wrong = []
+
+    def run(step, arrays, eps, backend):
+        results = plain(step, arrays, eps, "reference")
+        if backend == "cpu" and step.function in wrong:
+            return (results[0], (results[1] * 1.001).astype(results[1].dtype), *results[2:])
+        return results
+
+    monkeypatch.setattr(family, "run", run)
+    options = ["check", *["--json"] * as_json, "--norms", *cli.FAMILY]
+    assert cli.main(options) == 0
+    capsys.readouterr()
+    wrong += ["gated_rms_norm_backward", "quantized_rms_norm"]
+    assert cli.main(options) == 1
+    out, _ = capsys.readouterr()
+    if as_json:
+        errors = json.loads(out)["errors"]
+        failed = {(error["function"], error["result"]) for error in errors if error["error"] > error["bound"]}
+        assert {("gated_rms_norm_backward", "dgate"), ("quantized_rms_norm", "scale")} <= failed
+        assert {function for function, _ in failed} == set(wrong)
+    else:
+        assert out.endswith("FAILED: gated_rms_norm_backward, quantized_rms_norm\n")
+
+
+@pytest.mark.engine
+def test_check_of_a_function_on_the_engine(capsys):
+    assert cli.main(["check", "--norms", "l2_norm"]) == 0
+    assert capsys.readouterr().out.endswith("All checks passed.\n")
 
 
 @pytest.mark.parametrize("size", [4, 8 << 20], ids=["in cache", "streaming"])

@@ -6,6 +6,7 @@ Each case is tried for each function that has the argument and with each engine:
 from __future__ import annotations
 
 import datetime as dt
+import inspect
 import re
 import sys
 
@@ -296,6 +297,40 @@ def test_engines_refuse_complex_arrays(name, kind):
         call(name, "cpu", x=np.ones((2, 4), kind))
     with pytest.raises(TypeError, match=f"^weight has dtype {np.dtype(kind)}, {FLOATS}$"):
         call(name, "cpu", weight=np.ones(4, kind))
+
+
+ROWS = ("x", "h", "dy", "dh", "gate", "x_dot", "ddx")
+
+
+def by_position(name):
+    """The arguments of a function in their order, each right: rows as X, and what has one row."""
+    parameters = inspect.signature(getattr(rn, name)).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    return {one: X if one in ROWS else np.ones(4) for one in names}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in rn.__all__ if name.endswith(("backward", "jvp")) or name == "gated_rms_norm"]
+)
+def test_the_order_of_arguments_is_that_of_the_function(name, backend):
+    arguments = by_position(name)
+    x_name = "h" if "h" in arguments else "x"
+    for wrong in set(arguments) & {"dy", "gate", "x_dot", "ddx"}:
+        message = (
+            f"{wrong} has shape (4,), expected {x_name}.shape (2, 4); the arguments are {', '.join(arguments)}, in "
+            "this order"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            getattr(rn, name)(**arguments | {wrong: np.ones(4)}, backend=backend)
+
+
+@pytest.mark.parametrize("name", [name for name in rn.__all__ if name.endswith(("jvp", "double_backward"))])
+def test_directions_are_no_complex_arrays_either(name):
+    arguments = by_position(name)
+    for wrong in set(arguments) - {"x", "dy"}:
+        complex_one = arguments[wrong].astype(np.complex128)
+        with pytest.raises(TypeError, match=f"^{wrong} has dtype complex128, {FLOATS}$"):
+            getattr(rn, name)(**arguments | {wrong: complex_one}, backend="cpu")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

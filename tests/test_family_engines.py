@@ -10,11 +10,9 @@ import numba
 import numpy as np
 import pytest
 from conftest import DTYPES
-from family import ARGUMENTS, HAVE_P, ROWS, call, exact, given, silu, with_heads
+from family import ARGUMENTS, HAVE_P, ROWS, bound_of, call, exact, given, silu, ties, with_heads
 from tolerances import (
     BEFORE_ROUNDING,
-    DERIVATIVE_ULP,
-    DX_ULP,
     GATE_BEFORE_ROUNDING,
     GATED_ULP,
     LONGDOUBLE_IS_WIDER,
@@ -51,14 +49,6 @@ def _tiers(op, kind, first_tier):
     if op in first_tier and kind == np.float32:
         return []
     return [pytest.mark.engine, *[pytest.mark.slow] * (kind == np.float16)]
-
-
-def bound_of(op, name, dtype):
-    if op in GATED_ULP and dtype == np.float64:
-        return GATED_ULP[op][name]
-    if "jvp" in op or "double" in op:
-        return DERIVATIVE_ULP[dtype.name]
-    return (Y_ULP if name == "y" else DX_ULP)[dtype.name]
 
 
 def assert_exact(op, g, eps=1e-6, p=1.0, weight_offset=0.0, **options):
@@ -270,6 +260,11 @@ def test_results_go_where_out_says(op, dtype, rng):
             again = g._replace(**{name: getattr(g, name).copy() for name in inputs})
             check(again, getattr(again, first), getattr(again, second))
     check(g, np.asfortranarray(np.zeros((6, 33), dtype)), *(strided,) * together)
+    for name in ARGUMENTS[op].split():
+        if name not in ROWS:  # the third row of out
+            memory = np.zeros((6, 33), dtype)
+            memory[2] = getattr(g, name)
+            check(g._replace(**{name: memory[2]}), memory, *(None,) * together)
 
 
 def same(some, others):
@@ -379,13 +374,17 @@ def nearest(v, name):
     v = np.clip(v, lowest, FORMATS[name])
     if name == "int8":
         return np.rint(v).astype(np.float64)
-    # to odd float32: rounded once more, to fewer bits, as if it had not been rounded before
+    return to_odd(v).astype(name).astype(np.float64)
+
+
+def to_odd(v):
+    """Of longdouble, float32 that can be rounded once more, to fewer bits, as if it had not been rounded before."""
     near = v.astype(np.float32)
     bits = near.view(np.int32).copy()
     inexact = near.astype(L) != v
     bits -= inexact & (np.abs(near.astype(L)) > np.abs(v))
     bits |= inexact
-    return bits.view(np.float32).astype(name).astype(np.float64)
+    return bits.view(np.float32)
 
 
 def quantised_y(x, weight, bias, eps=1e-6, k=None):
@@ -432,6 +431,35 @@ def test_quantised_rows(name, dtype, rng):
             assert np.all((got == below) | (got == above)), f"{name} of {shape}"
             assert np.mean(below != above) < 1e-3 if q.size else True
         assert copies == [a.tobytes() for a in (x, g.weight, g.bias)]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["int8", "float8_e4m3fn"])
+def test_quantised_ties_go_to_the_even_number(name, rng):
+    """y = bias here. It is divided by the scale that is returned, a float32; by another one these were no ties."""
+    rows = [ties(name, largest) for largest in rng.uniform(1, 100, 20).astype(np.float32)]
+    y, scales, want = (np.stack(a) for a in zip(*rows, strict=True))
+    q, scale, _ = rn.quantized_rms_norm(np.ones(y.shape, np.float32), np.zeros(y.shape[1]), y, dtype=name)
+    assert np.array_equal(scale.ravel(), scales)
+    assert np.array_equal(q.astype(np.float64), want)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "dtype", [BFLOAT16, pytest.param(np.float16, marks=pytest.mark.slow)], ids=["bfloat16", "float16"]
+)
+def test_xhat_is_not_rounded_by_way_of_float32(dtype, rng):
+    """Rows that have an element next to the middle of two numbers, which float32 would take for the middle itself."""
+    dtype = np.dtype(dtype)
+    x = rng.standard_normal((60000, 33)).astype(dtype)
+    wide = x.astype(L)
+    xhat = wide / np.sqrt((wide * wide).sum(axis=1, keepdims=True))
+    below, above = (to_odd(xhat * (1 + way * BEFORE_ROUNDING[dtype.name])).astype(dtype) for way in (-1, 1))
+    chosen = (below != xhat.astype(np.float32).astype(dtype)).any(axis=1) & (below == above).all(axis=1)
+    assert chosen.sum() > 3
+    x, ones = x[chosen], np.ones(33, dtype)
+    y = rn.l2_norm(x, ones, np.zeros(33, dtype), eps=0.0, round_xhat=True)
+    assert y.tobytes() == below[chosen].tobytes()
 
 
 def spread_of(x, weight, bias, y):

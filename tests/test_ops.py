@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from family import ARGUMENTS, HAVE_P, call, given
+from family import ARGUMENTS, HAVE_P, call, given, ties
 from tolerances import DX_ULP, GATED_ULP, Y_ULP, worst_ulp
 
 from rmsnorm_np import reference
@@ -14,8 +14,8 @@ from rmsnorm_np.ops.jvp import LAYER_NORM_JVP, RMS_NORM_JVP
 from rmsnorm_np.ops.layer import LAYER_NORM, LAYER_NORM_BACKWARD
 from rmsnorm_np.ops.operation import Columns, GradientReads, Reads, Totals
 from rmsnorm_np.ops.primitives import Pair, over, plus, reciprocal_root, rounded, times
-from rmsnorm_np.ops.quantized import FORMATS, quantized_rms_norm
-from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD
+from rmsnorm_np.ops.quantized import FORMATS, Largest, quantized_rms_norm
+from rmsnorm_np.ops.rms import RMS_NORM, RMS_NORM_BACKWARD, Rstd
 from rmsnorm_np.ops.rounding import rounding_xhat
 
 L = np.longdouble
@@ -241,6 +241,30 @@ def test_description_of_quantised_rows(name, dtype, given_scale, rng):
     scale = np.asarray(given_scale or 0, dtype).astype(np.float64)
     (q, *_), _ = run(operation, Reads(x), Columns(weight, bias), (1e-6, scale, 2.0), 33, exact)
     assert np.array_equal(q, want.q.astype(np.float64))
+
+
+@pytest.mark.parametrize("given_scale", [None, 0.02])
+@pytest.mark.parametrize("name", FORMATS)
+def test_ties_go_to_the_even_number_of_the_scale_that_is_returned(name, given_scale):
+    """y = bias, numbers half-way between two of the format, times a scale with all the digits of a float32."""
+    for largest in np.random.default_rng(7).uniform(1, 100, 20).astype(np.float32):
+        y, scale, want = ties(name, largest, given_scale)
+        operation = quantized_rms_norm(name, given_scale is not None, True)
+        settings = (1e-6, np.float64(scale), np.inf)
+        x = np.ones((1, len(y)), np.float32)
+        (q, *_), _ = run(operation, Reads(x), Columns(np.zeros(len(y)), y), settings, len(y), False)
+        assert np.array_equal(q[0], want)
+        assert name == "int8" or np.array_equal(np.signbit(q[0]), np.signbit(want))  # which has one zero
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_nan_and_a_row_of_zeros_have_scales(name):
+    to = FORMATS[name]
+    own = quantized_rms_norm(name, False, True).stages[1].numbers
+    for y, want in ((np.nan, np.nan), (np.inf, np.inf), (0.0, 2.0**-126), (2.0**-126, 2.0**-126)):
+        scale = own(Largest(np.float64(y)), None, None, (0.0, None, np.inf), Rstd(np.float64(1.0))).scale
+        assert np.array_equal(scale, want, equal_nan=True)
+    assert own(Largest(np.float64(9.0)), None, None, (0.0, None, 3.0), Rstd(1.0)).scale == np.float32(3.0 / to.largest)
 
 
 # ---- pairs

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+FAMILY = (
+    "l2_norm", "gated_rms_norm", "quantized_rms_norm", "rms_norm_jvp", "rms_norm_double_backward", "layer_norm_jvp",
+    "layer_norm_double_backward",
+)  # fmt: skip
 DEFAULT_SHAPES = ((1, 4096), (512, 768), (8192, 4096))
 
 # Exit codes. Those of programs that a signal ends: 128 and its number, on each system.
@@ -93,6 +97,10 @@ def _run(options: argparse.Namespace) -> int:
         from rmsnorm_np.cli.info import warmup
 
         return warmup(options.dtypes or DTYPES, options.json)
+    if options.command == "check" and options.norms:
+        from rmsnorm_np.cli.family import check
+
+        return check(options.norms, options.json)
     from rmsnorm_np.cli.report import report
 
     return report(options.json, with_times=options.command is None)
@@ -113,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"%(prog)s {rn.__version__}")
     commands = top.add_subparsers(dest="command", metavar="command", title="commands")
-    commands.add_parser("check", parents=[json], help="check, without timing")
+    check = commands.add_parser("check", parents=[json], help="check, without timing")
+    check.add_argument("--norms", nargs="+", choices=FAMILY, help="check these functions in place of the norms")
     bench = commands.add_parser("bench", parents=[json], help=f"time the norms and those of {', '.join(PEERS)}")
     bench.add_argument(
         "--shapes",
@@ -125,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--dtype", choices=DTYPES, default="float32")
     bench.add_argument(
-        "--norms", nargs="+", choices=NORMS, default=list(NORMS[:2]), help=f"default: {' '.join(NORMS[:2])}"
+        "--norms", nargs="+", choices=NORMS + FAMILY, default=list(NORMS[:2]), help=f"default: {' '.join(NORMS[:2])}"
     )
     bench.add_argument("--backend", choices=("cpu", "reference", "cuda"), default="cpu")
     bench.add_argument("--rounds", type=_positive, default=7, help="times that each is measured (default: 7)")

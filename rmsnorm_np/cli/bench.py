@@ -1,4 +1,7 @@
-"""`bench`: the norms against each installed peer, in turn, with the same numbers in the same dtype."""
+"""`bench`: the norms against each installed peer, in turn, with the same numbers in the same dtype.
+
+The functions beside the norms are in `family`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 import rmsnorm_np as rn
-from rmsnorm_np.cli import console, device, limit, peers, plot
+from rmsnorm_np.cli import console, device, family, limit, peers, plot
 from rmsnorm_np.cli.cases import DIRECTIONS, LIMIT, OURS, OURS_INTO, Case, Entry
 from rmsnorm_np.cli.checks import Step, another
 from rmsnorm_np.cli.inputs import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM, Array, Norm, dtype_named
@@ -43,12 +46,15 @@ def bench(
         if only:
             raise argparse.ArgumentError(None, "argument --peers: they run on the CPU, and the backend is 'cuda'")
         only = ()
+        beside = [op for op in ops if op in family.FAMILY]
+        if beside:
+            raise argparse.ArgumentError(None, f"argument --norms: {beside[0]} is timed on the CPU alone")
     chosen = peers.require(only)
     if path is not None:
         plot.require(path)
-    norms = [BY_NAME[op] for op in ops]
-    with console.progress(len(shapes) * len(norms) * len(DIRECTIONS)) as step:
-        cases = list(measure(shapes, dtype_named(dtype), backend, rounds, step, chosen, norms))
+    ways = sum(len(family.FAMILY[op].ways) if op in family.FAMILY else len(DIRECTIONS) for op in ops)
+    with console.progress(len(shapes) * ways) as step:
+        cases = list(measure(shapes, dtype_named(dtype), backend, rounds, step, chosen, ops))
     if as_json:
         console.print_json({"backend": backend, "peers": peers.versions(chosen), "cases": cases})
     else:
@@ -65,14 +71,18 @@ def measure(
     rounds: int,
     step: Step,
     only: Sequence[str] = PEERS,
-    norms: Sequence[Norm] = NORMS,
+    ops: Sequence[str] = ("rms_norm", "layer_norm"),
 ) -> Iterator[Case]:
     """One `Case` after the other, with no other peers than these; ``step`` is told what comes next."""
     rng = np.random.default_rng(0)
     for shape in shapes:
         x, dy = (rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(2))
         weight = rng.uniform(0.5, 1.5, shape[1]).astype(dtype)
-        for norm in norms:
+        for op in ops:
+            if op in family.FAMILY:
+                yield from family.measure(op, family.arrays_of(x, weight, dy), backend, rounds, only, step)
+                continue
+            norm = BY_NAME[op]
             beside = (another(x), another(dy)) if norm.adds else (None, None)
             for direction in DIRECTIONS:
                 step(f"{norm.label} {direction}, {shape[0]}×{shape[1]}")
@@ -162,7 +172,8 @@ def render(out: Console, cases: Sequence[Case], backend: str, chosen: Sequence[s
         out,
         "Time ratio: to rmsnorm_np's time; median of the rounds, in brackets their extremes. GB/s: the bytes that the "
         "operation has to read and write, over its time. limit: a loop that only moves the same bytes. ULP: largest "
-        "error of y, in units in the last place at |y| or |weight|, whichever is larger.",
+        "error of y, in units in the last place at |y| or |weight|, whichever is larger; of functions beside the norms "
+        "at |y| or the row's mean |y|.",
     )
     timed = {entry.contender.split()[0] for case in cases for entry in case.entries}
     without = [name for name in chosen if name not in timed]

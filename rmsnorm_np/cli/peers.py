@@ -108,8 +108,8 @@ def _torch(problem: Problem, threads: int, compiled: bool = False) -> Callable[[
     import torch.nn.functional as functional
 
     torch.set_num_threads(threads)
-    x, weight, dy = (_as_torch(array) for array in (problem.x, problem.weight, problem.dy))
-    residual, dh = (None if array is None else _as_torch(array) for array in (problem.residual, problem.dh))
+    x, weight, dy = (as_torch(array) for array in (problem.x, problem.weight, problem.dy))
+    residual, dh = (None if array is None else as_torch(array) for array in (problem.residual, problem.dh))
     function = functional.layer_norm if problem.centres else functional.rms_norm
     shape, eps = problem.weight.shape, problem.eps
 
@@ -136,7 +136,8 @@ def _torch(problem: Problem, threads: int, compiled: bool = False) -> Callable[[
     return both
 
 
-def _as_torch(array: Array) -> Any:
+def as_torch(array: Array) -> Any:
+    """The array as a tensor, in the same memory."""
     import torch
 
     if array.dtype.name == "bfloat16":  # from_numpy does not know ml_dtypes

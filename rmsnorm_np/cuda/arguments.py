@@ -83,7 +83,7 @@ def engine_arguments(call: tuple[Any, ...], dtype: Any = None, _: int = 0) -> tu
     def read(name: str, array: Seen | None) -> Seen | None:
         if array is None:
             return None
-        _shapes.check_same_shape(name, array.shape, names[0], shape)
+        _shapes.check_same_shape(name, array.shape, names[0], shape, names)
         return rows_of(array if trailing else permuted(array), rows)
 
     read_rows = tuple(map(read, names, reads))
@@ -159,9 +159,9 @@ def in_order(array: Seen, axes: tuple[int, ...]) -> Seen:
     return array._replace(shape=shape, strides=strides)
 
 
-def rows_in(array: Seen, shape: tuple[int, int], stream: int) -> Seen:
-    """The array as contiguous rows of this shape."""
-    if not arrays.is_contiguous(array):
+def rows_in(array: Seen, shape: tuple[int, int], stream: int, anew: bool = False) -> Seen:
+    """The array as contiguous rows of this shape, or a copy."""
+    if anew or not arrays.is_contiguous(array):
         made = arrays.seen("", arrays.empty(array.shape, array.dtype, stream))
         copy(array, made, arrays.capability_here(), stream)
         array = made
@@ -170,7 +170,9 @@ def rows_in(array: Seen, shape: tuple[int, int], stream: int) -> Seen:
     return Seen(array.address, shape, (n * itemsize, itemsize), array.dtype, array.stream, False, array.owner)
 
 
-def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared: Seen | None) -> Seen | None:
+def column(
+    name: str, value: Any, parameter_name: str, parameter: Any, prepared: Seen | None, out: Any = ()
+) -> Seen | None:
     """As `_arguments.column`, for device arrays."""
     if value is None:
         return None
@@ -180,7 +182,8 @@ def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared:
     _shapes.check_same_shape(name, array.shape, parameter_name, like.shape)
     if math.prod(array.shape) != math.prod(prepared.shape):  # the parameter has been spread
         raise ValueError(NO_ORDER)
-    return rows_in(array, prepared.shape, arrays.stream_for((array,)))  # type: ignore[arg-type]
+    shared = any(target is not None and arrays.overlaps(array, target) for target in out)
+    return rows_in(array, prepared.shape, arrays.stream_for((array,)), shared)  # type: ignore[arg-type]
 
 
 def gradient_out(out: Any, weight: Any, bias: Any) -> Any:

@@ -45,7 +45,7 @@ def engine_arguments(
         if value is None:
             return None
         a = _checked(name, value)
-        _shapes.check_same_shape(name, a.shape, names[0], x.shape)
+        _shapes.check_same_shape(name, a.shape, names[0], x.shape, names)
         return _chunked(name, a, x)
 
     def parameter_of(name: str, value: Any) -> Any:

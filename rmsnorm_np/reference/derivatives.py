@@ -81,8 +81,8 @@ def _jvp(x: Any, x_dot: Any, given: Any, options: Any, centred: bool) -> Array:
     names = "x", "x_dot", "out"
     call = _arguments.Call(names, (x, x_dot), (weight, bias, weight_offset), (out,), eps, p, axis)
     (x, x_dot), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
-    w_dot = _arguments.column("weight_dot", weight_dot, "weight", weight, w)
-    b_dot = _arguments.column("bias_dot", bias_dot, "bias", bias, b)
+    w_dot = _arguments.column("weight_dot", weight_dot, "weight", weight, w, complex_too=True)
+    b_dot = _arguments.column("bias_dot", bias_dot, "bias", bias, b, complex_too=True)
     wide_x, x_dot, w, w_dot, b_dot = widen(x, x_dot, w, w_dot, b_dot)
     if centred:
         wide_x, x_dot = centre(wide_x), centre(x_dot)
@@ -100,8 +100,8 @@ def _double_backward(reads: Any, given: Any, options: Any, centred: bool) -> Dou
     outs = _arguments.outs_of(out, ("ddy", "dx"))[::-1]
     call = _arguments.Call(names, reads, (weight, bias, weight_offset), outs, eps, p, axis)
     (x, dy, ddx), (w, b, weight_offset), _, k, eps, restore = _arguments.prepare(call, complex_too=True)
-    ddw = _arguments.column("ddweight", ddweight, "weight", weight, w)
-    ddb = _arguments.column("ddbias", ddbias, "bias", bias, b)
+    ddw = _arguments.column("ddweight", ddweight, "weight", weight, w, complex_too=True)
+    ddb = _arguments.column("ddbias", ddbias, "bias", bias, b, complex_too=True)
     wide_x, wide_dy, ddx, w, ddw, ddb = widen(x, dy, ddx, w, ddw, ddb)
     if centred:
         wide_x, ddx = centre(wide_x), centre(ddx)

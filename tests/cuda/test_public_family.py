@@ -11,6 +11,7 @@ from device import pretend_small, to_device, to_host
 from tolerances import worst_ulp
 
 import rmsnorm_np as rn
+from rmsnorm_np.cuda import arguments, arrays
 
 ULP = 8.5  # of the largest of each result: with a gate, see `test_family`; half for the reference
 CALLS = {
@@ -52,3 +53,15 @@ def test_parameters_that_no_order_of_rows_suits():
         rn.gated_rms_norm_backward(x, x, x, weight, bias)
     with pytest.raises(ValueError, match="broadcast along different axes"):
         rn.rms_norm_jvp(x, weight, bias, x, weight, bias)
+
+
+def test_a_direction_that_lies_across_out_is_copied():
+    """On a device it might be read after it was written to, for the rows that come later."""
+    memory, weight = to_device(np.ones((6, 40), np.float32)), to_device(np.ones(40, np.float32))
+    out, own = arrays.seen("out", memory), arrays.seen("weight_dot", memory[2])
+    prepared = arrays.seen("weight", weight)._replace(shape=(1, 40))
+    given = "weight_dot", memory[2], "weight", weight, prepared
+    assert arguments.column(*given, (None,)).address == own.address
+    copied = arguments.column(*given, (None, out))
+    assert not arrays.overlaps(copied, out)
+    assert (copied.shape, copied.dtype) == ((1, 40), np.float32)

@@ -1,4 +1,5 @@
-"""Calls of the four functions as hypothesis draws them, right ones and wrong ones, and what has to become of each.
+"""Calls of the norms, and of the functions beside them, as hypothesis draws them, right ones and wrong ones, and what
+has to become of each.
 
 All arrays of a call are views of one arena of bytes, so that every byte can be compared afterwards, those between the
 elements of an array too, and so that `out` can lie across whatever else there is.
@@ -13,14 +14,56 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 from conftest import DTYPES
+from family import Given, bound_of, exact, silu
 from hypothesis import strategies as st
-from tolerances import DX_ULP, Y_ULP, dx_terms, parameter_tolerance, spacing, ulp_distance
+from tolerances import DX_ULP, Y_ULP, dx_terms, parameter_tolerance, spacing, ulp_distance, worst_ulp
 
 import rmsnorm_np as rn
 from rmsnorm_np import _arguments
 from rmsnorm_np.reference._common import summed
 
-FUNCTIONS = ("rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward")
+
+class Signature(NamedTuple):
+    """What a function takes beside x, weight, bias and the numbers that all have.
+
+    rows: arrays of x's shape; maybe: others, which may be None; along: what goes along with weight and bias, of their
+    shapes; outs: the arguments that results are written to, and whose dtype each has; options: further ones.
+    """
+
+    rows: tuple[str, ...] = ()
+    maybe: tuple[str, ...] = ()
+    along: tuple[str, ...] = ()
+    outs: tuple[tuple[str, str], ...] = (("out", "x"),)
+    options: tuple[str, ...] = ()
+
+
+_BACKWARD = Signature(("dy",))
+_JVP = Signature((), ("x_dot",), ("weight_dot", "bias_dot"))
+_DOUBLE = Signature(("dy",), ("ddx",), ("ddweight", "ddbias"), (("out[0]", "dy"), ("out[1]", "x")))
+_GATE = ("p", "norm_before_gate")
+NORMS = {
+    "rms_norm": Signature(options=("p",)),
+    "rms_norm_backward": _BACKWARD._replace(options=("p",)),
+    "layer_norm": Signature(),
+    "layer_norm_backward": _BACKWARD,
+}
+FAMILY = {
+    "l2_norm": Signature(),
+    "l2_norm_backward": _BACKWARD,
+    "gated_rms_norm": Signature(("gate",), options=_GATE),
+    "gated_rms_norm_backward": Signature(("dy", "gate"), outs=(("out[0]", "x"), ("out[1]", "gate")), options=_GATE),
+    "rms_norm_jvp": _JVP._replace(options=("p",)),
+    "layer_norm_jvp": _JVP,
+    "rms_norm_double_backward": _DOUBLE._replace(options=("p",)),
+    "layer_norm_double_backward": _DOUBLE,
+    "quantized_rms_norm": Signature(
+        maybe=("residual",), outs=(("out", "q"), ("residual_out", "residual")), options=("p", "dtype")
+    ),
+}
+SIGNATURES = NORMS | FAMILY
+FORMATS = ("int8", "float8_e4m3fn", "float8_e5m2")
+# which of the results each of these is for
+PLACES = {"out": 0, "out[0]": 0, "out[1]": 1, "residual_out": 2}
 
 INTEGERS = tuple(map(np.dtype, ("?", "i1", "u2", "i8")))
 NO_NUMBERS = (
@@ -102,9 +145,17 @@ class Call(NamedTuple):
         return given | {n: given[value] if isinstance(value, Same) else value for n, value in self.options.items()}
 
     def on(self, backend, arena):
-        """The result, and the arguments that were used."""
+        """The result, and the arguments that were used; arrays of a tuple have a name each."""
         arguments = self.arguments(arena)
-        return getattr(rn, self.function)(**arguments, backend=backend), arguments
+        given = {name: a for name, a in arguments.items() if "[" not in name}
+        if len(given) < len(arguments):
+            given["out"] = arguments.get("out[0]"), arguments.get("out[1]")
+        return getattr(rn, self.function)(**given, backend=backend), arguments
+
+    def out_places(self):
+        """Where results are to go, by the names of `PLACES`."""
+        owners = {name: self.options.get(name, name) for name in PLACES}
+        return {name: self.arrays[owner].place for name, owner in owners.items() if owner in self.arrays}
 
 
 class Same(str):
@@ -149,10 +200,13 @@ class Arena:
 
 
 @st.composite
-def calls(draw, mixed=True, most=200, special=True):
-    """A call. `mixed` has every dtype in every place; otherwise all arrays have that of x, as compiled kernels do."""
-    function = draw(st.sampled_from(FUNCTIONS))
-    backward, partial = function.endswith("backward"), function.startswith("rms")
+def calls(draw, mixed=True, most=200, special=True, functions=tuple(NORMS), one_kernel=False):
+    """A call. `mixed` has every dtype in every place; otherwise all arrays have that of x, as compiled kernels do.
+
+    one_kernel: of each operation; all arrays are float32, and all are there.
+    """
+    function = draw(st.sampled_from(functions))
+    signature = SIGNATURES[function]
     arena, arrays, options, wrong = Arena(draw), {}, {}, set()
 
     def seldom(odds=20):
@@ -208,6 +262,8 @@ def calls(draw, mixed=True, most=200, special=True):
     if any(shape[a] == 0 for a in axes):
         refuse("x", ValueError)
     dtype = draw(st.sampled_from(DTYPES if not mixed or not seldom(8) else INTEGERS))
+    if one_kernel:
+        dtype = np.dtype(np.float32)
     arrays["x"] = array("x", shape, dtype)
     if seldom(60):
         junk = draw(st.sampled_from([None, "abc", b"abc", object(), {1}, {"a": 1}, [object()], [10**400], iter([1])]))
@@ -220,22 +276,29 @@ def calls(draw, mixed=True, most=200, special=True):
         arrays["x"] = Argument(None, "value", draw(st.sampled_from([[[1.0], [2.0, 3.0]], 1.5, 7, True])))
         refuse("x", ValueError)
 
-    # dy, weight, bias
+    # dy and others like x, weight, bias
     def other():
         return dtype if not mixed else draw(st.sampled_from(INTEGERS)) if seldom(8) else draw(st.sampled_from(DTYPES))
 
-    if backward:
-        dy_shape = shape
+    for name in (*signature.rows, *signature.maybe):
+        if name in signature.maybe and not one_kernel and draw(st.booleans()):
+            options[name] = None
+            continue
+        if name in signature.rows and function in FAMILY and seldom(60):
+            arrays[name] = Argument(None, "value", None)
+            refuse(name, TypeError)
+            continue
+        own_shape = shape
         if seldom():
-            dy_shape = draw(st.sampled_from([shape[1:], (*shape, 1), (1, *shape), tuple(n + 1 for n in shape)]))
-        if dy_shape != shape:
-            refuse("dy", ValueError)
-        arrays["dy"] = array("dy", dy_shape, other())
+            own_shape = draw(st.sampled_from([shape[1:], (*shape, 1), (1, *shape), tuple(n + 1 for n in shape)]))
+        if own_shape != shape:
+            refuse(name, ValueError)
+        arrays[name] = array(name, own_shape, other())
     trailing = axes == tuple(range(ndim - len(axes), ndim))
     fits = [shape[i:] for i in range(ndim - len(axes) + 1)] if trailing else [tuple(shape[a] for a in axes)]
     both = draw(st.booleans())
     for name in ("weight", "bias"):
-        if not (both if not mixed else draw(st.booleans())):
+        if not (one_kernel or (both if not mixed else draw(st.booleans()))):
             continue
         fit = draw(st.sampled_from(fits or [()]))
         lead = len(fit) - len(axes)
@@ -251,6 +314,21 @@ def calls(draw, mixed=True, most=200, special=True):
             ):  # fmt: skip
                 refuse(name, ValueError)
         arrays[name] = array(name, fit, other())
+    for name, parameter in zip(signature.along, ("weight", "bias"), strict=False):
+        options[name] = None
+        if function.endswith("jvp") and parameter not in arrays:
+            options[parameter] = None
+        if not one_kernel and draw(st.booleans()):
+            continue
+        a = arrays.get(parameter)
+        if a is None and not seldom():
+            continue
+        fit = np.shape(a.value) if a is not None and a.place is None else shape[-1:] if a is None else a.place.shape
+        own_shape = draw(st.sampled_from([fit[1:], (*fit, 1), tuple(n + 1 for n in fit)])) if seldom() else fit
+        if a is None or own_shape != fit:
+            refuse(name, ValueError)
+        del options[name]
+        arrays[name] = array(name, own_shape, other())
 
     # numbers
     def number(name, right, wrong_values):
@@ -270,40 +348,72 @@ def calls(draw, mixed=True, most=200, special=True):
         [0, 0.0, -0.0, 1, 1e-6, np.float32(1e-5), np.float16(0.5), Fraction(1, 3), 5e-324, 3, np.array(0.1)]
     )
     number("eps", tenths | st.floats(0, 1e6), (-1, -1e-300, True, False, Fraction(-1, 2), *infinite))
-    if partial:
+    if "p" in signature.options and not one_kernel:
         number(
             "p",
             st.sampled_from([1, 1.0, 0.5, np.float32(0.07), Fraction(1, 3), 5e-324]) | st.floats(1e-3, 1),
             (0, 0.0, -0.5, 2, np.nextafter(1.0, 2.0), True, False, Fraction(3, 2), np.float16(0), *infinite),
         )
-    if "weight" in arrays:
+    if "weight" in arrays and not one_kernel:
         number(
             "weight_offset",
             st.sampled_from([0, 1, 1.0, -1.0, np.float32(0.5), Fraction(1, 4)]) | st.floats(-1e3, 1e3, width=32),
             (True, False, *infinite),
         )
-    elif seldom(30):
+    elif "weight" not in arrays and seldom(30):
         options["weight_offset"] = 1.0
         refuse("weight_offset", ValueError)
 
+    if "norm_before_gate" in signature.options and draw(st.booleans()):
+        options["norm_before_gate"] = draw(st.sampled_from([True, False, np.False_]))
+        if seldom():
+            options["norm_before_gate"] = draw(st.sampled_from([None, 0, 1.0, "no", np.ones(1, bool)]))
+            refuse("norm_before_gate", TypeError)
+    q_dtype = np.dtype(np.int8)
+    if "dtype" in signature.options:
+        q_dtype = quantised(draw, seldom, number, options, refuse, axes, shape, one_kernel)
+
     # out
-    if draw(st.booleans()):
-        x = arrays["x"]
-        plain = x.place is not None and x.kind != "list" and dtype in DTYPES
-        result = np.dtype(np.float64) if x.kind == "list" or dtype not in DTYPES else dtype
+    places = {}
+    for name, like in signature.outs:
+        a = arrays.get(like)
+        if not draw(st.booleans()):
+            continue
+        if like == "residual" and a is None:
+            if seldom(5):
+                options[name] = np.zeros(shape, np.float32)
+                refuse(name, ValueError)
+            continue
+        result = q_dtype if like == "q" else result_dtype(a)
         ways = ["fresh", "fresh", "shape", "dtype", "list", "masked", "read-only", "folded"]
-        if plain and x.place.dtype.newbyteorder("=") == result:
-            ways += ["x", "view of x", "across x", "reversed x"]
-        if backward and plain and arrays["dy"].place is not None and arrays["dy"].place.dtype == result:
-            ways += ["dy", "across dy"]
-        if plain and "weight" in arrays and arrays["weight"].place is not None:
-            ways += ["across weight"]
-        way = draw(st.sampled_from(ways))
-        options["out"] = out_of(draw, way, arena, arrays, shape, result, refuse)
-        if options["out"] is None:
-            del options["out"]
-        elif isinstance(options["out"], Argument):
-            arrays["out"] = options.pop("out")
+        for one in ("x", *signature.rows, *signature.maybe):
+            a = arrays.get(one)
+            if a and a.place is not None and a.kind != "list" and a.place.dtype.newbyteorder("=") == result:
+                ways += [one, f"across {one}"] + ["view of x", "reversed x"] * (one == "x")
+        for one in ("weight", *signature.along, *places):
+            if one in arrays and arrays[one].place is not None:
+                ways += [f"across {one}"] * (1 + 4 * (one in places))
+        out = out_of(draw, draw(st.sampled_from(ways)), arena, arrays, shape, result, lambda e, n=name: refuse(n, e))
+        if isinstance(out, Same):
+            options[name] = out
+        elif out is not None:
+            arrays[name] = out
+        if out is not None:
+            places[name] = arrays[out if isinstance(out, Same) else name].place
+    if len(places) == 2 and None not in places.values():
+        masks = [np.zeros(arena.size + 128, bool) for _ in places]
+        for mask, place in zip(masks, places.values(), strict=True):
+            place.cover(mask)
+        if (masks[0] & masks[1]).any():
+            for name in places:
+                refuse(name, ValueError)
+    if len(signature.outs) == 2 and "residual_out" not in dict(signature.outs) and seldom(30):
+        for name in PLACES:
+            arrays.pop(name, None)
+            options.pop(name, None)
+        options["out"] = draw(st.sampled_from([(), (None,), (None, None, None), [None, None], np.zeros(shape), "out"]))
+        wrong = {pair for pair in wrong if not pair[0].startswith("out")}
+        refuse("out", TypeError)
 
     return Call(
         function,
@@ -316,6 +426,43 @@ def calls(draw, mixed=True, most=200, special=True):
     )
 
 
+def result_dtype(a):
+    """That of a result like an argument."""
+    known = a.place is not None and a.kind != "list" and a.place.dtype.newbyteorder("=") in DTYPES
+    return a.place.dtype.newbyteorder("=") if known else np.dtype(np.float64)
+
+
+def quantised(draw, seldom, number, options, refuse, axes, shape, one_kernel):
+    """What quantisation takes; returns the dtype of q."""
+    name = "int8" if one_kernel else draw(st.sampled_from(FORMATS))
+    options["dtype"] = draw(st.sampled_from([name, np.dtype(name)]))
+    if seldom():
+        options["dtype"] = draw(st.sampled_from(["int4", np.float32, None, 8, "", "V1"]))
+        refuse("dtype", TypeError)
+    per_row = tuple(1 if i in axes else length for i, length in enumerate(shape))
+    if draw(st.booleans()):
+        options["scale"] = draw(
+            st.sampled_from([0.05, np.float32(3), 1, np.full(per_row, 0.25), np.full(per_row[1:], 0.1, np.float32)])
+        )
+        if seldom(8):
+            options["scale"] = draw(
+                st.sampled_from([0.0, -1.0, np.nan, np.inf, np.full(per_row, -np.inf) if 0 not in per_row else -0.0,
+                                 np.ones((2, *per_row)), np.ones((*per_row, 2))])
+            )  # fmt: skip
+            refuse("scale", ValueError)
+        elif seldom():
+            options["scale"] = draw(st.sampled_from(["1", 1j, np.ones(per_row, "c8"), np.ma.ones(per_row)]))
+            refuse("scale", TypeError)
+        if seldom():
+            options["scale_ub"] = 1.0
+            refuse("scale_ub", ValueError)
+    else:
+        number("scale_ub", st.sampled_from([1, 0.5, np.float32(2), np.inf, 1e-30]), (0, -1.0, True, np.nan))
+        if options.get("scale_ub", 1) is None:  # no number, but here it stands for none
+            options["scale_ub"] = "none"
+    return np.dtype(name)
+
+
 def folds(place):
     """Whether elements share memory: by counting the bytes they cover."""
     reach = sum(max(0, step) * max(0, n - 1) for step, n in zip(place.strides, place.shape, strict=True))
@@ -325,26 +472,26 @@ def folds(place):
 
 
 def out_of(draw, way, arena, arrays, shape, dtype, refuse):
-    """An out of one kind, as an argument of its own or as the same object as another."""
+    """An out of one kind, as an argument of its own or as the same object as another. refuse: with an error of it."""
     if way == "fresh":
         swapped = dtype.newbyteorder() if dtype.isbuiltin == 1 and draw(st.booleans()) else dtype
         place = arena.place(shape, swapped, apart=True)
         return Argument(place, draw(st.sampled_from(["plain", "plain", "subclass"])))
     if way == "shape":
-        refuse("out", ValueError)
+        refuse(ValueError)
         return Argument(arena.place((*shape, 2), dtype), "plain")
     if way == "dtype":
-        refuse("out", TypeError)
+        refuse(TypeError)
         wrong = [d for d in (*DTYPES, np.dtype("c8"), np.dtype("i8")) if d != dtype]
         return Argument(arena.place(shape, draw(st.sampled_from(wrong))), "plain")
     if way == "list":
-        refuse("out", TypeError)
+        refuse(TypeError)
         return Argument(None, "value", draw(st.sampled_from([[0.0], 1.0, "out", (), bytearray(8)])))
     if way == "masked":
-        refuse("out", TypeError)
+        refuse(TypeError)
         return Argument(arena.place(shape, dtype, apart=True), "masked")
     if way == "read-only":
-        refuse("out", ValueError)
+        refuse(ValueError)
         return Argument(arena.place(shape, dtype, apart=True), "read-only")
     if way == "folded":
         place = arena.place(shape, dtype, apart=True)
@@ -353,11 +500,11 @@ def out_of(draw, way, arena, arrays, shape, dtype, refuse):
     else:
         name = way.split()[-1]
         source = arrays[name].place
-        if way in ("x", "dy"):
+        if way in arrays:
             if arrays[name].kind in ("masked", "matrix"):
-                refuse("out", TypeError)
+                refuse(TypeError)
             if arrays[name].kind == "read-only":
-                refuse("out", ValueError)
+                refuse(ValueError)
             if arrays[name].kind == "list":
                 return None
             place = source
@@ -373,16 +520,99 @@ def out_of(draw, way, arena, arrays, shape, dtype, refuse):
             by = draw(st.integers(-3, 3)) * dtype.itemsize + draw(st.sampled_from([0, 0, 0, 1]))
             low = sum(min(0, s * max(0, n - 1)) for s, n in zip(place.strides, place.shape, strict=True))
             place = place._replace(offset=max(source.offset + by, -low))
-        if way in ("x", "dy"):
+        if way in arrays:
             if math.prod(shape) and folds(place):
-                refuse("out", ValueError)
+                refuse(ValueError)
             return Same(name)
     if math.prod(shape) and folds(place):
-        refuse("out", ValueError)
+        refuse(ValueError)
     return Argument(place, "plain")
 
 
 # What a result may be off by, against that of the reference, which is rounded as well
+
+
+def assert_close_family(call, given, got, want):
+    """As `assert_close`, of a function beside the norms: exact within its bounds, where all of a row is ordinary."""
+    op = call.function + " after" * (not given.get("norm_before_gate", True))
+    results = dict(zip(NAMES_OF[call.function], zip(got, want, strict=True), strict=True))
+    for a, reference in results.values():
+        assert (a is None) == (reference is None)
+        assert a is None or (a.dtype, a.shape) == (reference.dtype, reference.shape)
+    signature, offset = SIGNATURES[call.function], given.get("weight_offset", 0.0)
+    names = "x", *signature.rows, *signature.maybe
+    parameters = given.get("weight"), given.get("bias")
+    numbers = given.get("eps", 1e-6), given.get("p", 1.0), given.get("axis", -1)
+    reads = tuple(given.get(name) for name in names)
+    prepared = _arguments.Call((*names, "out"), reads, (*parameters, offset), (None,), *numbers)
+    reads, (*columns, offset), _, k, eps, restore_all = _arguments.prepare(prepared)
+    x, n = reads[0], reads[0].shape[-1]
+    if x.size == 0:
+        assert all(a is None or np.array_equal(a, reference) for a, reference in results.values())
+        return
+    if op == "quantized_rms_norm":
+        assert_quantised(*(results[name] for name in ("q", "scale", "h")))
+        return
+    along = [
+        _arguments.column(name, given.get(name), parameter, *pair)
+        for name, parameter, *pair in zip(signature.along, ("weight", "bias"), parameters, columns, strict=False)
+    ]
+    rows = lambda a: None if a is None else np.broadcast_to(a, x.shape).reshape(-1, n)  # noqa: E731
+    of_rows = dict(zip(names, map(rows, reads), strict=True))
+    v = of_rows.get("x_dot", of_rows.get("ddx"))
+    g = Given(rows(x), of_rows.get("gate"), of_rows.get("dy"), v, *map(rows, (*columns, *along)))
+    with np.errstate(all="ignore"):
+        found = exact(op, g, eps, k / n, offset)
+        # 1 / sqrt(mean square + eps) to the fifth is in the formulas: of rows of next to nothing it leaves float64
+        about = g.x.astype(np.longdouble)
+        if op.endswith("after"):
+            about = about * silu(g.gate.astype(np.longdouble))[0]
+        if op.startswith("layer"):
+            about = about - about.mean(axis=1, keepdims=True)
+        ordinary = (about[:, :k] ** 2).mean(axis=1, keepdims=True) + np.longdouble(eps) > 1e-50
+    for name, (value, terms) in found.rows.items():
+        a = results[name][0]
+        sure = ordinary & np.isfinite(value) & (terms < 1e300)
+        value, terms = (np.where(sure, one, 0).reshape(x.shape) for one in (value, terms))
+        value, terms, sure = (restore_all([one])[0] for one in (value, terms, sure.reshape(x.shape)))
+        off = worst_ulp(np.where(sure, a, np.zeros((), a.dtype)), value, terms)
+        assert off <= bound_of(op, name, a.dtype) + 0.5, f"{name} is off by {off} ULP"
+    for name, parameter in zip(("dweight", "dbias"), columns, strict=True):
+        a = results.get(name, (None, None))[0]
+        if a is None:
+            continue
+        with np.errstate(all="ignore"):
+            value, size = (summed(one.reshape(x.shape), parameter.shape).ravel() for one in found.sums[name])
+            sure = np.isfinite(value) & (size < 1e300) & ordinary.all()
+            tolerance = parameter_tolerance(value, size, x.size // n, x.dtype, a.dtype, 2.0**-45)
+            near = np.abs(a.astype(np.longdouble).ravel() - value) <= 2 * tolerance
+            beyond = np.isinf(a.ravel()) & (np.abs(value) + tolerance >= ml_dtypes.finfo(a.dtype).max)
+        assert np.all(near | ~sure | beyond), name
+
+
+NAMES_OF = {  # of results
+    "l2_norm": ("y",),
+    "l2_norm_backward": ("dx", "dweight", "dbias"),
+    "gated_rms_norm": ("y",),
+    "gated_rms_norm_backward": ("dx", "dgate", "dweight", "dbias"),
+    "rms_norm_jvp": ("y",),
+    "layer_norm_jvp": ("y",),
+    "rms_norm_double_backward": ("ddy", "dx", "dweight"),
+    "layer_norm_double_backward": ("ddy", "dx", "dweight"),
+    "quantized_rms_norm": ("q", "scale", "h"),
+}
+
+
+def assert_quantised(q, scale, h):
+    """Pairs of results: one number of the format apart at most, where y / scale was next to the middle of two."""
+    a, b = (codes.view(np.int8).astype(int) for codes in q)
+    if q[0].dtype != np.int8:  # a sign, and a magnitude
+        a, b = (np.where(codes < 0, -(codes + 128), codes) for codes in (a, b))
+    assert np.all(np.abs(a - b) <= 1)
+    assert np.array_equal(np.isnan(scale[0]), np.isnan(scale[1]))
+    with np.errstate(invalid="ignore"):
+        assert worst_ulp(*(np.nan_to_num(one, nan=0.0) for one in scale)) <= 1.0
+    assert h[0] is None or h[0].tobytes() == h[1].tobytes() or np.array_equal(*h, equal_nan=True)
 
 
 def assert_close(call, given, got, want):

@@ -17,13 +17,26 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:3])
 
 # not the kernels' modules: Numba compiles what it finds there
 with atheris.instrument_imports(
-    include=[f"rmsnorm_np.{name}" for name in ("_arguments", "_backends", "norms", "layer_norms")]
+    include=[
+        f"rmsnorm_np.{name}"
+        for name in (
+            "_arguments",
+            "_backends",
+            "norms",
+            "layer_norms",
+            "l2",
+            "gated",
+            "quantized",
+            "jvp",
+            "double_backward",
+        )
+    ]
 ):
     from rmsnorm_np import _backends
 
 # what is imported above has to be instrumented before these import it
 import test_bad_input  # noqa: E402
-from calls import calls  # noqa: E402
+from calls import SIGNATURES, calls  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 
 warnings.simplefilter("error")
@@ -31,7 +44,7 @@ _backends._engines["cpu"] = test_bad_input.NumPyEngine()
 
 
 @settings(test_bad_input.quiet, database=None)
-@given(call=calls())
+@given(call=calls(functions=tuple(SIGNATURES)))
 def any_call(call):
     """What the fuzzer runs; it ends at the first call that does not hold."""
     test_bad_input.check(call)

@@ -1,4 +1,4 @@
-"""Whatever the arguments are: the reference's result within bounds, or an error that names the argument; nothing else.
+"""Whatever the arguments are: a result within bounds, or an error that names the argument; nothing else.
 
 Most calls run on an engine of NumPy behind the same checks, for kernels compile for each combination of dtypes; the CPU
 engine itself gets the calls whose arrays have one dtype. `fuzz_arguments.py` looks for further calls by coverage.
@@ -7,17 +7,18 @@ engine itself gets the calls whose arrays have one dtype. `fuzz_arguments.py` lo
 from __future__ import annotations
 
 import collections
+import inspect
 import re
 import sys
 
 import numpy as np
 import pytest
-from calls import Same, assert_close, calls
+from calls import FAMILY, PLACES, SIGNATURES, assert_close, assert_close_family, calls
 from hypothesis import HealthCheck, given, settings
 
+import rmsnorm_np as rn
 from rmsnorm_np import _arguments, _backends, reference
 
-ARGUMENTS = ("x", "dy", "weight", "bias", "eps", "p", "axis", "weight_offset", "out")
 seen = collections.Counter()  # how many calls there were, and what became of them
 
 
@@ -31,30 +32,53 @@ class NumPyEngine:
         return np.empty(x.shape, dtype)
 
     def forward(self, operation, reads, parameters, out, k, eps):
-        x, residual = reads
-        self._check(reads, parameters, out, eps)
-        assert residual is None
-        y = self._called(operation, (self._rows(x),), parameters, k, eps)
-        return self._written(self._like(y, x), out[0]), None
+        results = self._called(operation, reads, parameters, out, k, eps)
+        outputs = [name for name in operation.Writes._fields if name != operation.keep]
+        found = [self._result(results[name], reads[0], *pair) for name, *pair in zip(outputs, out, strict=False)]
+        return found if operation.keep is None else [*found, None]
 
     def backward(self, operation, reads, parameters, out, k, eps, totals=(None, None)):
-        x, dy, dh = reads
-        self._check(reads, parameters, out, eps)
-        assert dh is None
-        dx, *gradients = self._called(operation, (self._rows(dy), self._rows(x)), parameters, k, eps)
-        sums = map(self._gathered, gradients, parameters, totals)
-        return (self._written(self._like(dx, x), out[0]),), [*map(self._written, sums, totals)]
+        results = self._called(operation, reads, parameters, out, k, eps)
+        found = [self._result(results[n], reads[0], o) for n, o in zip(operation.Writes._fields, out, strict=True)]
+        likes = parameters[0], parameters[1] if "bias" in operation.Columns._fields else None
+        sums = map(self._gathered, (results.get("dweight"), results.get("dbias")), likes, totals)
+        return found, [*map(self._written, sums, totals)]
 
-    def _called(self, operation, arrays, parameters, k, eps):
-        (weight, bias, offset), x = parameters, arrays[-1]
-        p = {"p": k / x.shape[1]} if operation.name.startswith("rms") else {}
-        function = getattr(reference, operation.name)
-        return function(*arrays, self._spread(weight, x), self._spread(bias, x), eps=eps, weight_offset=offset, **p)
+    def quantize(self, operation, reads, parameters, out, k, settings):
+        eps, scales, bound = settings
+        dtype = operation.name.split()[1]
+        assert scales.shape == reads[0].shape[:1]
+        options = {"scale": scales[:, None]} if operation.scales == "in" else {"scale_ub": bound}
+        self._check(reads, parameters, (None, out[1]), eps)
+        results = self._called(operation, reads, parameters, (), k, eps, dtype=dtype, **options)
+        scales[...] = results["scale"][:, 0]
+        return self._written(results["q"], out[0]), self._written(results["h"], out[1])
+
+    def _called(self, operation, reads, parameters, out, k, eps, **options):
+        """The results of the reference by their names; of y_dot it is y."""
+        self._check(reads, parameters, out, eps)
+        x = self._rows(reads[0])
+        given = {name: self._rows(a) for name, a in zip(operation.Reads._fields, reads, strict=True) if a is not None}
+        fields = zip(operation.Columns._fields[:-1], parameters[:-1], strict=True)
+        given |= {name: self._spread(a, x) for name, a in fields}
+        given |= {name: x for name, along in (("bias", "bias_dot"), ("bias", "ddbias")) if given.get(along) is not None}
+        given |= options | {"eps": eps, "p": k / x.shape[1], "weight_offset": parameters[-1]}
+        name = operation.name.split()[0]
+        if name.startswith("rms_norm_of_gated"):
+            name, given["norm_before_gate"] = name.replace("rms_norm_of_gated", "gated_rms_norm"), False
+        function = getattr(reference, name)
+        wanted = inspect.signature(function).parameters
+        needed = [name for name, one in wanted.items() if name in given or one.default is one.empty]
+        result = function(**{name: given.get(name) for name in needed})
+        return result._asdict() if isinstance(result, tuple) else {operation.Writes._fields[0]: result}
+
+    def _result(self, rows, x, out):
+        return self._written(self._like(rows, x), out)
 
     @staticmethod
     def _rows(a):
         """(rows, n), also of an array (outer, n, inner)."""
-        return a if a.ndim == 2 else np.moveaxis(a, 1, 2).reshape(-1, a.shape[1])
+        return a if a is None or a.ndim == 2 else np.moveaxis(a, 1, 2).reshape(-1, a.shape[1])
 
     @staticmethod
     def _like(rows, x):
@@ -62,24 +86,26 @@ class NumPyEngine:
 
     @staticmethod
     def _check(reads, parameters, out, eps):
-        x, (weight, bias, offset), given_out = reads[0], parameters, out[0]
-        for array in (*reads, weight, bias, *out):
+        x, (*columns, offset) = reads[0], parameters
+        for array in (*reads, *columns, *out):
             assert array is None or (type(array) is np.ndarray and array.ndim in (2, 3))
             assert array is None or (array.flags.c_contiguous and array.flags.aligned)  # it may be read-only
             assert array is None or array.dtype in (*_arguments.native_dtypes,)
         for array in reads:
             assert array is None or array.shape == x.shape
         rows = x.size // x.shape[1]
-        for parameter in (weight, bias):
-            assert parameter is None or parameter.shape[1] == x.shape[1]
-            assert parameter is None or rows == len(parameter) == 0 or rows % len(parameter) == 0
-            assert parameter is None or parameter.ndim == 2
-            assert given_out is None or parameter is None or not np.may_share_memory(given_out, parameter)
+        for column in columns:
+            assert column is None or column.shape[1] == x.shape[1]
+            assert column is None or rows == len(column) == 0 or rows % len(column) == 0
+            assert column is None or column.ndim == 2
         assert type(eps) is type(offset) is float
         assert 0.0 <= eps < np.inf
-        if given_out is not None:
+        for j, given_out in enumerate(out):
+            if given_out is None:
+                continue
             assert given_out.flags.carray
-            assert (given_out.shape, given_out.dtype) == (x.shape, x.dtype)
+            assert (given_out.shape, given_out.dtype) == (x.shape, reads[j].dtype)
+            assert not any(column is not None and np.may_share_memory(given_out, column) for column in columns)
             for array in reads:
                 if array is not None and np.may_share_memory(given_out, array):
                     assert given_out.ctypes.data == array.ctypes.data
@@ -123,7 +149,7 @@ def check(call):
     error, result, used = attempt(call, "cpu", arena)
     if error is not None:
         message = str(error)
-        name = re.match(rf"({'|'.join(ARGUMENTS)}) (is|has) ", message)
+        name = re.match(r"([\w\[\]]+) (is|has|and) ", message)
         assert name, f"an error that names no argument: {message}"
         assert (name[1], type(error)) in call.wrong, message
         assert arena.tobytes() == before.tobytes(), "memory was written before an error"
@@ -138,15 +164,15 @@ def check(call):
     results, wants = ((a,) if isinstance(a, np.ndarray) else tuple(a) for a in (result, want))
 
     written = np.zeros(len(arena), bool)
-    out = used.get("out")
-    if out is not None:
-        assert results[0] is out
-        same = isinstance(call.options.get("out"), Same)
-        (call.arrays[call.options["out"]] if same else call.arrays["out"]).place.cover(written)
-    for array in results[out is not None :]:
-        assert array is None or not np.shares_memory(array, arena)
+    places = call.out_places()
+    for name, place in places.items():
+        assert results[PLACES[name]] is used[name]
+        place.cover(written)
+    for place, array in enumerate(results):
+        assert array is None or place in map(PLACES.get, places) or not np.shares_memory(array, arena)
     assert np.array_equal(arena[~written], before[~written]), "memory was written that is not out's"
-    assert_close(call, call.arguments(before), results, wants)
+    compare = assert_close_family if call.function in FAMILY else assert_close
+    compare(call, call.arguments(before), results, wants)
 
 
 quiet = settings(deadline=None, suppress_health_check=list(HealthCheck))  # the strategy is large and at times slow
@@ -184,6 +210,74 @@ def test_more_calls(call):
 @settings(quiet, max_examples=100_000)
 @given(call=calls())
 def test_many_calls(call):
+    check(call)
+
+
+OPTIONS = {
+    "eps": 0.5,
+    "p": 0.4,
+    "axis": 1,
+    "weight_offset": 0.5,
+    "norm_before_gate": False,
+    "dtype": "float8_e5m2",
+    "scale": 0.05,
+    "scale_ub": 1.0,
+}
+
+
+@pytest.mark.usefixtures("numpy_engine")
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_every_option_reaches_the_engine(name, rng):
+    """And changes the result to that of the reference."""
+    parameters = inspect.signature(getattr(rn, name)).parameters
+    like_x = "x", *SIGNATURES[name].rows, *SIGNATURES[name].maybe
+    arrays = {one: rng.standard_normal((3, 6, 6)) for one in like_x}
+    arrays |= {one: rng.standard_normal(6) for one in ("weight", "bias", *SIGNATURES[name].along)}
+    plain = results_of(name, arrays)
+    for option, value in OPTIONS.items():
+        if option not in parameters or (option == "dtype" and "scale" not in parameters):
+            continue
+        got, want = (results_of(name, arrays | {option: value}, backend) for backend in ("cpu", "reference"))
+        for a, exact in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, exact, rtol=1e-12, atol=1e-13)
+        assert any(not np.array_equal(a, before) for a, before in zip(got, plain, strict=True)), option
+
+
+def results_of(name, arguments, backend="cpu"):
+    """Those that are arrays; 8 bits as float64."""
+    result = getattr(rn, name)(**arguments, backend=backend)
+    results = result if isinstance(result, tuple) else (result,)
+    return [a if a.dtype == np.float64 else a.astype(np.float64) for a in results if a is not None]
+
+
+@pytest.mark.usefixtures("numpy_engine")
+@settings(quiet, max_examples=300)
+@given(call=calls(functions=tuple(FAMILY)))
+def test_any_call_of_the_family(call):
+    check(call)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("numpy_engine")
+@settings(quiet, max_examples=1000)
+@given(call=calls(functions=tuple(FAMILY)))
+def test_more_calls_of_the_family(call):
+    check(call)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("numpy_engine")
+@settings(quiet, max_examples=100_000)
+@given(call=calls(functions=tuple(FAMILY)))
+def test_many_calls_of_the_family(call):
+    check(call)
+
+
+@pytest.mark.engine
+@settings(quiet, max_examples=200)
+@given(call=calls(mixed=False, functions=tuple(FAMILY), one_kernel=True))
+def test_any_call_of_the_family_on_the_compiled_engine(call):
+    """With the kernels that `test_family_engines` compiles for exact results."""
     check(call)
 
 
