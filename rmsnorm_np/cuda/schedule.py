@@ -109,18 +109,17 @@ def row_runner(program: Program) -> Any:
     read, write, find_mark = program.read(not plan.split), program.write(), mark_finder(program)
     find = numbers_finder(program, [adder(program, s) for s in range(len(program.op.stages))])
     settings, give_scale = settings_of(program), scale_giver(program)
-    teams, marks_rows = plan.teams, plan.marks
+    teams, marks_rows, gives = plan.teams, plan.marks, program.op.scales is not None
 
     @inlined
     def run(row: Any, place: Any, columns: Any, sums: Any, arrays: Any, marks: Any, size: Any, kept: Any) -> Any:
         words = (read((arrays, place)), columns)
         m = find((row, words, kept), place, size, arrays, settings(size.eps, arrays, row))
         mark = find_mark(m, arrays, place)
-        if place.lane == 0 and place.stop > 0 and place.start == row * size.n:
-            if marks_rows:
-                marks[row] = mark
-            if mark == 0:
-                give_scale(arrays, row, m)
+        if marks_rows and place.lane == 0 and place.stop > 0 and place.start == row * size.n:
+            marks[row] = mark
+        if gives and mark == 0 and place.lane == 0 and place.stop > 0 and place.start == row * size.n:
+            give_scale(arrays, row, m)
         if mark == 0 and (teams == 1 or place.stop > 0):
             sums = write((words, arrays, place, size, m, sums, None))
         return sums
