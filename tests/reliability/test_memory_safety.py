@@ -38,8 +38,7 @@ def guarded(lengths, path, params, **environment):
     return digest
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("paths", [("by size", "past the cache"), tuple(FILLS)])
+@pytest.mark.parametrize("paths", [("by size", "past the cache"), pytest.param(tuple(FILLS), marks=pytest.mark.slow)])
 def test_short_rows_on_every_path(paths):
     """n from 1 to 300: in one piece, past the cache and on threads, and cut into pieces. The paths give the same bits,
     each beside other memory.
