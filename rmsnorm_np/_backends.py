@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import _arguments, _broadcast, _formats, ops, reference
+from rmsnorm_np import _arguments, _broadcast, _formats, _shapes, ops, reference
 from rmsnorm_np._numbers import check_flag
 from rmsnorm_np._overlap import check_apart
 from rmsnorm_np.ops.quantized import quantized_rms_norm
 from rmsnorm_np.reference.sharded import check_reduce
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import ModuleType
 
     from rmsnorm_np.ops.operation import Operation
@@ -174,16 +175,24 @@ def quantize(
     given = _formats.check_scale(scale, per_row, scale_dtype)
     wanted = None if out is None else _arguments.check_out("out", out, shape, dtype)
     check_apart("out", wanted, "residual_out", call[3][1])
-    q = engine.new_result(x, dtype)
+    direct = wanted is not None and _is_direct(wanted, axis, (*call[1], *call[2][:2], scale, call[3][1]))
+    q = wanted.reshape(x.shape) if wanted is not None and direct else engine.new_result(x, dtype)
     scales = np.empty(len(x)) if given is None else np.ravel(np.broadcast_to(given, per_row)).astype(np.float64)
     operation = operation_of(given is not None, scale_dtype)
     if type(parameters) is not tuple:
         engine, parameters = _in_parts(engine, parameters)
     results = engine.quantize(operation, reads, parameters, (q, h), k, (eps, scales, bound))
     q, h = results if restore is None else restore(results)
-    if wanted is not None:
+    if wanted is not None and not direct:
         np.copyto(wanted, q)
     return q if out is None else out, scales.astype(scale_dtype).reshape(per_row), h
+
+
+def _is_direct(out: Any, axis: Any, others: Sequence[Any]) -> bool:
+    """Whether an engine may write rows straight to out: they lie there in order, and nothing else does."""
+    axes = _shapes.axes_of(axis, out.shape)
+    trailing = axes == tuple(range(out.ndim - len(axes), out.ndim))
+    return trailing and out.flags.c_contiguous and not any(np.may_share_memory(out, a) for a in others if a is not None)
 
 
 def backward(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
