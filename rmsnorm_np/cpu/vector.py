@@ -173,8 +173,11 @@ class Number:
     def power_below(self) -> Number:
         return functions.power_below(self)  # type: ignore[no-any-return]
 
-    def exponential(self, short: bool) -> Number:
-        return (functions.short_exponential if short else functions.exponential)(self)  # type: ignore[no-any-return]
+    def exponential(self) -> Number:
+        return functions.exponential(self)  # type: ignore[no-any-return]
+
+    def short_exponential(self) -> Number:
+        return functions.short_exponential(self)  # type: ignore[no-any-return]
 
     def short_reciprocal(self) -> Number:
         return functions.short_reciprocal(self)  # type: ignore[no-any-return]

@@ -186,8 +186,8 @@ class Number:
         better = rest.fma(rest, rest).fma(start, start)
         return better.is_number().either(better, start)
 
-    def exponential(self, short: bool = False) -> Number:
-        """exp(it), to an ULP or so, for numbers up to zero; short or not."""
+    def exponential(self) -> Number:
+        """exp(it), to an ULP or so, for numbers up to zero."""
         b, how = self.builder, EXPONENTIALS[self.kind]
         a = self.compared("<=", how.least).either(self.constant(how.least), self)  # NaN stays
         shifted = a * (1 / math.log(2)) + how.rounding

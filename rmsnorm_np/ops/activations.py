@@ -9,11 +9,11 @@ from rmsnorm_np.ops.primitives import (
     either,
     exceeds,
     exponential,
-    is_narrow,
-    is_pair,
+    has_short_functions,
     multiply_add,
-    reciprocal,
     rounded,
+    short_exponential,
+    short_reciprocal,
 )
 
 
@@ -22,12 +22,12 @@ def sigmoid(a: Any, short: bool) -> tuple[Any, Any]:
 
     short: of fewer digits, but enough for all types that are narrower than the one computed in.
     """
-    e = exponential(-abs(a), short)
+    e = (short_exponential if short else exponential)(-abs(a))
     one = constant(1.0, e)
     larger, whole = either(exceeds(a, constant(0.0, a)), one, e), one + e
     if not short:
         return larger / whole, e / (whole * whole)
-    inverse = reciprocal(whole, True)  # in place of two divisions, each of which takes 16 cycles for 8 elements
+    inverse = short_reciprocal(whole)  # in place of two divisions, each of which takes 16 cycles for 8 elements
     return larger * inverse, e * inverse * inverse
 
 
@@ -35,17 +35,12 @@ def silu(a: Any) -> Any:
     """a · sigmoid(a), a plain number; None where a is."""
     if a is None:
         return None
-    short, a = _is_short(a), rounded(a)
+    short, a = has_short_functions(a), rounded(a)
     return a * sigmoid(a, short)[0]
 
 
 def silu_and_slope(a: Any) -> tuple[Any, Any]:
     """silu, and its derivative sigmoid(a) + a · sigmoid'(a): plain numbers."""
-    short, a = _is_short(a), rounded(a)
+    short, a = has_short_functions(a), rounded(a)
     value, slope = sigmoid(a, short)
     return a * value, multiply_add(a, slope, value)
-
-
-def _is_short(a: Any) -> bool:
-    """Whether results have fewer digits than a."""
-    return not is_pair(a) and is_narrow(a)

@@ -83,14 +83,24 @@ def as_single(a: Any) -> Any:
     return np.asarray(a, np.float32 if dtype.itemsize <= 8 else np.float64).astype(dtype)
 
 
-def exponential(a: Any, short: bool = False) -> Any:
-    """e to the power of a, a <= 0, to an ULP or so; short: to 2**-45 of it, zero below e**-700."""
-    return a.exponential(short) if hasattr(a, "exponential") else np.exp(a)
+def exponential(a: Any) -> Any:
+    """e to the power of a, a <= 0, to an ULP or so."""
+    return a.exponential() if hasattr(a, "exponential") else np.exp(a)
 
 
-def reciprocal(a: Any, short: bool = False) -> Any:
-    """1 / a; short: to 2**-45 of it, for a in the range of float32."""
-    return a.short_reciprocal() if short and hasattr(a, "short_reciprocal") else 1.0 / a
+def has_short_functions(a: Any) -> bool:
+    """Whether a is of more digits than results have, and has functions that do with fewer."""
+    return is_narrow(a) and hasattr(a, "short_exponential")
+
+
+def short_exponential(a: Any) -> Any:
+    """e to the power of a, a <= 0, to 2**-45 of it; zero below e**-700."""
+    return a.short_exponential()
+
+
+def short_reciprocal(a: Any) -> Any:
+    """1 / a, to 2**-45 of it, for a in the range of float32."""
+    return a.short_reciprocal()
 
 
 def in_dtype(a: Any, name: str) -> Any:
