@@ -21,9 +21,7 @@ from rmsnorm_np.cuda.arrays import to_device, use_stream
 from rmsnorm_np.cuda.elements import RowScales, Size
 from rmsnorm_np.cuda.launch import Kinds, Plan
 from rmsnorm_np.cuda.reduced import sums_of_all
-from rmsnorm_np.cuda.row import Program
 from rmsnorm_np.cuda.scales import scales_of
-from rmsnorm_np.cuda.team import width_of
 from rmsnorm_np.cuda.words import BYTES
 from rmsnorm_np.ops.operation import Operation, Totals
 from rmsnorm_np.ops.records import given
@@ -140,7 +138,7 @@ def _launched(
     """Launches the kernels of a call: the addresses of the partial sums, and how many rows of them there are."""
     tasks = size.chunks * size.m
     pieces = -(-size.n // plan.length) if plan.split else 1
-    widths = _widths(plan) if plan.split and reduced is None else ()
+    widths = schedule.widths(plan) if plan.split and reduced is None else ()
     wanted = [size.rows, *(size.rows * pieces * width * 4 for width in widths)]
     wanted += [tasks * size.n * 8 if there else 0 for there in plan.kinds.totals]
     marks, *rest = arrays.scratch(tuple(wanted), stream)
@@ -157,12 +155,6 @@ def _launched(
     if plan.marks:
         rare.rare_kernel(launch.rare_plan(plan))(tasks, stream, *common)
     return sums, tasks
-
-
-@lru_cache(maxsize=1024)
-def _widths(plan: Plan) -> tuple[int, ...]:
-    """Words of the sums of each stage."""
-    return tuple(map(width_of, Program(plan).sums))
 
 
 @lru_cache(maxsize=1024)

@@ -22,7 +22,7 @@ from rmsnorm_np.cuda.kernel import Kernel, array_of
 from rmsnorm_np.cuda.launch import Plan
 from rmsnorm_np.cuda.number import DOUBLE, Number
 from rmsnorm_np.cuda.row import Program
-from rmsnorm_np.cuda.team import put, total_of, width_of
+from rmsnorm_np.cuda.team import put, total_of
 from rmsnorm_np.cuda.tracing import step
 from rmsnorm_np.ops.primitives import Pair, either, is_finite, is_pair
 from rmsnorm_np.ops.records import given
@@ -62,14 +62,9 @@ def sums_kernel(plan: Plan, s: int) -> Kernel:
     return Kernel(row_sums, plan.capability, plan.block, 0, (array_of(4), array_of(4), types.int64))
 
 
-@lru_cache(maxsize=1024)
-def _widths(plan: Plan) -> tuple[int, ...]:
-    return tuple(map(width_of, Program(plan).sums))
-
-
 def sums_of_all(plan: Plan, size: Size, addresses: list[int], stream: int, reduce: Callable[[Any], Any]) -> list[Seen]:
     """What the sums of each stage come to over all workers, as the later kernels read it."""
-    widths = _widths(plan)
+    widths = schedule.widths(plan)
     pieces, common = -(-size.n // plan.length), [*addresses, *[0] * len(plan.kinds.totals), 0, *size]
     found: list[Seen] = []
     for s, width in enumerate(widths):

@@ -54,6 +54,12 @@ def arguments_of(plan: Plan) -> tuple[Any, ...]:
     return types.NamedTuple(parts, Arrays), array_of(1), SIZE, kept
 
 
+@lru_cache(maxsize=1024)
+def widths(plan: Plan) -> tuple[int, ...]:
+    """Words of the sums of each stage."""
+    return tuple(map(width_of, Program(plan).sums))
+
+
 def piece_finder(plan: Plan) -> Any:
     """piece_of(i, size): (the row of piece i, where in the row it begins, its length); of whole rows, row i."""
     length = plan.length
