@@ -202,8 +202,7 @@ def engine_arguments(
     _, reads, (weight, bias, weight_offset), out, eps, p, axis = call
     x = reads[0]
     if (
-        dtype is None
-        and _is_ordinary(x)
+        _is_ordinary(x)
         and (shape := x.shape)
         and (n := shape[-1]) > 0
         and type(axis) is int
@@ -222,7 +221,12 @@ def engine_arguments(
         and ((b := reads[-1]) is a or b is None or (_is_ordinary(b) and b.shape == shape))
         and (
             (y := out[0]) is None
-            or (_is_ordinary(y) and y.shape == shape and y.dtype == x.dtype and may_write(y, reads, (weight, bias)))
+            or (
+                _is_ordinary(y)
+                and y.shape == shape
+                and y.dtype == (x.dtype if dtype is None else dtype)
+                and may_write(y, reads, (weight, bias))
+            )
         )
         and (len(out) == 1 or out[1] is None or _fits(out[1], reads, (weight, bias), y))
     ):

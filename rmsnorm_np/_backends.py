@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 
-from rmsnorm_np import _arguments, _broadcast, _formats, _shapes, ops, reference
+from rmsnorm_np import _arguments, ops, reference
+from rmsnorm_np._broadcast import in_parts
 from rmsnorm_np._numbers import check_flag
-from rmsnorm_np._overlap import check_apart
-from rmsnorm_np.ops.quantized import quantized_rms_norm
 from rmsnorm_np.reference.sharded import check_reduce
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from types import ModuleType
 
     from rmsnorm_np.ops.operation import Operation
@@ -25,6 +23,7 @@ _INSTALL = {
     "cuda": 'numba-cuda: pip install "rmsnorm_np[cuda13]", or [cuda12] for a CUDA 12 driver',
 }
 _engines: dict[str, ModuleType] = {"reference": reference}
+_rounding: dict[tuple[str, np.dtype[Any]], Operation] = {}
 
 
 def select(x: Any, backend: str | None) -> ModuleType:
@@ -101,18 +100,43 @@ def forward(
         reads, parameters, out, k, eps, restore = engine.arguments.engine_arguments(call, wanted)
         x = reads[0]
         if check_flag("round_xhat", round_xhat):
-            operation = ops.rounding_xhat(operation, x.dtype.name)
+            operation = _rounding_xhat(operation, x.dtype)
         if out[0] is None and wanted is not None and wanted != x.dtype:
             out = engine.new_result(x, wanted), *out[1:]
     if type(parameters) is not tuple:
-        engine, parameters = _in_parts(engine, parameters)
+        engine, parameters = in_parts(engine, parameters)
     results = engine.forward(operation, reads, parameters, out, k, eps)
     return results if restore is None else restore(results)
 
 
-def _in_parts(engine: Any, spread: _broadcast.Spread) -> tuple[Any, tuple[Any, Any, float]]:
-    """An engine for parameters that broadcast in another way than engines know, and these parameters."""
-    return _broadcast.InParts(engine, spread.cut), spread[:3]
+def _rounding_xhat(operation: Operation, dtype: np.dtype[Any]) -> Operation:
+    """The operation with xhat rounded to this dtype. (Finding it by the name of the dtype takes 6 µs.)"""
+    found = _rounding.get((operation.name, dtype))
+    if found is None:
+        found = _rounding[operation.name, dtype] = ops.rounding_xhat(operation, dtype.name)
+    return found
+
+
+def prepared(
+    engine: Any, call: tuple[Any, ...], directions: Any = None, dtype: Any = None, apart: int = 0
+) -> tuple[Any, ...]:
+    """(an engine, what it takes: reads, columns, out, k, eps, and restore) of a call; apart: as of the engine's.
+
+    directions: (name, array) of what the operation has in place of the bias, a direction of the weight and one of the
+    bias, each None or of its shape.
+    """
+    arguments = engine.arguments
+    reads, columns, out, k, eps, restore = arguments.engine_arguments(call, dtype, apart)
+    if type(columns) is not tuple:
+        if columns is None:
+            raise ValueError(arguments.NO_ORDER)
+        engine, columns = in_parts(engine, columns)
+    weight, bias, offset = columns
+    if directions is not None:
+        like = ("weight", call[2][0], weight), ("bias", call[2][1], bias)
+        along = (arguments.column(*given, *parameter, out) for given, parameter in zip(directions, like, strict=True))
+        columns = weight, *along, offset
+    return engine, reads, columns, out, k, eps, restore
 
 
 def run(
@@ -121,23 +145,12 @@ def run(
 ) -> tuple[Any, Any]:  # fmt: skip
     """(outputs, gradients by weight and bias) of any operation that keeps nothing; arguments as of `forward`.
 
-    directions: (name, array) of what the operation has in place of the bias, a direction of the weight and one of the
-    bias, each None or of its shape.
+    directions: as of `prepared`.
     """
-    arguments = engine.arguments
-    wanted = _arguments.result_dtype(dtype)
-    reads, columns, out, k, eps, restore = arguments.engine_arguments(call, wanted, 0)
-    if type(columns) is not tuple:
-        if columns is None:
-            raise ValueError(arguments.NO_ORDER)
-        engine, columns = _in_parts(engine, columns)
+    arguments, wanted = engine.arguments, _arguments.result_dtype(dtype)
+    engine, reads, columns, out, k, eps, restore = prepared(engine, call, directions, wanted)
     if check_flag("round_xhat", round_xhat):
-        operation = ops.rounding_xhat(operation, reads[0].dtype.name)
-    weight, bias, offset = columns
-    if directions is not None:
-        like = ("weight", call[2][0], weight), ("bias", call[2][1], bias)
-        along = (arguments.column(*given, *parameter, out) for given, parameter in zip(directions, like, strict=True))
-        columns = weight, *along, offset
+        operation = _rounding_xhat(operation, reads[0].dtype)
     if out[0] is None and wanted is not None and wanted != reads[0].dtype:
         out = engine.new_result(reads[0], wanted), *out[1:]
     totals: Any = ()
@@ -147,52 +160,6 @@ def run(
         results, totals = engine.backward(operation, reads, columns, out, k, eps)
         totals = [arguments.restore_parameter(*pair) for pair in zip(totals, call[2][:2], strict=True)]
     return (results if restore is None else restore(results)), totals
-
-
-def quantize(
-    engine: Any, call: tuple[Any, ...], dtype: Any, scale: Any, bound: float, out: Any
-) -> tuple[Any, Any, Any]:
-    """(q, scale, h) of a call as in `forward`, whose first output is q, of this dtype, in `out` if that is given."""
-
-    def operation_of(given: bool, scale_dtype: Any) -> Operation:
-        return quantized_rms_norm(dtype.name, given, scale_dtype == np.float32)
-
-    if hasattr(engine, "quantized"):
-        names, arrays, columns, (_, h), *numbers = call
-        found: tuple[Any, Any, Any] = engine.quantized(
-            operation_of, (names, arrays, columns, (out, h), *numbers), dtype, scale, bound
-        )
-        return found
-    if not hasattr(engine, "quantize"):
-        name = engine.__name__.rpartition(".")[2]
-        raise ValueError(
-            f"x is an array for {name!r}, expected an ndarray or a device array: quantized_rms_norm runs on 'cpu' "
-            "and 'cuda'"
-        )
-    reads, parameters, (_, h), k, eps, restore = engine.arguments.engine_arguments(call, None, 0)
-    axis, shape = call[-1], np.shape(call[1][0])
-    x, per_row, scale_dtype = reads[0], _formats.scale_shape(shape, axis), _formats.scale_dtype(reads[0].dtype)
-    given = _formats.check_scale(scale, per_row, scale_dtype)
-    wanted = None if out is None else _arguments.check_out("out", out, shape, dtype)
-    check_apart("out", wanted, "residual_out", call[3][1])
-    direct = wanted is not None and _is_direct(wanted, axis, (*call[1], *call[2][:2], scale, call[3][1]))
-    q = wanted.reshape(x.shape) if wanted is not None and direct else engine.new_result(x, dtype)
-    scales = np.empty(len(x)) if given is None else np.ravel(np.broadcast_to(given, per_row)).astype(np.float64)
-    operation = operation_of(given is not None, scale_dtype)
-    if type(parameters) is not tuple:
-        engine, parameters = _in_parts(engine, parameters)
-    results = engine.quantize(operation, reads, parameters, (q, h), k, (eps, scales, bound))
-    q, h = results if restore is None else restore(results)
-    if wanted is not None and not direct:
-        np.copyto(wanted, q)
-    return q if out is None else out, scales.astype(scale_dtype).reshape(per_row), h
-
-
-def _is_direct(out: Any, axis: Any, others: Sequence[Any]) -> bool:
-    """Whether an engine may write rows straight to out: they lie there in order, and nothing else does."""
-    axes = _shapes.axes_of(axis, out.shape)
-    trailing = axes == tuple(range(out.ndim - len(axes), out.ndim))
-    return trailing and out.flags.c_contiguous and not any(np.may_share_memory(out, a) for a in others if a is not None)
 
 
 def backward(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
@@ -206,7 +173,7 @@ def backward(engine: Any, operation: Operation, call: tuple[Any, ...]) -> Any:
     if type(parameters) is not tuple:
         if parameters is None:
             return _one_after_the_other(engine, operation, call)
-        engine, parameters = _in_parts(engine, parameters)
+        engine, parameters = in_parts(engine, parameters)
     results, (dweight, dbias) = engine.backward(operation, reads, parameters, out, k, eps)
     (dx,) = results if restore is None else restore(results)
     weight, bias, _ = call[2]

@@ -152,6 +152,11 @@ class InParts:
         return np.float64 if self._is_shared(parameter) else parameter.dtype
 
 
+def in_parts(engine: Any, spread: Spread) -> tuple[Any, tuple[Any, Any, float]]:
+    """An engine for parameters that broadcast in another way than engines know, and these parameters."""
+    return InParts(engine, spread.cut), spread[:3]
+
+
 def _rows(arrays: Any, rows: slice) -> tuple[Any, ...]:
     return tuple(None if a is None else a[rows] for a in arrays)
 

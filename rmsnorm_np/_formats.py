@@ -9,10 +9,12 @@ import numpy as np
 
 from rmsnorm_np._arguments import as_array, native_dtype
 from rmsnorm_np._shapes import axes_of
-from rmsnorm_np.ops.quantized import FORMATS
+from rmsnorm_np.ops.quantized import FORMATS, quantized_rms_norm
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from rmsnorm_np.ops.operation import Operation
 
     Array: TypeAlias = npt.NDArray[Any]
     Shape: TypeAlias = tuple[int, ...]
@@ -39,6 +41,11 @@ def scale_dtype(x_dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if x_dtype == np.float64 else np.float32)
 
 
+def operation(dtype: np.dtype[Any], given: bool, x_dtype: np.dtype[Any]) -> Operation:
+    """What makes q of this dtype from x; given: whether the scale is."""
+    return quantized_rms_norm(dtype.name, given, scale_dtype(x_dtype) == np.float32)
+
+
 def scale_shape(shape: Shape, axis: Any) -> Shape:
     """The shape of x with the normalised axes of length 1: one scale per row."""
     axes = axes_of(axis, shape)
@@ -52,6 +59,11 @@ def check_scale(scale: Any, shape: Shape, dtype: np.dtype[Any]) -> Array | None:
     a = as_array("scale", scale)
     native_dtype("scale", a.dtype)
     check_scale_shape(a.shape, shape)
+    return check_scale_values(a, dtype)
+
+
+def check_scale_values(a: Array, dtype: np.dtype[Any]) -> Array:
+    """Scales, rounded to their dtype."""
     with np.errstate(all="ignore"):
         a = a.astype(dtype)
     wrong = a[~((a > 0.0) & (a < math.inf))]

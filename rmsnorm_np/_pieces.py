@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rmsnorm_np.ops.operation import Operation, Totals
+from rmsnorm_np.ops.operation import Operation, Totals, shared
 from rmsnorm_np.reference._common import rounded
 
 if TYPE_CHECKING:
@@ -42,13 +42,12 @@ class Cut(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The arrays of a piece, all of as many axes as x. reads: of one shape; weight and bias: broadcast against them;
-    inside: where elements are among the first k of a row, None for everywhere.
+    """The arrays of a piece, all of as many axes as x. reads: of one shape; columns: as the operation has them, without
+    weight_offset, broadcast against reads; inside: where elements are among the first k of a row, None for everywhere.
     """
 
     reads: tuple[Any, ...]
-    weight: Any
-    bias: Any
+    columns: tuple[Any, ...]
     inside: Any
 
 
@@ -68,7 +67,7 @@ def sums(cut: Cut, piece: Piece, found: list[Any]) -> Array:
     one more axis for the sums. found: the sums of the stages before, each of all pieces.
     """
     tiles, stage = _Tiles(cut, piece, found), cut.operation.stages[len(found)]
-    zero, fields = cut.wide(0.0), _fields(stage.Sums)
+    zero, fields = _zero(cut), _fields(stage.Sums)
     total = np.zeros((tiles.rows, len(fields)), cut.wide)
     for rows, _, e, columns, inside, m in tiles:
         terms = stage.add(stage.Sums(**dict.fromkeys(fields, zero)), e[0], columns, m, inside)
@@ -86,9 +85,9 @@ def results(cut: Cut, piece: Piece, found: list[Any]) -> tuple[Any, ...]:
     """The outputs of a piece, and what it adds to the totals: float64, in the shapes of weight and bias."""
     tiles, operation = _Tiles(cut, piece, found), cut.operation
     outs = [None if dtype is None else np.empty((tiles.rows, tiles.n), dtype) for dtype in cut.dtypes]
-    likes: Any = () if operation.share is None else tiles.parameters
+    likes: Any = () if operation.share is None else shared(operation, tiles.columns)
     totals = [None if like is None else np.zeros(like[0].shape, cut.wide) for like in likes]
-    zeros = Totals(*(None if like is None else cut.wide(0.0) for like in likes))
+    zeros = Totals(*(None if like is None else _zero(cut) for like in likes))
     for rows, part, (e, kept), columns, inside, m in tiles:
         written = operation.leave(e, m, columns, inside)
         for field, out in zip(operation.Writes._fields, outs, strict=True):
@@ -100,9 +99,14 @@ def results(cut: Cut, piece: Piece, found: list[Any]) -> tuple[Any, ...]:
                 if total is not None:
                     _add(total[:, part], like[1], rows, terms)
     shaped = [None if out is None else tiles.restored(out, piece.reads[0].shape) for out in outs]
-    for total, a in zip(totals, (piece.weight, piece.bias), strict=False):
+    for total, a in zip(totals, shared(operation, piece.columns), strict=False):
         shaped.append(None if total is None else tiles.restored(total.astype(np.float64), a.shape))
     return tuple(shaped)
+
+
+def _zero(cut: Cut) -> Array:
+    """Where a sum begins. A term that is not there leaves it as it is: an array, so that this can be added up too."""
+    return np.zeros((1, 1), cut.wide)
 
 
 def _add(total: Any, places: Any, rows: slice, terms: Any) -> None:
@@ -122,7 +126,7 @@ class _Tiles:
         self.cut, self.ndim = cut, piece.reads[0].ndim
         self.reads = tuple(map(self._flat, piece.reads))
         self.rows, self.n = self.reads[0].shape
-        self.parameters = [self._parameter(a, piece.reads[0].shape) for a in (piece.weight, piece.bias)]
+        self.columns = [self._column(a, piece.reads[0].shape) for a in piece.columns]
         self.inside = self._flat(piece.inside)
         self.found = [a.reshape(self.rows, a.shape[-1]) for a in found]
 
@@ -136,7 +140,7 @@ class _Tiles:
             for begin in range(0, self.n, max(1, length)):
                 part = slice(begin, begin + length)
                 columns = cut.operation.Columns(
-                    *(None if p is None else self._widened(p[0][_rows_of(p, rows), part]) for p in self.parameters),
+                    *(None if c is None else self._widened(c[0][_rows_of(c, rows), part]) for c in self.columns),
                     cut.weight_offset or None,  # adding 0.0 would turn -0.0 into +0.0
                 )
                 inside = None if self.inside is None else self.inside[:, part]
@@ -181,8 +185,8 @@ class _Tiles:
     def _order(self) -> list[int]:
         return [*(i for i in range(self.ndim) if i not in self.cut.axes), *self.cut.axes]
 
-    def _parameter(self, a: Any, shape: tuple[int, ...]) -> Any:
-        """A parameter as (m, n), and the row of it that each row uses, None if there is one for all."""
+    def _column(self, a: Any, shape: tuple[int, ...]) -> Any:
+        """A column as (m, n), and the row of it that each row uses, None if there is one for all."""
         if a is None:
             return None
         flat = self._flat(a)
@@ -192,8 +196,8 @@ class _Tiles:
         return flat, np.broadcast_to(np.arange(len(flat)).reshape(lead), x_lead).reshape(-1)
 
 
-def _rows_of(parameter: tuple[Any, Any], rows: slice) -> Any:
-    return slice(None) if parameter[1] is None else parameter[1][rows]
+def _rows_of(column: tuple[Any, Any], rows: slice) -> Any:
+    return slice(None) if column[1] is None else column[1][rows]
 
 
 def _fields(record: Any) -> list[str]:

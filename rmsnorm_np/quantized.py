@@ -113,7 +113,7 @@ def quantized_rms_norm(
     array([[ 108,  127],
            [-128,   18]], dtype=int8)
     """
-    engine = _backends.select(x, backend)
+    engine: Any = _backends.select(x, backend)
     if engine is reference:
         return reference.quantized_rms_norm(
             x, weight, bias, dtype=dtype, scale=scale, scale_ub=scale_ub, residual=residual, eps=eps, p=p, axis=axis,
@@ -123,5 +123,5 @@ def quantized_rms_norm(
     if residual is None and residual_out is not None:
         raise ValueError("residual_out is given, expected None without a residual")
     names = "x", "residual", "out", "residual_out"
-    call = names, (x, residual), (weight, bias, weight_offset), (None, residual_out), eps, p, axis
-    return Quantized(*_backends.quantize(engine, call, q_dtype, scale, bound, out))
+    call = names, (x, residual), (weight, bias, weight_offset), (out, residual_out), eps, p, axis
+    return Quantized(*engine.quantized(call, q_dtype, scale, bound))

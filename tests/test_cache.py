@@ -132,7 +132,8 @@ def test_each_kernel_and_signature_has_a_file_of_its_own():
 # What no machine code depends on: a change there must recompile nothing, and one anywhere else in `cpu` or `ops` must
 # recompile everything.
 HOST_FILES = {
-    "cpu/__init__.py", "cpu/cache.py", "cpu/memory.py", "cpu/pace.py", "cpu/prepared.py", "cpu/rare.py",
+    "cpu/__init__.py", "cpu/cache.py", "cpu/memory.py", "cpu/pace.py", "cpu/prepared.py", "cpu/quantized.py",
+    "cpu/rare.py",
 }  # fmt: skip
 
 

@@ -379,9 +379,11 @@ def test_inputs_stay_and_results_are_new(op, dtype, backend, rng):
 # What the engines get
 
 
-def engine_arguments(x, dy=None, weight=None, bias=None, *, eps=1e-6, p=1.0, axis=-1, weight_offset=0.0, out=None):
+def engine_arguments(
+    x, dy=None, weight=None, bias=None, *, eps=1e-6, p=1.0, axis=-1, weight_offset=0.0, out=None, dtype=None
+):
     call = ("x", "dy", "out"), (x, dy), (weight, bias, weight_offset), (out,), eps, p, axis
-    (x, dy), (weight, bias, weight_offset), (out,), k, eps, restore = _arguments.engine_arguments(call)
+    (x, dy), (weight, bias, weight_offset), (out,), k, eps, restore = _arguments.engine_arguments(call, dtype)
     return x, dy, weight, bias, k, eps, weight_offset, out, restore and (lambda result: restore([result])[0])
 
 
@@ -422,6 +424,8 @@ ORDINARY = {
     "out": {"out": True, "dy": True, "weight": True},
     "in place": {"out": "x", "weight": True},
     "into dy": {"out": "dy", "dy": True},
+    "another dtype": {"dtype": np.dtype(np.float64), "weight": True},
+    "out of another dtype": {"dtype": np.dtype(np.float64), "out": "float64"},
 }
 
 
@@ -434,7 +438,7 @@ def test_the_short_cut_leads_where_the_full_check_leads(options, shape, dtype, m
         if options.get(name):
             arrays[name] = rng.normal(size=shape if name == "dy" else shape[-1:]).astype(dtype)
     if out := options.get("out"):
-        options["out"] = np.zeros_like(arrays["x"]) if out is True else arrays[out]
+        options["out"] = arrays[out] if out in arrays else np.zeros(shape, dtype if out is True else out)
     short = engine_arguments(**{**options, **arrays})
     monkeypatch.setattr(_arguments, "_is_ordinary", lambda _: False)
     full = engine_arguments(**{**options, **arrays})
@@ -444,7 +448,7 @@ def test_the_short_cut_leads_where_the_full_check_leads(options, shape, dtype, m
             assert one.size == 0 or np.shares_memory(one, two)
         else:
             assert (type(one), one) == (type(two), two)
-    result = np.ones_like(full[0])
+    result = np.ones_like(full[0], dtype=options.get("dtype"))
     want = full[-1](result)
     got = result if short[-1] is None else short[-1](result)
     if "out" in options:
@@ -463,6 +467,7 @@ NOT_ORDINARY = {
     "bias is longer": {"bias": np.ones(7)},
     "out is longer": {"out": np.ones((5, 6))},
     "out has another dtype": {"out": np.ones((4, 6), np.float32)},
+    "out has not the dtype asked for": {"out": np.ones((4, 6)), "dtype": np.dtype(np.float32)},
     "weight is complex": {"weight": np.ones(6, np.complex128)},
     "offset to no weight": {"weight_offset": 1.0},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 
+import family
 import ml_dtypes
 import numpy as np
 import pytest
@@ -88,6 +89,8 @@ def test_the_same_call_has_the_same_keys(arrays):
     assert rn.rms_norm(x, weight, round_xhat=True).name == rn.rms_norm(x, weight, round_xhat=True).name
     assert rn.rms_norm(x, weight).name != rn.rms_norm(x, weight, eps=0.5).name
     assert rn.rms_norm(x, weight).name != rn.layer_norm(x, weight).name
+    assert rn.quantized_rms_norm(x).q.name == rn.quantized_rms_norm(x).q.name
+    assert rn.quantized_rms_norm(x).q.name != rn.quantized_rms_norm(x, scale_ub=2.0).q.name
 
 
 def test_a_chunk_is_computed_once_for_all_results(arrays):
@@ -224,6 +227,99 @@ def test_cut_rows_are_right(norm, dtype, rng):
         assert near(a, b, np.max(np.abs(b)))
 
 
+DERIVATIVES = ["rms_norm_jvp", "layer_norm_jvp", "rms_norm_double_backward", "layer_norm_double_backward"]
+
+
+@pytest.mark.parametrize("left_out", [(), ("v",), ("weight_dot", "bias_dot"), ("weight", "weight_dot")], ids=str)
+@pytest.mark.parametrize("chunks", [pytest.param(WHOLE, marks=compiled), CUT], ids=["whole", "cut"])
+@pytest.mark.parametrize("op", DERIVATIVES)
+def test_derivatives(op, chunks, left_out, rng):
+    """Each result is off by no more than an ULP of its largest; a plain array beside a Dask array is as good as one."""
+    plain = family.given(rng, SHAPE, np.float32, (10,))._replace(gate=None, **dict.fromkeys(left_out))
+    lazy = plain._replace(
+        x=cut(plain.x, chunks), weight_dot=plain.weight_dot if left_out else da.asarray(plain.weight_dot)
+    )
+    options = {"weight_offset": 0.25 if plain.weight is not None else 0.0} | (
+        {"p": 0.4} if op.startswith("rms") else {}
+    )
+    want = family.call(op, plain, backend="reference" if chunks == CUT else "cpu", **options)
+    found = family.call(op, lazy, **options)
+    assert found.keys() == want.keys()
+    for name, got in zip(found, dask.compute(*found.values()), strict=True):
+        if want[name] is None:
+            assert got is None
+        elif chunks == WHOLE and name != "dweight":
+            assert same(got, want[name])
+        else:
+            assert near(got, want[name], np.max(np.abs(want[name])))
+
+
+@pytest.mark.parametrize("op", DERIVATIVES)
+def test_derivatives_are_lazy(op):
+    x = exploding(SHAPE, CUT)
+    given = family.Given(x, None, x, x, *np.ones((4, 48), np.float32))
+    results = [a for a in family.call(op, given).values() if a is not None]
+    assert all(isinstance(a, da.Array) and a.dtype == np.float32 for a in results)
+    assert [a.shape for a in results] == [SHAPE, SHAPE, (48,)][: len(results)]
+
+
+QUANTIZED = {
+    "own scale": {"weight": True, "bias": True},
+    "x alone": {},
+    "bound": {"scale_ub": 1.5, "p": 0.4},
+    "one scale": {"scale": 0.02},
+    "scales": {"scale": "plain", "weight": True},
+    "lazy scales": {"scale": "lazy"},
+    "residual": {"residual": True, "weight": True, "weight_offset": 1.0},
+    "axis 1": {"axis": 1, "weight": 10},
+}
+
+
+@pytest.mark.parametrize("name", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("options", QUANTIZED.values(), ids=QUANTIZED)
+@pytest.mark.parametrize("chunks", [pytest.param(WHOLE, marks=compiled), CUT], ids=["whole", "cut"])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=compiled)])
+def test_8_bits(dtype, chunks, options, name, arrays, rng):
+    """q and h are bit for bit those of the plain call, and the scales too where they are float32."""
+    x, residual = (a.astype(dtype) for a in arrays[:2])
+    options = {"dtype": name, **options}
+    for key in {"weight", "bias"} & options.keys():
+        options[key] = rng.standard_normal(48 if options[key] is True else options[key]).astype(np.float32)
+    if options.get("residual"):
+        options["residual"] = residual
+    beside = dict(options)
+    if isinstance(scale := options.get("scale"), str):
+        options["scale"] = beside["scale"] = rng.uniform(0.01, 0.05, (6, 1, 1)).astype(dtype)
+        if scale == "lazy":
+            beside["scale"] = da.from_array(options["scale"], 2)
+    got = rn.quantized_rms_norm(cut(x, chunks), **beside)
+    assert all(isinstance(a, da.Array) for a in got if a is not None)
+    q, scale, h = dask.compute(*got)
+    want = rn.quantized_rms_norm(x, **options, backend="reference" if chunks == CUT else "cpu")
+    assert (q.dtype, q.shape, scale.dtype, scale.shape) == (got.q.dtype, got.q.shape, got.scale.dtype, got.scale.shape)
+    assert same(q, want.q)
+    assert same(scale, want.scale) if dtype == np.float32 else near(scale, want.scale)
+    assert h is want.h is None or same(h, want.h)
+
+
+@pytest.mark.parametrize("chunks", [pytest.param((2, 48), marks=compiled), (4, 13), (4, (0, 48))], ids=str)
+def test_8_bits_of_rows_with_nan_and_infinity(chunks, rng):
+    x = rng.standard_normal((9, 48)).astype(np.float32)
+    x[2, 5], x[4, 40], x[7] = np.nan, np.inf, 0.0
+    q, scale, _ = dask.compute(*rn.quantized_rms_norm(da.from_array(x, chunks)))
+    want = reference.quantized_rms_norm(x)
+    assert same(q, want.q)
+    assert np.array_equal(scale, want.scale, equal_nan=True)
+
+
+@pytest.mark.parametrize("chunks", [pytest.param(WHOLE, marks=compiled), CUT], ids=["whole", "cut"])
+def test_scales_of_a_dask_array_are_checked_when_they_are_there(chunks, arrays):
+    scales = da.from_array(np.array([1.0, 1.0, 1.0, 1.0, 0.0, 1.0], np.float32).reshape(6, 1, 1), 3)
+    q = rn.quantized_rms_norm(cut(arrays[0], chunks), scale=scales).q
+    with pytest.raises(ValueError, match=r"scale has the value 0\.0 in float32, expected finite numbers > 0"):
+        q.compute()
+
+
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 def test_long_pieces(norm, rng):
     """A piece is computed some elements at a time."""
@@ -340,8 +436,14 @@ X = np.ones((2, 4), np.float32)
         (lambda x: rn.rms_norm(X, x[0]), TypeError, r"weight is a dask array, expected an ndarray.*weight.compute\(\)"),
         (lambda x: rn.rms_norm_backward(x, X), TypeError, "dy is a dask array, expected an ndarray"),
         (lambda x: reference.rms_norm(x), TypeError, "x is a dask array, expected an ndarray"),
-        (lambda x: rn.rms_norm_jvp(x, None, None, x, None, None), TypeError, "x is a dask array.* takes no dask"),
-        (lambda x: rn.quantized_rms_norm(x), ValueError, "x is an array for 'dask', expected an ndarray"),
+        (lambda x: rn.rms_norm_jvp(x, None, None, X[:1], None, None), ValueError, "x_dot has shape"),
+        (lambda x: rn.rms_norm_jvp(x, None, None, x, X[0], None), ValueError, "weight_dot is given.* without a weight"),
+        (lambda x: rn.rms_norm_jvp(x, X[0], None, x, X, None), ValueError, "weight_dot has shape"),
+        (lambda x: rn.rms_norm_jvp(x, None, None, x, None, None, out=X), TypeError, "out is given, expected None"),
+        (lambda x: rn.quantized_rms_norm(x, out=X.astype("int8")), TypeError, "out is given, expected None where x is"),
+        (lambda x: rn.quantized_rms_norm(x, scale=da.ones(3)), ValueError, r"scale has shape \(3,\)"),
+        (lambda x: rn.quantized_rms_norm(x, scale=[0.0]), ValueError, "scale has the value 0.0"),
+        (lambda x: rn.quantized_rms_norm(x, scale=da.ones(1, dtype=complex)), TypeError, "scale has dtype complex128"),
     ],
 )  # fmt: skip
 def test_errors_are_raised_at_the_call(call, error, message):
@@ -406,6 +508,7 @@ def test_worker_processes_give_the_same_bits(cluster, arrays):
     for chunks in (WHOLE, CUT):
         lazy = cut(x, chunks)
         made = [rn.rms_norm(lazy, weight, round_xhat=True), *rn.layer_norm_backward(dy, lazy, weight, bias)]
+        made += [*rn.quantized_rms_norm(lazy)[:2], rn.rms_norm_jvp(lazy, weight, None, dy, bias, None)]
         got = [future.result() for future in client.compute(made)]
         assert all(same(a, b) for a, b in zip(got, dask.compute(*made, scheduler="synchronous"), strict=True))
 

@@ -13,6 +13,7 @@ import threading
 import numpy as np
 import pytest
 
+import rmsnorm_np as rn
 from rmsnorm_np.cpu import memory
 
 SHAPE, DTYPE = (256, 8192), np.dtype(np.float32)  # 8 MiB: recycled, and written past the cache
@@ -129,6 +130,18 @@ def test_huge_pages_are_not_needed(monkeypatch):
 
 def test_small_outputs_are_numpys():
     assert memory.empty((4, 8), DTYPE).base is None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [rn.add_rms_norm, pytest.param(lambda x, y: rn.gated_rms_norm_backward(x, x, y)[:2], marks=pytest.mark.engine)],
+)
+def test_results_that_are_large_together_are_used_again(call):
+    """The C library gives back what is freed at once: 736 pages anew in each call took 1.2 ms in place of 0.5."""
+    x = np.ones((512, 768), DTYPE)
+    assert x.nbytes < memory.RECYCLE_BYTES < 2 * x.nbytes
+    assert memory.empty(x.shape, DTYPE).base is None
+    assert all(a.base is not None for a in call(x, x))
 
 
 def test_the_pool_is_bounded(own_pool):

@@ -15,17 +15,18 @@ from rmsnorm_np import _arguments as arguments
 from rmsnorm_np import ops
 from rmsnorm_np._threads import get_num_threads
 from rmsnorm_np.cpu import cache, family, kernel, long_rows, memory, pace, rare, threads
-from rmsnorm_np.cpu.family import quantize
+from rmsnorm_np.cpu.family import new_result
 from rmsnorm_np.cpu.prepared import small
+from rmsnorm_np.cpu.quantized import quantized
 from rmsnorm_np.cpu.vector import LINE
-from rmsnorm_np.ops.operation import Columns
+from rmsnorm_np.ops.operation import Columns, shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rmsnorm_np.ops.operation import Operation
 
-__all__ = ["arguments", "backward", "describe", "forward", "new_result", "quantize", "small", "warmup"]
+__all__ = ["arguments", "backward", "describe", "forward", "new_result", "quantized", "small", "warmup"]
 
 CHUNKS = 64  # at most so many partial sums of dweight; tasks enough for 64 threads
 ROWS_PER_CHUNK = 16  # at least: fewer rows, and adding up the partial sums is felt
@@ -66,10 +67,11 @@ def forward(
             h = np.empty(shape, residual.dtype)
         streaming, on_threads = 0, 1
     else:
+        results = 1 if residual is None else 2
         if y is None:
-            y = memory.empty(shape, x.dtype, x)
+            y = memory.empty(shape, x.dtype, x, results=results)
         if h is None and residual is not None:
-            h = memory.empty(shape, residual.dtype, x, y)
+            h = memory.empty(shape, residual.dtype, x, y, results=results)
         streaming, on_threads = memory.streams(y), threads.choose(x.size)
         if way == kernel.APART and h is not None:
             streaming = min(streaming, memory.streams(h))
@@ -100,11 +102,6 @@ def forward(
     return y, h
 
 
-def new_result(x: Any, dtype: Any) -> Any:
-    """Where a result like x, of another dtype, is to be written."""
-    return memory.empty(x.shape, dtype, x)
-
-
 def _forward_unmarked(call: rare.Call, out: Any) -> Any:
     wide = call.reads[0].itemsize == 2
     return forward(call.operation, call.reads, call.columns, (out, None), call.k, call.eps, wide)[0]
@@ -122,8 +119,8 @@ def backward(
     rows, n = (x.shape[0] * x.shape[2] if x.ndim == 3 else len(x)), x.shape[1]
     for j, a in enumerate(out):
         if a is None:
-            out = *out[:j], memory.empty(x.shape, reads[j].dtype, *reads, *out), *out[j + 1 :]
-    like_weight, like_bias = likes = columns[0], columns[1] if operation.Columns is Columns else None
+            out = *out[:j], memory.empty(x.shape, reads[j].dtype, *reads, *out, results=len(out)), *out[j + 1 :]
+    like_weight, like_bias = likes = shared(operation, columns)
     if totals is None:
         dweight = None if like_weight is None else memory.empty(like_weight.shape, like_weight.dtype)
         dbias = None if like_bias is None else memory.empty(like_bias.shape, like_bias.dtype)

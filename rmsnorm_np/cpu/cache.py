@@ -32,7 +32,7 @@ from numba.core.serialize import dumps
 _DIGEST = 32  # bytes of a SHA-256
 
 # Files of the engine that no machine code depends on. All others count, so a new file can only recompile too much.
-_NOT_COMPILED = {"__init__", "cache", "memory", "pace", "prepared", "rare"}
+_NOT_COMPILED = {"__init__", "cache", "memory", "pace", "prepared", "quantized", "rare"}
 
 
 def _places() -> Iterator[Path]:

@@ -37,6 +37,11 @@ def _marked(operation: Operation, reads: Any, columns: Any, writes: Any, k: int,
     return marks if found else None
 
 
+def new_result(x: Any, dtype: Any) -> Any:
+    """Where a result like x, of another dtype, is to be written."""
+    return memory.empty(x.shape, dtype, x)
+
+
 def forward(operation: Operation, reads: Any, columns: Any, out: Any, k: int, eps: Any) -> Any:
     """The output of an operation that has one, and computes in float64. Arguments as of the engine's `forward`."""
     (y,) = out

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numba_cuda  # without it Numba has an older numba.cuda of its own, which will not do
 from numba import cuda
 
+from rmsnorm_np import _formats
 from rmsnorm_np.cuda import arguments, arrays, launch, rare, schedule
 from rmsnorm_np.cuda.arrays import to_device, use_stream
 from rmsnorm_np.cuda.elements import RowScales, Size
@@ -213,13 +214,11 @@ class Reducing(NamedTuple):
         return writes, _like_parameters(operation, totals, columns)
 
 
-def quantized(operation_of: Any, call: tuple[Any, ...], dtype: Any, scale: Any, bound: float) -> tuple[Any, Any, Any]:
-    """(q, the scales of the rows, h) of a call as `_backends.quantize` takes it, whose first output is to hold q.
-
-    operation_of: ``operation_of(whether the scale is given, its dtype)``.
-    """
+def quantized(call: tuple[Any, ...], dtype: Any, scale: Any, bound: float) -> tuple[Any, Any, Any]:
+    """(q of this dtype, the scales of the rows, h) of a call as in `_arguments.Call`, whose first output is for q."""
     reads, columns, out, k, eps, restore = arguments.engine_arguments(call, dtype)
-    operation, scales, finish = scales_of(operation_of, call, (*reads, *columns[:-1]), out, scale, bound)
+    operation = _formats.operation(dtype, scale is not None, reads[0].dtype)
+    scales, finish = scales_of(call, (*reads, *columns[:-1]), out, scale, bound)
     run(operation, reads, columns, out, k, eps, scales)
     q, h = restore(None)
     return q, finish(), h

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def scales_of(
-    operation_of: Any, call: tuple[Any, ...], used: tuple[Seen | None, ...], targets: Any, scale: Any, bound: float
-) -> tuple[Any, RowScales, Callable[[], Any]]:
-    """(operation, the scales of its rows, finish): finish(), once all is launched, gives the scales as the caller gets
-    them, one for each row.
+    call: tuple[Any, ...], used: tuple[Seen | None, ...], targets: Any, scale: Any, bound: float
+) -> tuple[RowScales, Callable[[], Any]]:
+    """(the scales of the rows, finish): finish(), once all is launched, gives them as the caller gets them, one for
+    each row.
 
     used, targets: arrays of the call, as prepared; x is the first. Other arguments as of `cuda.quantized`.
     """
@@ -54,7 +54,7 @@ def scales_of(
             copy(found, ordered, arrays.capability_here(), stream)
         return answer
 
-    return operation_of(scale is not None, dtype), RowScales(number, given, found), finish
+    return RowScales(number, given, found), finish
 
 
 def _given(scale: Any, per_row: tuple[int, ...]) -> Seen | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
 
-from rmsnorm_np import _arguments, _numbers, _shapes
+from rmsnorm_np import _arguments, _formats, _numbers, _shapes
 
 
 class Rows(NamedTuple):
@@ -69,10 +70,34 @@ def gradient_out(out: Any, weight: Any, bias: Any) -> Any:
     _check_no_out("out", out, "x")
 
 
-def column(name: str, value: Any, *_: Any) -> None:
-    """A direction of a parameter: there is none."""
-    if value is not None:
-        raise TypeError(f"{name} is given beside a dask array, expected None")
+def column(name: str, value: Any, parameter_name: str, parameter: Any, prepared: Any, out: Any) -> Any:
+    """As `_arguments.column`: what goes along with a parameter, of its shape; with axes and chunks as `prepared`."""
+    if value is None:
+        return None
+    if prepared is None:
+        raise ValueError(f"{name} is given, expected None without a {parameter_name}")
+    a = _checked(name, value)
+    _shapes.check_same_shape(name, a.shape, parameter_name, np.shape(parameter))
+    return _chunked(name, a.reshape(prepared.shape), prepared)
+
+
+def scale_of(scale: Any, x: Any, rows: Rows, dtype: Any) -> Any:
+    """A scale for each row, of this dtype, with the axes and chunks of x; None stays None.
+
+    The values of a Dask array are checked once they are there.
+    """
+    if scale is None:
+        return None
+    shape = _formats.scale_shape(x.shape, rows.axes)
+    a = _checked("scale", scale)
+    if isinstance(a, da.Array):
+        _formats.check_scale_shape(a.shape, shape)
+        _arguments.native_dtype("scale", a.dtype)
+        check = partial(_formats.check_scale_values, dtype=dtype)
+        a = a.map_blocks(check, dtype=dtype, meta=np.empty((0,) * a.ndim, dtype))
+    else:
+        a = _formats.check_scale(a, shape, dtype)
+    return _chunked("scale", da.broadcast_to(a, shape), x)
 
 
 def restore_parameter(gradient: Any, parameter: Any) -> Any:

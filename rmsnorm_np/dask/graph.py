@@ -66,6 +66,16 @@ def added(sums: Any, axes: Axes) -> Any:
     return _reduced(sums, axes, sums.dtype)
 
 
+def largest(found: Any, axes: Axes) -> Any:
+    """The largest number of all pieces of a row, NaN where there is one."""
+    options = {"keepdims": True, "dtype": found.dtype, "concatenate": True}
+    return da.reduction(found, _as_it_is, _largest, axes, **options)[..., 0]
+
+
+def _largest(a: Any, axis: Any, keepdims: bool) -> Any:
+    return np.max(a, axis=axis, keepdims=keepdims)
+
+
 def total(made: Any, j: int, parameter: Any, axes: Axes) -> Any:
     """The gradient of a parameter: items as above, added up where its elements are shared, and rounded to its dtype."""
     shared = tuple(i for i, length in enumerate(parameter.shape) if length == 1 and i not in axes)

@@ -126,6 +126,11 @@ class Operation(NamedTuple):
     scales: str | None = None
 
 
+def shared(operation: Operation, columns: Any) -> tuple[Any, Any]:
+    """The columns that the totals are like: weight, and bias where it is one, and no direction in its place."""
+    return columns[0], columns[1] if operation.Columns is Columns else None
+
+
 def guards(*sizes: Any) -> tuple[Any, ...]:
     """The squares of those guards that were taken."""
     return tuple(size * size for size in sizes if size is not None)

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 
-def row_scale(y: Any, scale_ub: float, largest: float, dtype: np.dtype[Any]) -> Any:
-    """The scale of each row of y (..., n), by which its largest magnitude becomes the format's largest number."""
-    magnitude = np.max(np.abs(y), axis=-1, keepdims=True)  # (..., 1): NaN where the row has one
+def row_scale(magnitude: Any, scale_ub: float, largest: float, dtype: np.dtype[Any]) -> Any:
+    """The scale of each row, by which its largest magnitude (..., 1) becomes the format's largest number."""
     scale = np.minimum(magnitude, scale_ub) / largest  # (..., 1)
     return np.maximum(scale, SMALLEST_SCALE).astype(dtype)  # (..., 1): not 0, where the row is
 
@@ -80,8 +79,10 @@ def quantized_rms_norm(
     h = None if residual is None else added(rows, residual)  # (..., n), rounded to the residual's dtype
     wide, w, b = widen(rows if h is None else h, w, b)
     y = rms.forward(wide, w, b, k, eps, weight_offset)  # (..., n)
-    own = row_scale(y, scale_ub, to.largest, scale_dtype).reshape(per_row) if scale is None else scale
-    scale = np.array(np.broadcast_to(own, per_row))  # one number per row
+    if scale is None:
+        magnitude = np.max(np.abs(y), axis=-1, keepdims=True)  # (..., 1): NaN where the row has one
+        scale = row_scale(magnitude, scale_ub, to.largest, scale_dtype).reshape(per_row)
+    scale = np.array(np.broadcast_to(scale, per_row))  # one number per row
     q, h = restore([quantize(y, scale.reshape(*y.shape[:-1], 1), to).astype(q_dtype), h])
     if wanted is not None:
         np.copyto(wanted, q)

@@ -69,7 +69,10 @@ def _options(ndim: int, eps: float, weight_offset: float) -> dict[str, Any]:
 def _forward_options(x: Tensor, weight: Tensor | None, *options: Any) -> dict[str, Any]:
     given = _options(*options[:-1])
     if options[-1]:
-        given["round_xhat"], given["dtype"] = True, NUMPY_NAMES[y_dtype(x, weight, True)]
+        given["round_xhat"] = True
+        dtype = y_dtype(x, weight, True)
+        if dtype is not x.dtype:
+            given["dtype"] = NUMPY_NAMES[dtype]
     return given
 
 
