@@ -63,9 +63,18 @@ _INFINITY = math.inf
 LONGEST_APART = 1 << 16  # the CPU engine's longest row whose elements may lie apart; longer ones are copied
 
 
+def is_ordinary(a: Any) -> bool:
+    """Whether an engine can read an array as it is."""
+    if type(a) is not ndarray or a.dtype not in native_dtypes:
+        return False
+    flags = a.flags
+    # carray says both of an array that can be written to, in one question
+    return bool(flags.carray or (flags.c_contiguous and flags.aligned))
+
+
 def is_ordinary_row(a: Any, n: int) -> bool:
     """Whether an engine can take a weight or bias as it is."""
-    return bool(_is_ordinary(a) and a.shape == (n,))
+    return bool(is_ordinary(a) and a.shape == (n,))
 
 
 # A whole call
@@ -202,7 +211,7 @@ def engine_arguments(
     _, reads, (weight, bias, weight_offset), out, eps, p, axis = call
     x = reads[0]
     if (
-        _is_ordinary(x)
+        is_ordinary(x)
         and (shape := x.shape)
         and (n := shape[-1]) > 0
         and type(axis) is int
@@ -210,19 +219,20 @@ def engine_arguments(
         and (
             weight is None
             or (
-                type(weight) is ndarray  # `_is_ordinary`, without the call
-                and weight.flags.carray
+                type(weight) is ndarray  # without a call of `is_ordinary`
                 and weight.dtype in native_dtypes
                 and weight.shape == (n,)
+                and (weight.flags.carray or is_ordinary(weight))
             )
         )
-        and (bias is None or (_is_ordinary(bias) and bias.shape == (n,)))
-        and ((a := reads[1]) is None or (_is_ordinary(a) and a.shape == shape))
-        and ((b := reads[-1]) is a or b is None or (_is_ordinary(b) and b.shape == shape))
+        and (bias is None or (is_ordinary(bias) and bias.shape == (n,)))
+        and ((a := reads[1]) is None or (is_ordinary(a) and a.shape == shape))
+        and ((b := reads[-1]) is a or b is None or (is_ordinary(b) and b.shape == shape))
         and (
             (y := out[0]) is None
             or (
-                _is_ordinary(y)
+                is_ordinary(y)
+                and y.flags.writeable
                 and y.shape == shape
                 and y.dtype == (x.dtype if dtype is None else dtype)
                 and may_write(y, reads, (weight, bias))
@@ -251,7 +261,8 @@ def _fits(second: Array, reads: tuple[Any, ...], parameters: tuple[Any, Any], fi
     """Whether an engine may write straight to the second array of out, which is like the second that is read."""
     like = reads[1]
     return bool(
-        _is_ordinary(second)
+        is_ordinary(second)
+        and second.flags.writeable
         and second.shape == like.shape
         and second.dtype == like.dtype
         and may_write(second, reads, parameters)
@@ -284,10 +295,6 @@ def restore_parameter(gradient: Array | None, parameter: Any) -> Array | None:
         return None
     shape: Shape = parameter.shape if type(parameter) is ndarray else np.shape(parameter)
     return gradient.reshape(shape)
-
-
-def _is_ordinary(a: Any) -> bool:
-    return type(a) is ndarray and a.flags.carray and a.dtype in native_dtypes
 
 
 def _rows(a: Any) -> Any:

@@ -440,7 +440,7 @@ def test_the_short_cut_leads_where_the_full_check_leads(options, shape, dtype, m
     if out := options.get("out"):
         options["out"] = arrays[out] if out in arrays else np.zeros(shape, dtype if out is True else out)
     short = engine_arguments(**{**options, **arrays})
-    monkeypatch.setattr(_arguments, "_is_ordinary", lambda _: False)
+    monkeypatch.setattr(_arguments, "is_ordinary", lambda _: False)
     full = engine_arguments(**{**options, **arrays})
     for one, two in zip(short[:-1], full[:-1], strict=True):
         if isinstance(one, np.ndarray):
@@ -458,6 +458,18 @@ def test_the_short_cut_leads_where_the_full_check_leads(options, shape, dtype, m
         assert same_bits(got, want)
 
 
+def test_read_only_arrays_take_the_short_cut(monkeypatch, rng):
+    """Such are arrays of JAX and of files in memory. The long way takes 20 µs more."""
+    x, weight = read_only(rng.normal(size=(4, 6)).astype(np.float32)), read_only(np.ones(6, np.float32))
+    want, norm = rn.rms_norm(x, weight), rn.RMSNorm(weight)
+    norm(x)
+    monkeypatch.setattr(_arguments, "prepare", None)
+    assert same_bits(rn.rms_norm(x, weight), want)
+    assert same_bits(rn.rms_norm_backward(x, x, weight).dx, rn.rms_norm_backward(x.copy(), x.copy(), weight.copy()).dx)
+    monkeypatch.setattr(type(norm), "_forward", None)
+    assert same_bits(norm(x), want)
+
+
 # In each, one argument is not ordinary, and an error or another path has to follow.
 NOT_ORDINARY = {
     "axis is a float": {"axis": -1.0},
@@ -468,6 +480,7 @@ NOT_ORDINARY = {
     "out is longer": {"out": np.ones((5, 6))},
     "out has another dtype": {"out": np.ones((4, 6), np.float32)},
     "out has not the dtype asked for": {"out": np.ones((4, 6)), "dtype": np.dtype(np.float32)},
+    "out is read-only": {"out": read_only(np.ones((4, 6)))},
     "weight is complex": {"weight": np.ones(6, np.complex128)},
     "offset to no weight": {"weight_offset": 1.0},
 }

@@ -41,7 +41,7 @@ def small(operation: Operation, given: dict[str, Any], whole: Callable[[Any], An
 
     def run(x: Any) -> Any:
         nonlocal code
-        if x.dtype is not _FLOAT32 or not x.flags.carray:
+        if x.dtype is not _FLOAT32 or not (x.flags.carray or _arguments.is_ordinary(x)):
             return None
         shape = x.shape
         if not shape or shape[-1] != n or not (0 < x.size < least or x.size == n):
