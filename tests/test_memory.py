@@ -144,6 +144,14 @@ def test_results_that_are_large_together_are_used_again(call):
     assert all(a.base is not None for a in call(x, x))
 
 
+@pytest.mark.parametrize("size", [memory.RECYCLE_BYTES // 2, memory.RECYCLE_BYTES, 8 << 20, 33 << 20])
+def test_little_is_taken_beyond_what_is_asked_for(size, own_pool):
+    """Who keeps the results of many layers has all of it: 1 MiB took 2 when sizes were multiples of a huge page."""
+    taken = len(own_pool.take(size + memory.PAGE))
+    assert size + memory.PAGE <= taken <= size * 5 // 4
+    assert taken <= size * 1.1 or size >= 8 << 20
+
+
 def test_the_pool_is_bounded(own_pool):
     arrays = [filled(1.0) for _ in range(20)]
     assert not own_pool.free

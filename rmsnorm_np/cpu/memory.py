@@ -29,7 +29,8 @@ STREAM_BYTES = 8 << 20  # outputs from this size on are written past the cache: 
 # 1.2 ms in place of 0.5.
 RECYCLE_BYTES = 2 << 20
 DEFAULT_LIMIT_MB = 512
-_ROUND = 1 << 21  # sizes are multiples of a huge page
+_HUGE = 1 << 21  # of a huge page; sizes are multiples of it, where that adds a quarter at most
+_ROUND = 1 << 16
 # A copy for each process: by default, what is forked would go on writing to the memory of its parent. Windows does not
 # fork, and would reserve memory for the copy as well.
 _ACCESS = mmap.ACCESS_COPY if hasattr(os, "fork") else mmap.ACCESS_WRITE
@@ -65,7 +66,8 @@ class _Pool:
 
     def take(self, size: int) -> _Buffer:
         """A free buffer of this size or up to a quarter more, or a new one."""
-        size = -(-size // _ROUND) * _ROUND
+        unit = _HUGE if size >= 4 * _HUGE else _ROUND
+        size = -(-size // unit) * unit
         with self.lock:
             for i in reversed(range(len(self.free))):
                 if size <= len(self.free[i]) <= size + size // 4:
@@ -141,7 +143,7 @@ def empty(shape: tuple[int, ...], dtype: Any, *beside: Any, results: int = 1) ->
     Element i of x and element i of y are worked on together. Where their addresses agree modulo a page, they fall
     into the same set of the first-level cache: a large forward pass is 1.2 to 1.35 times slower then.
 
-    results: how many arrays like this one the call returns.
+    results: how many arrays of about this size the call returns.
     """
     size = math.prod(shape) * dtype.itemsize
     if size * results < RECYCLE_BYTES or _pool.limit == 0:

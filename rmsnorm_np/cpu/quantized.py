@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def quantized(call: tuple[Any, ...], dtype: Any, scale: Any, bound: float) -> tuple[Any, Any, Any]:
-    """(q of this dtype, the scales of the rows, h) of a call as in `_arguments.Call`, whose first output is for q."""
+def quantized(
+    call: tuple[Any, ...], dtype: Any, scale: Any, bound: float, engine: Any = family
+) -> tuple[Any, Any, Any]:
+    """(q of this dtype, the scales of the rows, h) of a call as in `_arguments.Call`, whose first output is for q.
+
+    engine: what has `new_result` and `quantize`.
+    """
     names, arrays, given_columns, (out, h_out), *numbers = call
     axis, shape = call[-1], np.shape(arrays[0])
     of_norm = names, arrays, given_columns, (None, h_out), *numbers
@@ -26,9 +31,9 @@ def quantized(call: tuple[Any, ...], dtype: Any, scale: Any, bound: float) -> tu
     wanted = None if out is None else _arguments.check_out("out", out, shape, dtype)
     check_apart("out", wanted, "residual_out", h_out)
     direct = wanted is not None and _is_direct(wanted, axis, (*arrays, *given_columns[:2], scale, h_out))
-    q = wanted.reshape(x.shape) if wanted is not None and direct else family.new_result(x, dtype)
+    q = wanted.reshape(x.shape) if wanted is not None and direct else engine.new_result(x, dtype)
     scales = np.empty(len(x)) if given is None else np.ravel(np.broadcast_to(given, per_row)).astype(np.float64)
-    operation, engine = _formats.operation(dtype, given is not None, x.dtype), family
+    operation = _formats.operation(dtype, given is not None, x.dtype)
     if type(columns) is not tuple:
         engine, columns = in_parts(engine, columns)
     results = engine.quantize(operation, reads, columns, (q, h), k, (eps, scales, bound))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rmsnorm_np import _formats, _pieces
 from rmsnorm_np.dask import arguments, graph, tasks
 from rmsnorm_np.ops.operation import shared
-from rmsnorm_np.ops.rms import RMS_NORM
+from rmsnorm_np.ops.quantized import UNROUNDED
 
 if TYPE_CHECKING:
     from rmsnorm_np.dask.arguments import Rows
@@ -63,7 +63,8 @@ def quantized(call: tuple[Any, ...], dtype: Any, scale: Any, bound: float) -> tu
     reads, columns, _, rows, eps, _ = arguments.engine_arguments(call, None, 0)
     x, residual = reads
     per_row, h_dtype = _formats.scale_dtype(x.dtype), None if residual is None else residual.dtype
-    cut, blocks = _prepared(RMS_NORM, reads, columns, [per_row, h_dtype], rows, eps)
+    # the first dtype is that of y, which stays unrounded: no task uses it
+    cut, blocks = _prepared(UNROUNDED, reads, columns, [per_row, h_dtype], rows, eps)
     given = arguments.scale_of(scale, x, rows, per_row)
     if _hold_whole_rows(x, rows):
         blocks.arrays.append(given)

@@ -58,8 +58,9 @@ def _call(cut: Cut, rows: Rows, arrays: Sequence[Any]) -> tuple[Any, Any, tuple[
     reads, columns = arrays[:count], arrays[count:]
     shaped = [None if a is None else a.reshape(rows.parameter_shape(a.shape)) for a in columns]
     directions = None
-    if cut.operation.Columns is not Columns:  # a bias does not matter, and would have the shape of its direction
+    if cut.operation.Columns is not Columns:
         directions = tuple(zip(cut.operation.Columns._fields[1:-1], shaped[1:], strict=True))
+    # beside directions, of a bias the shape alone counts, and its direction has that
     parameters = shaped[0], shaped[-1], cut.weight_offset
     out = (None,) * len(cut.dtypes)
     return columns, directions, (rows.names, tuple(reads), parameters, out, cut.eps, cut.k / cut.n, cut.axes)

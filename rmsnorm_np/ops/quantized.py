@@ -30,6 +30,7 @@ from rmsnorm_np.ops.primitives import (
     with_sign,
 )
 
+UNROUNDED = rms.RMS_NORM  # y, before it is rounded to 8 bits
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: a row of zeros has this scale
 
 

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 
 import rmsnorm_np as rn
 from rmsnorm_np import _arguments, _backends, reference
+from rmsnorm_np.cpu.quantized import quantized
 
 seen = collections.Counter()  # how many calls there were, and what became of them
 
@@ -43,6 +44,9 @@ class NumPyEngine:
         likes = parameters[0], parameters[1] if "bias" in operation.Columns._fields else None
         sums = map(self._gathered, (results.get("dweight"), results.get("dbias")), likes, totals)
         return found, [*map(self._written, sums, totals)]
+
+    def quantized(self, call, dtype, scale, bound):
+        return quantized(call, dtype, scale, bound, engine=self)
 
     def quantize(self, operation, reads, parameters, out, k, settings):
         eps, scales, bound = settings
