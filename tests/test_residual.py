@@ -200,3 +200,11 @@ def test_errors(norm, backend):
 def test_the_reference_has_the_same_signatures(norm, direction):
     public, readable = functions(norm)[direction], functions(norm, reference)[direction]
     assert inspect.signature(public) == inspect.signature(readable)
+
+
+def test_a_read_only_residual_out_is_refused():
+    x, h = np.ones((2, 6), np.float32), np.zeros((2, 6), np.float32)
+    h.flags.writeable = False
+    with pytest.raises(ValueError, match="residual_out is read-only, expected a writable array"):
+        rn.add_rms_norm(x, x, residual_out=h)
+    assert not h.any()

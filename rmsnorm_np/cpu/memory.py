@@ -1,4 +1,4 @@
-"""Where outputs live: aligned to cache lines, and large ones in memory that was used before.
+"""Where outputs live: aligned to cache lines, and those of large calls in memory that was used before.
 
 A fresh array of tens of megabytes costs more than the norm: the kernel of the operating system hands out its pages one
 by one, zeroed. So the memory of a large output goes back to a pool when the last array, view or export of it is gone,
